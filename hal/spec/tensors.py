@@ -1,0 +1,96 @@
+"""Checks of single tensors, shared by every argument model. Each names the argument, what it got and what is legal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hal.spec.errors import SpecError
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def require_tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], ndim: int, layout: str) -> None:
+    """A strided tensor of one of these dtypes and this rank, contiguous in its last dimension.
+
+    ``layout`` describes the legal shape in words of the specification, for the error.
+    """
+    if not isinstance(value, Tensor):
+        raise SpecError(name, type(value).__name__, f"a torch.Tensor {layout}")
+    if value.layout is not torch.strided or value.is_nested or value.is_neg():
+        kind = "a nested tensor" if value.is_nested else f"a lazily negated or {value.layout} tensor"
+        raise SpecError(name, kind, f"a plain strided tensor {layout}")
+    if value.dtype not in dtypes:
+        legal = " or ".join(map(dtype_name, dtypes))
+        raise SpecError(name, f"dtype {dtype_name(value.dtype)}", f"dtype {legal}")
+    if value.dim() != ndim:
+        raise SpecError(name, f"shape {list(value.shape)}", layout)
+    if value.stride(-1) != 1 and value.shape[-1] > 1:
+        raise SpecError(name, f"strides {list(value.stride())}", "a last dimension of stride 1 (call .contiguous())")
+
+
+def require_shape(name: str, value: Tensor, shape: tuple[int, ...], layout: str) -> None:
+    """Exactly this shape."""
+    if value.shape != shape:
+        raise SpecError(name, f"shape {list(value.shape)}", f"{layout} = {list(shape)}")
+
+
+def require_device(name: str, value: Tensor, device: torch.device) -> None:
+    """The same device as the call's first tensor."""
+    if value.device != device:
+        raise SpecError(name, f"device {value.device}", f"the device of q, {device}")
+
+
+def require_int(name: str, value: Any, low: int, high: int | None = None) -> None:
+    """An int (not a bool) within inclusive bounds."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise SpecError(name, f"{value!r} ({type(value).__name__})", "an int")
+    if value < low or (high is not None and value > high):
+        raise SpecError(name, value, f"{low} or more" if high is None else f"{low}…{high}")
+
+
+def require_bool(name: str, value: Any) -> None:
+    """True or False, not something truthy."""
+    if value is not True and value is not False:
+        raise SpecError(name, f"{value!r} ({type(value).__name__})", "True or False")
+
+
+def require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """One of a few strings."""
+    if value not in choices:
+        raise SpecError(name, repr(value), " or ".join(map(repr, choices)))
+
+
+def require_values(name: str, bad: Tensor, values: Tensor, legal: str) -> None:
+    """No True in ``bad``; otherwise name the first offending element of ``values``. Reads device memory."""
+    if bool(bad.any()):
+        index = bad.nonzero()[0].tolist()
+        raise SpecError(name, f"{values[tuple(index)].item()} at {index}", legal)
+
+
+def byte_range(tensor: Tensor) -> tuple[int, int]:
+    """First byte and one past the last byte the elements of a tensor occupy."""
+    start = tensor.data_ptr()
+    if tensor.numel() == 0:
+        return start, start
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.element_size()
+
+
+def require_writable(name: str, value: Tensor, inputs: dict[str, Tensor]) -> None:
+    """Every element has memory of its own, and none of it lies within an input's byte range."""
+    extent = 1
+    for stride, size in sorted((s, n) for s, n in zip(value.stride(), value.shape, strict=True) if n > 1):
+        if stride < extent:
+            raise SpecError(name, f"strides {list(value.stride())}", "strides under which no two elements overlap")
+        extent = stride * size
+    start, end = byte_range(value)
+    for other, tensor in inputs.items():
+        first, last = byte_range(tensor)
+        if start < last and first < end and tensor.device == value.device:
+            raise SpecError(name, f"memory that {other} also covers", "memory of its own")
