@@ -1,1 +1,62 @@
-"""The kernel HAL."""
+"""The kernel HAL: MLA decode and expert-parallel communication on any vendor's accelerator.
+
+``HAL_BACKEND`` (or `use`, or ``backend=``) chooses the backend; `mla_decode`, `mla_plan` and `mla_merge` are the same
+on all of them.
+"""
+
+from __future__ import annotations
+
+from hal.mla import mla_decode, mla_merge, mla_plan
+from hal.plugins import Status, registry, select, use
+from hal.spec import SPEC_VERSION
+from hal.spec.capability import Capabilities
+from hal.spec.errors import (
+    BackendUnavailable,
+    CompileError,
+    DeviceError,
+    HalError,
+    RankFailure,
+    SpecError,
+    UnsupportedError,
+)
+from hal.spec.plan import MlaPlan
+from hal.spec.validation import set_validation
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SPEC_VERSION",
+    "BackendUnavailable",
+    "Capabilities",
+    "CompileError",
+    "DeviceError",
+    "HalError",
+    "MlaPlan",
+    "RankFailure",
+    "SpecError",
+    "UnsupportedError",
+    "__version__",
+    "backends",
+    "capabilities",
+    "mla_decode",
+    "mla_merge",
+    "mla_plan",
+    "set_validation",
+    "use",
+]
+
+
+def backends() -> list[Status]:
+    """Ask every installed backend: available ones first, by priority, each with the reason why it is in or out."""
+    return registry().statuses()
+
+
+def capabilities(backend: str | None = None) -> Capabilities:
+    """What the backend in force (or the named one) declares.
+
+    Raises
+    ------
+    BackendUnavailable
+        It cannot be used.
+    """
+    return select(backend).capabilities

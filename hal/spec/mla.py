@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hal.spec.capability import MlaCapabilities
+from hal.spec.capability import Capabilities, MlaCapabilities
 from hal.spec.errors import SpecError, UnsupportedError
 from hal.spec.tensors import (
     dtype_name,
@@ -45,6 +45,24 @@ LSE_BASES: Final = ("e", "2")
 
 _INT32: Final = (torch.int32,)
 _FLOAT32: Final = (torch.float32,)
+
+
+class MlaGeometry(NamedTuple):
+    """Everything but the lengths that a schedule depends on. ``s_q`` is 0 for ragged queries."""
+
+    batch: int
+    s_q: int
+    h_q: int
+    h_kv: int
+    head_dim: int
+    head_dim_v: int
+    page_size: int
+    dtype: torch.dtype
+    kv_format: str
+    causal: bool
+    batch_invariant: bool
+    ragged_q: bool
+    device: torch.device
 
 
 @dataclass(slots=True)
@@ -105,6 +123,24 @@ class MlaDecodeArgs:
     page_size: int
     num_blocks: int
     max_blocks: int
+
+    def geometry(self) -> MlaGeometry:
+        """The part of this call that a schedule and a capability check depend on."""
+        return MlaGeometry(
+            self.batch,
+            self.s_q,
+            self.h_q,
+            self.h_kv,
+            self.head_dim,
+            self.head_dim_v,
+            self.page_size,
+            self.q.dtype,
+            self.kv_format,
+            self.causal,
+            self.batch_invariant,
+            self.cu_seqlens_q is not None,
+            self.q.device,
+        )
 
 
 def check_decode(
@@ -374,51 +410,57 @@ def check_cu_seqlens(cu_seqlens_q: Tensor, total_q: int | None) -> None:
         raise SpecError("cu_seqlens_q", f"{ends[0]} … {ends[1]}", f"0 first and total_q = {total_q} last")
 
 
-def require_declared(args: MlaDecodeArgs, declared: MlaCapabilities | None, backend: str) -> None:
-    """Refuse what this backend does not declare.
+def require_geometry_declared(
+    geometry: MlaGeometry, capabilities: Capabilities, declared: MlaCapabilities | None, backend: str
+) -> None:
+    """Refuse sizes, dtypes and options that this backend does not declare for this kind of decode.
 
     Raises
     ------
     UnsupportedError
         Names the argument that decides, its value, and what the backend declares for it.
     """
+
+    def require(allowed: bool, argument: str, got: object, supported: object) -> None:
+        if not allowed:
+            raise UnsupportedError(backend, argument, got, supported)
+
+    g = geometry
     if declared is None:
-        raise UnsupportedError(
-            backend, "indices", "sparse decode" if args.indices is not None else "None", "not this kind of decode"
-        )
+        raise UnsupportedError(backend, "indices", "a kind of decode (dense: None, sparse: a tensor)", "not this kind")
+    device = g.device.type
+    require(device in capabilities.device_types, "q", f"device {g.device}", ", ".join(capabilities.device_types))
+    dtype = dtype_name(g.dtype)
+    require(dtype in declared.dtypes, "q", f"dtype {dtype}", ", ".join(declared.dtypes))
+    require(g.kv_format in declared.kv_formats, "kv_format", repr(g.kv_format), ", ".join(declared.kv_formats))
+    require(g.head_dim in declared.head_dim, "q", f"d {g.head_dim}", f"d {declared.head_dim}")
+    require(g.head_dim_v in declared.head_dim_v, "head_dim_v", g.head_dim_v, declared.head_dim_v)
+    require(g.h_q in declared.h_q, "q", f"h_q {g.h_q}", f"h_q {declared.h_q}")
+    require(g.h_kv in declared.h_kv, "kv_cache", f"h_kv {g.h_kv}", f"h_kv {declared.h_kv}")
+    require(g.page_size in declared.page_size, "kv_cache", f"page_size {g.page_size}", declared.page_size)
+    # A call without queries has nothing to compute, so s_q 0 is within every declaration.
+    require(g.s_q == 0 or g.s_q in declared.s_q, "q", f"s_q {g.s_q}", f"s_q {declared.s_q}")
+    require(declared.causal or not g.causal, "causal", True, False)
+    require(declared.ragged_q or not g.ragged_q, "cu_seqlens_q", "a tensor", None)
+    require(declared.batch_invariant or not g.batch_invariant, "batch_invariant", True, False)
 
-    def refuse(argument: str, got: object, supported: object) -> None:
-        raise UnsupportedError(backend, argument, got, supported)
 
-    dtype = dtype_name(args.q.dtype)
-    if dtype not in declared.dtypes:
-        refuse("q", f"dtype {dtype}", ", ".join(declared.dtypes))
-    if args.kv_format not in declared.kv_formats:
-        refuse("kv_format", repr(args.kv_format), ", ".join(declared.kv_formats))
-    sizes = (
-        ("q", "d", args.head_dim, declared.head_dim),
-        ("head_dim_v", "head_dim_v", args.head_dim_v, declared.head_dim_v),
-        ("q", "h_q", args.h_q, declared.h_q),
-        ("kv_cache", "h_kv", args.h_kv, declared.h_kv),
-        ("kv_cache", "page_size", args.page_size, declared.page_size),
-    )
-    for argument, size, value, legal in sizes:
-        if value not in legal:
-            refuse(argument, f"{size} {value}", f"{size} {legal}")
-    # An empty call has nothing to compute, so s_q 0 is within every declaration.
-    if args.cu_seqlens_q is None and args.s_q and args.s_q not in declared.s_q:
-        refuse("q", f"s_q {args.s_q}", f"s_q {declared.s_q}")
-    if args.causal and not declared.causal:
-        refuse("causal", True, False)
-    if args.cu_seqlens_q is not None and not declared.ragged_q:
-        refuse("cu_seqlens_q", "a tensor", None)
-    if args.batch_invariant and not declared.batch_invariant:
-        refuse("batch_invariant", True, False)
+def require_decode_declared(args: MlaDecodeArgs, capabilities: Capabilities, backend: str) -> None:
+    """Refuse a decode call that this backend does not declare.
+
+    Raises
+    ------
+    UnsupportedError
+        As `require_geometry_declared`.
+    """
+    declared = capabilities.mla_dense if args.indices is None else capabilities.mla_sparse
+    require_geometry_declared(args.geometry(), capabilities, declared, backend)
+    assert declared is not None
     if args.lse_base not in declared.lse_bases:
-        refuse("lse_base", repr(args.lse_base), ", ".join(declared.lse_bases))
+        raise UnsupportedError(backend, "lse_base", repr(args.lse_base), ", ".join(declared.lse_bases))
     if args.attn_sink is not None and not declared.attn_sink:
-        refuse("attn_sink", "a tensor", None)
+        raise UnsupportedError(backend, "attn_sink", "a tensor", None)
     if args.extra_kv_cache is not None and not declared.extra_kv_cache:
-        refuse("extra_kv_cache", "a tensor", None)
+        raise UnsupportedError(backend, "extra_kv_cache", "a tensor", None)
     if args.indices is not None and (declared.topk is None or args.indices.shape[-1] not in declared.topk):
-        refuse("indices", f"topk {args.indices.shape[-1]}", f"topk {declared.topk}")
+        raise UnsupportedError(backend, "indices", f"topk {args.indices.shape[-1]}", f"topk {declared.topk}")

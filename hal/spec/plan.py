@@ -7,53 +7,17 @@ one step and refused for anything else, because a stale schedule gives silently 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from hal.spec.errors import SpecError
-from hal.spec.mla import KV_FORMATS, QUERY_DTYPES, MlaDecodeArgs, check_cu_seqlens
+from hal.spec.mla import KV_FORMATS, QUERY_DTYPES, MlaDecodeArgs, MlaGeometry, check_cu_seqlens
 from hal.spec.tensors import dtype_name, require_bool, require_choice, require_int, require_tensor, require_values
 from hal.spec.validation import Level, validation_level
 
 _INT32: Final = (torch.int32,)
-
-
-class MlaGeometry(NamedTuple):
-    """Everything but the lengths that a schedule depends on. ``s_q`` is 0 for ragged queries."""
-
-    batch: int
-    s_q: int
-    h_q: int
-    h_kv: int
-    head_dim: int
-    head_dim_v: int
-    page_size: int
-    dtype: torch.dtype
-    kv_format: str
-    causal: bool
-    batch_invariant: bool
-    ragged_q: bool
-    device: torch.device
-
-
-def _geometry(args: MlaDecodeArgs) -> MlaGeometry:
-    return MlaGeometry(
-        args.batch,
-        args.s_q,
-        args.h_q,
-        args.h_kv,
-        args.head_dim,
-        args.head_dim_v,
-        args.page_size,
-        args.q.dtype,
-        args.kv_format,
-        args.causal,
-        args.batch_invariant,
-        args.cu_seqlens_q is not None,
-        args.q.device,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +161,7 @@ class MlaPlan:
             stamps.append(_Stamp("cu_seqlens_q", args.cu_seqlens_q))
         return MlaPlan(backend, args.geometry, schedule, tuple(stamps))
 
-    def check(self, args: MlaDecodeArgs, backend: str) -> None:
+    def check(self, args: MlaDecodeArgs, geometry: MlaGeometry, backend: str) -> None:
         """Refuse to be used for a call it was not made for.
 
         Raises
@@ -212,7 +176,6 @@ class MlaPlan:
         level = validation_level()
         if level is Level.OFF:
             return
-        geometry = _geometry(args)
         if geometry != self.geometry:
             rows = zip(geometry._fields, geometry, self.geometry, strict=True)
             name, have, want = next(row for row in rows if row[1] != row[2])
