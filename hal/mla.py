@@ -197,16 +197,18 @@ def mla_plan(
     return MlaPlan.make(selected.name, args, selected.backend.mla_plan(args))
 
 
-def mla_merge(outs: Sequence[Tensor], lses: Sequence[Tensor], *, lse_base: str = "e") -> tuple[Tensor, Tensor]:
+def mla_merge(
+    outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor, *, lse_base: str = "e"
+) -> tuple[Tensor, Tensor]:
     """Merge partial results of one attention whose context was split, for instance over ranks.
 
     ``out = Σ wᵢ outᵢ / Σ wᵢ`` with ``wᵢ = exp(lseᵢ − max lse)``, summed in float32 in the order given.
 
     Parameters
     ----------
-    outs : sequence of Tensor
+    outs : sequence of Tensor, or one Tensor stacked along dimension 0
         Partial results, all [b, s_q, h_q, d_v] or all [total_q, h_q, d_v].
-    lses : sequence of Tensor
+    lses : sequence of Tensor, or one Tensor stacked along dimension 0
         Their logarithms, [b, h_q, s_q] or [h_q, total_q]. +inf (or −inf) marks a part that attended nothing: its out is
         not read.
     lse_base : {"e", "2"}
@@ -223,9 +225,10 @@ def mla_merge(outs: Sequence[Tensor], lses: Sequence[Tensor], *, lse_base: str =
         No parts, unequal counts, or shapes, dtypes or devices that do not match.
     """
     require_choice("lse_base", lse_base, LSE_BASES)
+    outs, lses = _parts("outs", outs), _parts("lses", lses)
     _check_parts(outs, lses)
     accumulate = torch.promote_types(outs[0].dtype, torch.float32)
-    stacked = torch.stack(list(lses)).to(torch.promote_types(lses[0].dtype, accumulate))
+    stacked = torch.stack(lses).to(torch.promote_types(lses[0].dtype, accumulate))
     empty = stacked.isinf()
     finite = stacked.masked_fill(empty, -torch.inf)
     highest = finite.amax(0)
@@ -247,12 +250,18 @@ def _per_row(lse: Tensor) -> Tensor:
     return lse.transpose(-1, -2).unsqueeze(-1)
 
 
-def _check_parts(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
-    if not isinstance(outs, (list, tuple)) or not outs:
-        raise SpecError("outs", type(outs).__name__ if outs else "no parts", "a list of one or more tensors")
-    if not isinstance(lses, (list, tuple)) or len(lses) != len(outs):
-        got = len(lses) if isinstance(lses, (list, tuple)) else type(lses).__name__
-        raise SpecError("lses", got, f"a list of {len(outs)} tensors, one for each of outs")
+def _parts(name: str, parts: Sequence[Tensor] | Tensor) -> list[Tensor]:
+    stacked = isinstance(parts, Tensor) and parts.dim() > 0 and parts.layout is torch.strided
+    if not stacked and not isinstance(parts, (list, tuple)):
+        raise SpecError(name, type(parts).__name__, "a list of tensors, or one tensor stacked along dimension 0")
+    return list(parts)
+
+
+def _check_parts(outs: list[Tensor], lses: list[Tensor]) -> None:
+    if not outs:
+        raise SpecError("outs", "no parts", "one or more")
+    if len(lses) != len(outs):
+        raise SpecError("lses", f"{len(lses)} parts", f"{len(outs)}, one for each of outs")
     rank = outs[0].dim() if isinstance(outs[0], Tensor) else 4
     if rank not in (3, 4):
         raise SpecError("outs[0]", f"shape {list(outs[0].shape)}", "[b, s_q, h_q, d_v] or [total_q, h_q, d_v]")

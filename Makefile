@@ -1,0 +1,33 @@
+# Both commands work on a fresh machine: they make .venv and install everything from the package registries.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DISTRIBUTIONS := . backends/cpu
+# Whatever decides what is installed; Python sources are live in an editable install and need no reinstall.
+INPUTS := constraints.txt $(wildcard pyproject.toml */pyproject.toml backends/*/pyproject.toml) \
+          $(wildcard backends/*/CMakeLists.txt backends/*/native/* backends/*/native/*/*)
+
+.PHONY: demo test lint sweep clean
+
+demo: $(VENV)/.installed
+	$(BIN)/hal demo
+
+test: lint
+	$(BIN)/pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy --strict hal
+
+# Every case of the published sweep; about half an hour on two cores.
+sweep: $(VENV)/.installed
+	HAL_SWEEP=all $(BIN)/pytest tests/test_mla_sweep.py -q
+
+$(VENV)/.installed: $(INPUTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt $(foreach d,$(DISTRIBUTIONS),-e $(d)[dev])
+	touch $@
+
+clean:
+	rm -rf $(VENV)

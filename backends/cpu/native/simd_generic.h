@@ -1,0 +1,70 @@
+// The baseline: the compiler's own 4-lane vectors, whatever the processor (SSE2 on x86-64).
+#pragma once
+
+#include <string.h>
+
+#include "problem.h"
+
+namespace hal_cpu {
+namespace {
+
+typedef float V __attribute__((vector_size(16)));
+typedef int32_t VI __attribute__((vector_size(16)));
+typedef uint16_t VH __attribute__((vector_size(8)));
+constexpr int kLanes = 4;
+constexpr int kRegisters = 16;
+
+inline V load(const float* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, V v) { memcpy(p, &v, sizeof v); }
+inline V splat(float x) { return V{x, x, x, x}; }
+inline V fma(V a, V b, V c) { return a * b + c; }
+// The second operand if either is NaN.
+inline V max(V a, V b) { return a > b ? a : b; }
+inline V select_less(V a, V b, V x, V y) { return a < b ? x : y; }
+inline V select_equal(V a, V b, V x, V y) { return a == b ? x : y; }
+// 2 to the integer in the low mantissa bits of z.
+inline V exponent(V z) { return (V)(((VI)z << 23) + (127 << 23)); }
+
+inline VI widen(const uint16_t* p) { return VI{p[0], p[1], p[2], p[3]}; }
+inline void narrow(uint16_t* p, VI v) {
+  for (int i = 0; i < kLanes; ++i) p[i] = (uint16_t)v[i];
+}
+
+inline V load_bf16(const uint16_t* p) { return (V)(widen(p) << 16); }
+
+// A half's bits moved up and scaled by 2^112 are its value, subnormals included; infinity and NaN need their exponent.
+inline V load_f16(const uint16_t* p) {
+  const VI bits = widen(p);
+  const VI sign = (bits & 0x8000) << 16;
+  const VI magnitude = (bits & 0x7fff) << 13;
+  const VI finite = (VI)((V)magnitude * splat(0x1p112f));
+  const VI special = magnitude | 0x7f800000;
+  return (V)(((bits & 0x7c00) == 0x7c00 ? special : finite) | sign);
+}
+
+inline void store_bf16(uint16_t* p, V v) {
+  const VI bits = (VI)v;
+  const VI rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  narrow(p, (v == v ? rounded : bits | 0x400000) >> 16);
+}
+
+inline void store_f16(uint16_t* p, V v) {
+  const VI bits = (VI)v;
+  const VI sign = (bits >> 16) & 0x8000;
+  const VI magnitude = bits & 0x7fffffff;
+  // Normal halves: round to nearest even at bit 13, then move the exponent's bias. Overflow carries into infinity.
+  const VI normal = ((magnitude + 0xfff + ((magnitude >> 13) & 1)) >> 13) - (112 << 10);
+  // Subnormal halves: adding 0.5 lets the adder round at 2^-24, the spacing of floats at 0.5.
+  const VI tiny = (VI)((V)magnitude + splat(0.5f)) - 0x3f000000;
+  VI half = magnitude < 0x38800000 ? tiny : normal;
+  half = magnitude >= 0x47800000 ? VI{0x7c00, 0x7c00, 0x7c00, 0x7c00} : half;
+  half = magnitude > 0x7f800000 ? VI{0x7e00, 0x7e00, 0x7e00, 0x7e00} : half;
+  narrow(p, half | sign);
+}
+
+}  // namespace
+}  // namespace hal_cpu
