@@ -112,22 +112,30 @@ class EpCapabilities:
         Row layouts of the normal mode: ``"rank"`` (a row per token and rank), ``"expand"`` (a row per token and local
         expert).
     dtypes : tuple of str
-        What may travel: ``"bfloat16"``, ``"float8_e4m3fn"`` (with float32 scales per 128 columns).
+        What may travel: ``"bfloat16"``, ``"float16"``, ``"float32"``, ``"float8_e4m3fn"`` (a scale per 128 columns).
+    casts : tuple of str
+        What low-latency dispatch may turn rows into on the way, members of `hal.spec.ep.CASTS`: ``"none"``, ``"fp8"``,
+        ``"fp8_pow2"`` (power-of-two scales), ``"fp8_ue8m0"`` (the same, packed).
     transports : tuple of str
         Inside a node and between nodes, for instance ``"shm"``, ``"ipc"``, ``"torch.distributed"``.
-    ranks, topk, num_experts : Ints
-        Group size, experts a token, experts in all.
+    overflow : tuple of str
+        Policies for more rows than a window holds, members of `hal.spec.ep.OVERFLOW`.
+    ranks, nodes, topk, num_experts : Ints
+        Group size, nodes the group may span, experts a token, experts in all.
     row_bytes : Ints
         Legal sizes of one token row, in bytes.
-    recv_hook, async_finish, cached_handle, mask_ranks, zero_copy_combine : bool
+    recv_hook, async_finish, cached_handle, mask_ranks, zero_copy_combine, pre_reduce : bool
         Whether those features work.
     """
 
     modes: tuple[str, ...]
     layouts: tuple[str, ...]
     dtypes: tuple[str, ...]
+    casts: tuple[str, ...]
     transports: tuple[str, ...]
+    overflow: tuple[str, ...]
     ranks: Ints
+    nodes: Ints
     topk: Ints
     num_experts: Ints
     row_bytes: Ints
@@ -136,6 +144,7 @@ class EpCapabilities:
     cached_handle: bool
     mask_ranks: bool
     zero_copy_combine: bool
+    pre_reduce: bool
 
 
 @dataclass(frozen=True, slots=True)

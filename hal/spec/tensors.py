@@ -40,10 +40,10 @@ def require_shape(name: str, value: Tensor, shape: tuple[int, ...], layout: str)
         raise SpecError(name, f"shape {list(value.shape)}", f"{layout} = {list(shape)}")
 
 
-def require_device(name: str, value: Tensor, device: torch.device) -> None:
-    """The same device as the call's first tensor."""
+def require_device(name: str, value: Tensor, device: torch.device, of: str = "q") -> None:
+    """The same device as the call's first tensor, which ``of`` names."""
     if value.device != device:
-        raise SpecError(name, f"device {value.device}", f"the device of q, {device}")
+        raise SpecError(name, f"device {value.device}", f"the device of {of}, {device}")
 
 
 def require_int(name: str, value: Any, low: int, high: int | None = None) -> None:

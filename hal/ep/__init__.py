@@ -1,0 +1,1 @@
+"""Expert-parallel communication over processes: the public buffer and the contract of the engines behind it."""
