@@ -183,7 +183,7 @@ def check_decode(
         lse_shape: tuple[int, ...] = (batch, h_q, s_q)
     else:
         total_q, h_q, head_dim = q.shape
-        batch, s_q = len(cu_seqlens_q) - 1, 0
+        batch, s_q = cu_seqlens_q.shape[0] - 1, 0
         out_shape, lse_shape = (total_q, h_q, head_dim_v), (h_q, total_q)
     num_blocks, page_size, h_kv, _ = kv_cache.shape
     if level:
@@ -265,7 +265,7 @@ def _check_q(q: Any, cu_seqlens_q: Any) -> None:
     require_tensor("q", q, QUERY_DTYPES, 3, "[total_q, h_q, d], since cu_seqlens_q is given")
     require_tensor("cu_seqlens_q", cu_seqlens_q, _INT32, 1, "[b + 1]")
     require_device("cu_seqlens_q", cu_seqlens_q, q.device)
-    if len(cu_seqlens_q) < 1:
+    if cu_seqlens_q.shape[0] < 1:
         raise SpecError("cu_seqlens_q", "shape [0]", "[b + 1], so at least one entry")
 
 
@@ -304,9 +304,9 @@ def _check_paging(q: Tensor, batch: int, block_table: Any, cache_seqlens: Any) -
     device = q.device
     require_device("block_table", block_table, device)
     require_device("cache_seqlens", cache_seqlens, device)
-    if len(block_table) != batch:
+    if block_table.shape[0] != batch:
         raise SpecError("block_table", f"shape {list(block_table.shape)}", f"[b, max_blocks] with b = {batch}")
-    if len(cache_seqlens) != batch:
+    if cache_seqlens.shape[0] != batch:
         raise SpecError("cache_seqlens", f"shape {list(cache_seqlens.shape)}", f"[b] with b = {batch}")
 
 

@@ -73,24 +73,42 @@ def require_values(name: str, bad: Tensor, values: Tensor, legal: str) -> None:
         raise SpecError(name, f"{values[tuple(index)].item()} at {index}", legal)
 
 
-def byte_range(tensor: Tensor) -> tuple[int, int]:
-    """First byte and one past the last byte the elements of a tensor occupy."""
-    start = tensor.data_ptr()
-    if tensor.numel() == 0:
-        return start, start
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return start, start + (last + 1) * tensor.element_size()
-
-
 def require_writable(name: str, value: Tensor, inputs: dict[str, Tensor]) -> None:
     """Every element has memory of its own, and none of it lies within an input's byte range."""
+    if not value.is_contiguous():
+        _require_no_self_overlap(name, value)
+    start, end = _storage_range(value)
+    for other, tensor in inputs.items():
+        first, last = _storage_range(tensor)
+        if start < last and first < end and tensor.device == value.device:
+            _require_disjoint(name, value, other, tensor)
+
+
+def _storage_range(tensor: Tensor) -> tuple[int, int]:
+    storage = tensor.untyped_storage()
+    start = storage.data_ptr()
+    return start, start + storage.nbytes()
+
+
+def _require_no_self_overlap(name: str, value: Tensor) -> None:
     extent = 1
     for stride, size in sorted((s, n) for s, n in zip(value.stride(), value.shape, strict=True) if n > 1):
         if stride < extent:
             raise SpecError(name, f"strides {list(value.stride())}", "strides under which no two elements overlap")
         extent = stride * size
-    start, end = byte_range(value)
-    for other, tensor in inputs.items():
-        first, last = byte_range(tensor)
-        if start < last and first < end and tensor.device == value.device:
-            raise SpecError(name, f"memory that {other} also covers", "memory of its own")
+
+
+def _require_disjoint(name: str, value: Tensor, other: str, tensor: Tensor) -> None:
+    start, end = _byte_range(value)
+    first, last = _byte_range(tensor)
+    if start < last and first < end:
+        raise SpecError(name, f"memory that {other} also covers", "memory of its own")
+
+
+def _byte_range(tensor: Tensor) -> tuple[int, int]:
+    """First byte and one past the last byte that the elements of a tensor occupy."""
+    start = tensor.data_ptr()
+    if tensor.numel() == 0:
+        return start, start
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.element_size()
