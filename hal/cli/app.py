@@ -1,0 +1,65 @@
+"""The command ``hal`` itself: its commands, and what every one of them does with an error.
+
+A `HalError` that reaches `main` becomes one paragraph on stderr and exit code 2; ``HAL_DEBUG=1`` adds the traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+import hal
+from hal.cli import backends, demo, doctor
+from hal.cli.extensions import Commands
+from hal.cli.text import paragraph
+
+app = typer.Typer(
+    name="hal",
+    cls=Commands,
+    help="One kernel interface, every accelerator: see which backends there are and whether they work.",
+    epilog="HAL_BACKEND=name chooses the backend. Exit codes: 0 done, 1 the answer is no, 2 the request is wrong.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("backends", help=backends.HELP)(backends.backends)
+app.command("doctor", help=doctor.HELP)(doctor.doctor)
+app.command("demo", help=demo.HELP)(demo.demo)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hal {hal.__version__}, specification {hal.SPEC_VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the versions and exit.")
+    ] = False,
+) -> None:
+    """Take the options that stand before the command."""
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    try:
+        try:
+            app(prog_name="hal")
+        except hal.HalError as error:
+            if os.environ.get("HAL_DEBUG", "") not in ("", "0"):
+                traceback.print_exc()
+            print(paragraph(error), file=sys.stderr)
+            raise SystemExit(2) from None
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has gone: nothing is left to say, and the interpreter must not try again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
