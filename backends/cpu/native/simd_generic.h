@@ -9,7 +9,7 @@ namespace hal_cpu {
 namespace {
 
 typedef float V __attribute__((vector_size(16)));
-typedef int32_t VI __attribute__((vector_size(16)));
+typedef uint32_t VI __attribute__((vector_size(16)));
 typedef uint16_t VH __attribute__((vector_size(8)));
 constexpr int kLanes = 4;
 constexpr int kRegisters = 16;
@@ -27,7 +27,7 @@ inline V max(V a, V b) { return a > b ? a : b; }
 inline V select_less(V a, V b, V x, V y) { return a < b ? x : y; }
 inline V select_equal(V a, V b, V x, V y) { return a == b ? x : y; }
 // 2 to the integer in the low mantissa bits of z.
-inline V exponent(V z) { return (V)(((VI)z << 23) + (127 << 23)); }
+inline V exponent(V z) { return (V)(((VI)z << 23) + (127u << 23)); }
 
 inline VI widen(const uint16_t* p) { return VI{p[0], p[1], p[2], p[3]}; }
 inline void narrow(uint16_t* p, VI v) {

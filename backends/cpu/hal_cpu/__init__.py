@@ -1,0 +1,5 @@
+"""The embedded CPU backend of the kernel HAL; `hal_cpu.plugin` registers it."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"

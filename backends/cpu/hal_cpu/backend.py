@@ -1,0 +1,107 @@
+"""`CpuBackend`: what the HAL asks of a backend, answered by the compiled kernel or, without one, by torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar, Final, Protocol
+
+from hal.backend import Backend, Probe
+from hal.spec.capability import Capabilities, Ints, MlaCapabilities
+from hal.spec.errors import SpecError, UnsupportedError
+
+if TYPE_CHECKING:
+    from hal.ep.engine import EpEngine
+    from hal.spec.ep import EpBufferArgs
+    from hal.spec.mla import MlaDecodeArgs
+    from hal.spec.plan import MlaPlanArgs
+
+MAX_DIM: Final = 576
+MAX_PAGE: Final = 256
+
+_DENSE: Final = MlaCapabilities(
+    dtypes=("bfloat16", "float16", "float32"),
+    kv_formats=("plain",),
+    head_dim=Ints(1, MAX_DIM),
+    head_dim_v=Ints(1, MAX_DIM),
+    h_q=Ints(1),
+    h_kv=Ints(1),
+    s_q=Ints(1),
+    page_size=Ints(1, MAX_PAGE),
+    causal=True,
+    ragged_q=True,
+    batch_invariant=True,
+    lse_bases=("e", "2"),
+    attn_sink=False,
+    extra_kv_cache=False,
+    topk=None,
+)
+
+
+class Kernel(Protocol):
+    """How the backend computes: `hal_cpu.native.NativeKernel` or `hal_cpu.torch_path.TorchKernel`."""
+
+    batch_invariant: bool
+
+    def details(self) -> dict[str, str]:
+        """What ``hal doctor`` shows."""
+
+    def plan(self, args: MlaPlanArgs) -> object:
+        """Make a schedule, or None where there is nothing to prepare."""
+
+    def decode(self, args: MlaDecodeArgs) -> None:
+        """Write ``args.out`` and ``args.lse``."""
+
+    def launches(self) -> dict[str, int]:
+        """Calls so far, by variant of the kernel."""
+
+
+class CpuBackend(Backend):
+    """MLA decode on the host's own cores.
+
+    ``HAL_CPU_ISA`` forces an instruction set, ``HAL_CPU_THREADS`` a number of threads (default: torch's).
+    """
+
+    spec_version: ClassVar[str] = "1.0"
+    priority: ClassVar[int] = 0
+
+    @cached_property
+    def _kernel(self) -> Kernel:
+        # Imported late: making a CpuBackend must load neither torch nor the compiled library.
+        from hal_cpu.native import NativeKernel, missing
+        from hal_cpu.torch_path import TorchKernel
+
+        reason = missing()
+        return NativeKernel() if reason is None else TorchKernel(reason)
+
+    def probe(self) -> Probe:
+        """Load the kernel and say which one it is; unavailable only for a wrong environment variable."""
+        try:
+            details = self._kernel.details()
+        except SpecError as error:
+            return Probe(False, str(error), f"unset {error.argument}")
+        reason = f"{platform.machine()}, {details['isa']}, {details['threads']} threads"
+        return Probe(True, reason, details.get("fix", ""), details=details)
+
+    def capabilities(self) -> Capabilities:
+        """Everything of dense decode but sinks and extra caches."""
+        dense = dataclasses.replace(_DENSE, batch_invariant=self._kernel.batch_invariant)
+        return Capabilities(device_types=("cpu",), mla_dense=dense, mla_sparse=None, ep=None)
+
+    def mla_plan(self, args: MlaPlanArgs) -> object:
+        """Cut the step into parts of equal cost."""
+        return self._kernel.plan(args)
+
+    def mla_decode(self, args: MlaDecodeArgs) -> None:
+        """Run the kernel; every index is checked before it is followed."""
+        self._kernel.decode(args)
+
+    def ep_buffer(self, args: EpBufferArgs) -> EpEngine:
+        """Refuse: expert-parallel communication is not declared."""
+        raise UnsupportedError("cpu", "group", "an expert-parallel group", "MLA decode only")
+
+    def launches(self) -> Mapping[str, int]:
+        """Calls of each kernel in this process, as ``cpu:mla_decode_<isa>@cpu``."""
+        return {f"cpu:mla_decode_{name}@cpu": count for name, count in self._kernel.launches().items()}
