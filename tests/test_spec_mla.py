@@ -366,12 +366,12 @@ def test_plan_serves_the_lengths_it_was_made_for() -> None:
         ({"dtype": torch.float32}, "dtype torch.float32"),
         ({"causal": True}, "causal True"),
         ({"batch_invariant": True}, "batch_invariant True"),
-        ({"cu_seqlens_q": torch.tensor([0, 2, 4, 6], dtype=torch.int32)}, "s_q 0"),
+        ({"cu_seqlens_q": torch.tensor([0, 2, 4, 6], dtype=torch.int32)}, "ragged_q True"),
     ],
 )
 def test_plan_for_other_sizes_is_refused(changes: dict[str, Any], named: str) -> None:
     call = good_call()
-    with pytest.raises(hal.SpecError, match=f"plan: got one made for {named}"):
+    with pytest.raises(hal.SpecError, match=f"plan: got a plan made for {named}"):
         decode({**call, "plan": plan_for(call, **changes)})
 
 

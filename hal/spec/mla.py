@@ -51,6 +51,7 @@ class MlaGeometry(NamedTuple):
     """Everything but the lengths that a schedule depends on. ``s_q`` is 0 for ragged queries."""
 
     batch: int
+    ragged_q: bool
     s_q: int
     h_q: int
     h_kv: int
@@ -61,7 +62,6 @@ class MlaGeometry(NamedTuple):
     kv_format: str
     causal: bool
     batch_invariant: bool
-    ragged_q: bool
     device: torch.device
 
 
@@ -128,6 +128,7 @@ class MlaDecodeArgs:
         """The part of this call that a schedule and a capability check depend on."""
         return MlaGeometry(
             self.batch,
+            self.cu_seqlens_q is not None,
             self.s_q,
             self.h_q,
             self.h_kv,
@@ -138,7 +139,6 @@ class MlaDecodeArgs:
             self.kv_format,
             self.causal,
             self.batch_invariant,
-            self.cu_seqlens_q is not None,
             self.q.device,
         )
 
