@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -154,8 +154,10 @@ def _error(fault: tuple[int, int, int, int], args: MlaDecodeArgs | None) -> Spec
     """Phrase what the native checks found; ``args`` is None where a plan was being made."""
     kind, row, column, value = fault
     if kind == _LENGTHS:
-        most: Any = None if args is None else args.max_blocks * args.page_size
-        legal = "0 or more" if args is None else f"0…{most} (max_blocks {args.max_blocks} × page_size {args.page_size})"
+        legal = "0 or more"
+        if args is not None:
+            most = args.max_blocks * args.page_size
+            legal = f"0…{most} (max_blocks {args.max_blocks} × page_size {args.page_size})"
         return SpecError("cache_seqlens", f"{value} at [{row}]", legal)
     if kind == _TABLE:
         assert args is not None

@@ -49,24 +49,22 @@ class TorchKernel:
         require_values("cache_seqlens", args.cache_seqlens < 0, args.cache_seqlens, "0 or more")
         if args.cu_seqlens_q is not None:
             check_cu_seqlens(args.cu_seqlens_q, None)
+        return None
 
     def decode(self, args: MlaDecodeArgs) -> None:
         """Attend one sequence at a time."""
         assert args.block_table is not None and args.cache_seqlens is not None
         _check_indices(args, args.block_table, args.cache_seqlens)
+        q, out, lse = args.q, args.out, args.lse
         if args.cu_seqlens_q is None:
             starts = [i * args.s_q for i in range(args.batch + 1)]
-            q, out = args.q.reshape(args.total_q, args.h_q, args.head_dim), args.out.flatten(0, 1)
-            # Strides that do not flatten make a copy, which has to be copied back.
-            if out.data_ptr() != args.out.data_ptr() and args.total_q:
-                out = torch.empty_like(out)
-            lse = args.lse.new_empty(args.h_q, args.total_q)
+            q = q.reshape(args.total_q, args.h_q, args.head_dim)
+            out, lse = out.new_empty(args.total_q, args.h_q, args.head_dim_v), lse.new_empty(args.h_q, args.total_q)
         else:
-            starts, q, out, lse = args.cu_seqlens_q.tolist(), args.q, args.out, args.lse
+            starts = args.cu_seqlens_q.tolist()
         for i, (start, end) in enumerate(itertools.pairwise(starts)):
-            _attend(
-                args, args.block_table[i], int(args.cache_seqlens[i]), q[start:end], out[start:end], lse[:, start:end]
-            )
+            rows = slice(start, end)
+            _attend(args, args.block_table[i], int(args.cache_seqlens[i]), q[rows], out[rows], lse[:, rows])
         if args.cu_seqlens_q is None:
             args.out.copy_(out.view(args.out.shape))
             args.lse.copy_(lse.view(args.h_q, args.batch, args.s_q).transpose(0, 1))
@@ -98,16 +96,17 @@ def _attend(args: MlaDecodeArgs, table: Tensor, length: int, q: Tensor, out: Ten
     keys = args.kv_cache[table[positions // args.page_size].long(), positions % args.page_size].float()
     # Queries that see equally many keys go together; a key that is not seen is not even multiplied by zero.
     step = 1 if args.causal else max(queries, 1)
-    group = args.h_q // args.h_kv
+    heads, group = args.h_kv, args.h_q // args.h_kv
     for i in range(0, queries, step):
         seen = length - queries + i + 1 if args.causal else length
         if seen <= 0:
             continue
-        rows = q[i : i + step].float().unflatten(1, (args.h_kv, group)).transpose(0, 1).flatten(1, 2)
-        keys_by_head = keys[:seen].transpose(0, 1)
-        scores = rows @ keys_by_head.transpose(1, 2) * args.softmax_scale
+        # Each KV head with all the rows it serves: [h_kv, step * group, …].
+        rows = q[i : i + step].float().reshape(step, heads, group, -1).transpose(0, 1).reshape(heads, step * group, -1)
+        by_head = keys[:seen].transpose(0, 1)
+        scores = rows @ by_head.transpose(1, 2) * args.softmax_scale
         sums = torch.logsumexp(scores, -1)
-        values = torch.softmax(scores, -1) @ keys_by_head[..., : args.head_dim_v]
-        out[i : i + step] = values.unflatten(1, (-1, group)).transpose(0, 1).flatten(1, 2).to(out.dtype)
+        values = torch.softmax(scores, -1) @ by_head[..., : args.head_dim_v]
+        out[i : i + step] = values.view(heads, step, group, -1).transpose(0, 1).reshape(step, heads * group, -1)
         sums = sums / math.log(2.0) if args.lse_base == "2" else sums
-        lse[:, i : i + step] = sums.unflatten(1, (-1, group)).transpose(1, 2).flatten(0, 1)
+        lse[:, i : i + step] = sums.view(heads, step, group).transpose(1, 2).reshape(heads * group, step)
