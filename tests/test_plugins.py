@@ -68,7 +68,7 @@ CASES = {
     "classless": Case(changed("return Fake()", "return object()"), "broken", "TypeError: hal_classless .*Backend"),
     "partial": Case(changed("def launches", "def lunches"), "broken", "TypeError: .*abstract method '?launches.*"),
     "prober": Case(changed("return Probe(", "raise OSError('bus')\n        return Probe("), "broken", "OSError: bus"),
-    "mute": Case(changed("return Probe(", "Probe("), "broken", "AttributeError: .*"),
+    "mute": Case(changed("return Probe(", "Probe("), "broken", "(AttributeError|TypeError): .*NoneType.*"),
     "declarer": Case(
         changed("return Capabilities(", "raise KeyError('d')\n        return Capabilities("), "broken", "KeyError: 'd'"
     ),
@@ -300,7 +300,7 @@ CARELESS = {
     "rankless": changed("priority = 10", "priority = property(lambda self: 1 / 0)"),
     "undeclared": changed("return Capabilities(", "Capabilities("),
     "misdeclared": changed("return Capabilities(", "return dict("),
-    "unprobed": changed("return Probe(", "return dict(available="),
+    "unprobed": changed("return Probe(", "return 'yes'\n        Probe("),
 }
 
 
