@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import pytest
 from distributions import Interpreter, bare_site
+from seeds import ENV, SEED
+
+
+def pytest_report_header() -> str:
+    """Say how to repeat this run; hypothesis prints its own line for what it finds."""
+    return f"seed: {ENV}={SEED}"
 
 
 @pytest.fixture(scope="session")
