@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 	$(BIN)/hal demo
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadgroup
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check

@@ -1,4 +1,8 @@
-"""What holds for every test of the repository: in CI nothing is skipped because a part is missing."""
+"""What holds for every test of the repository.
+
+In CI nothing is skipped because a part is missing. Torch keeps to one thread, since tests run side by side and its
+threads would only wait for each other.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from collections.abc import Generator
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 CI = os.environ.get("CI", "").lower() in ("1", "true")
 
 
