@@ -25,9 +25,10 @@ sweep: $(VENV)/.installed
 	HAL_SWEEP=all $(BIN)/pytest tests/test_mla_sweep.py -q
 
 $(VENV)/.installed: $(INPUTS)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt $(foreach d,$(DISTRIBUTIONS),-e $(d)[dev])
-	touch $@
+	@echo "Installing into $(VENV): torch and the compiled kernels take a few minutes, once."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -q -c constraints.txt $(foreach d,$(DISTRIBUTIONS),-e $(d)[dev])
+	@touch $@
 
 clean:
 	rm -rf $(VENV)

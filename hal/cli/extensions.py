@@ -72,6 +72,7 @@ def _added(name: str, entries: list[EntryPoint]) -> Any:
 
 def _unusable(name: str, summary: str, message: str) -> Any:
     """A command that takes anything, says one line and exits with 2."""
+    from rich.markup import escape
 
     def refuse() -> None:
         typer.echo(f"hal {name}: {message}", err=True)
@@ -79,5 +80,5 @@ def _unusable(name: str, summary: str, message: str) -> Any:
 
     stand_in = typer.Typer(add_completion=False, rich_markup_mode=None)
     anything = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
-    stand_in.command(name, help=summary, context_settings=anything, add_help_option=False)(refuse)
+    stand_in.command(name, help=escape(summary), context_settings=anything, add_help_option=False)(refuse)
     return typer.main.get_command(stand_in)
