@@ -117,6 +117,13 @@ def test_a_wrong_peer_gets_no_speed_and_costs_the_others_nothing(tmp_path, monke
     assert done.output.count("spoilt  ") == 2  # once among the peers, once in the table, never in a mean
 
 
+def test_processor_time_is_said_to_be_it(monkeypatch):
+    with_peers(monkeypatch)
+    done = bench("--backend", "right", *SMALL, "--clock", "cpu", "--threads", "1")
+    assert done.exit_code == 0, done.output
+    assert "processor time of one thread, not time on the wall" in done.output
+
+
 def test_absent_and_unable_peers_say_why(monkeypatch):
     with_peers(monkeypatch, PlantedPeer("gone", here=False), PlantedPeer("weak", reason="paging"))
     done = bench("--backend", "right", *SMALL)
@@ -166,6 +173,8 @@ def test_against_an_earlier_run(tmp_path, monkeypatch):
         ((*SMALL, "--against", "absent.json"), "cannot be read"),
         ((*SMALL, "--json", "absent/new.json"), "cannot be written"),
         ((*SMALL, "--json", "."), "cannot be written"),
+        ((*SMALL, "--clock", "cpu", "--threads", "2"), "--threads 1"),
+        ((*SMALL, "--clock", "sun"), "sun"),
         (("--surprise",), "--surprise"),
     ],
 )

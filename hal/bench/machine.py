@@ -60,9 +60,10 @@ class Machine:
     def lines(self) -> list[str]:
         """For people: two lines."""
         cache = self.last_level_cache / 2**20
+        threads = f"{self.threads} {'thread' if self.threads == 1 else 'threads'} for every contender"
         return [
             f"{self.processor}, {self.cores} cores, last-level cache {cache:.0f} MiB; {self.date}",
-            f"{self.threads} threads for every contender; load {self.load:.1f} before the run; {self.software}",
+            f"{threads}; load {self.load:.1f} before the run; {self.software}",
         ]
 
 

@@ -154,6 +154,8 @@ class MlaReport:
         Seconds, by limit.
     others : float or None
         Share of the machine that other processes took while timing, the most of any group; None if unknown.
+    cpu_time : bool
+        Whether samples are processor time.
     """
 
     backend: str
@@ -162,6 +164,7 @@ class MlaReport:
     rounds: list[int] = field(default_factory=list)
     limit_samples: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     others: float | None = None
+    cpu_time: bool = False
 
     @property
     def right(self) -> bool:
@@ -185,6 +188,8 @@ class Settings:
     seed : int
     group_bytes : int
         Cases whose data fits in this much memory together are timed in the same rounds.
+    cpu_time : bool
+        Processor time instead of the wall clock; only for one thread, where the two mean the same.
     """
 
     threads: int
@@ -192,6 +197,7 @@ class Settings:
     deadline: float | None = None
     seed: int = 0
     group_bytes: int = GROUP_BYTES
+    cpu_time: bool = False
 
 
 def footprint(case: MlaCase, device: torch.device) -> int:
@@ -224,7 +230,7 @@ def run(
     """
     watcher = watcher or Watcher()
     device = torch.device(selected.capabilities.device_types[0])
-    report = MlaReport(selected.name)
+    report = MlaReport(selected.name, cpu_time=settings.cpu_time)
     before = torch.get_num_threads()
     try:
         for group in _groups(cases, device, settings.group_bytes):
@@ -279,7 +285,7 @@ def _run_group(
     outcome = interleave(
         contenders,
         rounds=settings.rounds,
-        clock=clock_for(device),
+        clock=clock_for(device, settings.cpu_time),
         deadline=settings.deadline,
         on_turn=watcher.step,
     )

@@ -51,6 +51,7 @@ def record(report: MlaReport, machine: Machine) -> dict[str, Any]:
     return {
         "machine": dataclasses.asdict(machine),
         "backend": report.backend,
+        "clock": "cpu" if report.cpu_time else "wall",
         "rounds": report.rounds,
         "others": report.others,
         "limits": {name: samples for (_, name), samples in report.limit_samples.items()},

@@ -20,6 +20,8 @@ def results(report: MlaReport) -> Iterator[Text]:
     if not report.results or report.limits is None:
         return
     yield Text()
+    if report.cpu_time:
+        yield Text("processor time of one thread, not time on the wall")
     yield Text(_HEAD, style="bold")
     for result in report.results:
         bound = "memory" if report.limits.memory_bound(result.flop, result.moved) else "compute"
@@ -43,7 +45,7 @@ def summary(report: MlaReport) -> Iterator[Text]:
         yield limit_line("read", limits.read_gbps, "GB/s", "not a limit here, for information")
     if limits.bf16_gemm_gflops is not None:
         yield limit_line("bf16 gemm", limits.bf16_gemm_gflops, "GFLOP/s", "not a limit here, for information")
-    yield from disturbance([limits.sgemm_gflops, limits.copy_gbps], report.others)
+    yield from disturbance([limits.sgemm_gflops, limits.copy_gbps], report.others, report.cpu_time)
     for line in FORMULAS:
         yield Text(f"  {line}", style="dim")
     means = geometric_means(report)

@@ -203,7 +203,7 @@ def lines(found: Overhead) -> Iterator[Text]:
             f"{short(cost.added.p50):>8} {f'({span(cost.added)})':<13}{short(cost.validation.p50):>11}"
         )
     yield Text("  added      = hal.mla_decode − the backend's own call on checked arguments")
-    yield Text("  validation = the checks alone, with the allocation of lse (and of out, if bare)")
+    yield Text("  validation = the checks alone, and allocating lse (and out, if bare)")
     yield Text("  steady: plan= and out= given, as in every layer of an engine; bare: neither")
     if found.import_hal_ms is not None and found.import_torch_ms is not None:
         yield Text(

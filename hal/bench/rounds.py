@@ -39,6 +39,19 @@ class HostClock:
         return (time.perf_counter_ns() - start) * 1e-9
 
 
+class CpuClock:
+    """For work of one thread on a machine shared with others: processor time, which does not run while it waits.
+
+    What it does not see is time lost to caches and memory bandwidth that others use.
+    """
+
+    def time(self, call: Callable[[], object]) -> float:
+        """Seconds of processor time that all threads of the process took during the call."""
+        start = time.process_time_ns()
+        call()
+        return (time.process_time_ns() - start) * 1e-9
+
+
 class EventClock:
     """For work queued on a device: the time between two events on its current stream.
 
@@ -62,9 +75,11 @@ class EventClock:
         return before.elapsed_time(after) * 1e-3
 
 
-def clock_for(device: torch.device) -> Clock:
-    """The clock that is right for work on this device."""
-    return HostClock() if device.type == "cpu" else EventClock(device)
+def clock_for(device: torch.device, cpu_time: bool = False) -> Clock:
+    """The clock that is right for work on this device; ``cpu_time`` asks for processor time on the host."""
+    if device.type != "cpu":
+        return EventClock(device)
+    return CpuClock() if cpu_time else HostClock()
 
 
 @dataclass(slots=True)

@@ -66,14 +66,17 @@ def limit_line(name: str, rate: Spread, unit: str, note: str) -> Text:
     return Text(f"  {name:<11}{short(rate.p50):>6} ({span(rate)}) {unit}".ljust(42) + note)
 
 
-def disturbance(rates: Iterable[Spread], others: float | None) -> Iterator[Text]:
+def disturbance(rates: Iterable[Spread], others: float | None, cpu_time: bool = False) -> Iterator[Text]:
     """How quiet the machine was: what others took of it, and how much its own limits varied."""
     if others is not None:
         text = f"  other processes took {others:.0%} of the processors while this was timed"
-        if others > BUSY:
+        if others > BUSY and cpu_time:
+            text += ", and of its caches and its bandwidth an unknown part; their processor time is not counted here"
+        elif others > BUSY:
             text += (
-                ": every time is too long, and those of kernels whose threads wait for each other by spinning are "
-                "longest, so that ratios are off too; repeat on a quiet machine before quoting any"
+                ": every time is too long, and most of all those of long calls and of kernels whose threads wait for "
+                "each other, so that ratios are off too. Repeat on a quiet machine before quoting any, or use "
+                "--threads 1 --clock cpu"
             )
         yield from wrapped(text, style="yellow" if others > BUSY else "")
     worst = max((rate.p90 / rate.p10 for rate in rates), default=1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import enum
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -57,6 +58,15 @@ OVERHEAD_HELP: Final = (
 )
 
 ROUNDS: Final = 15
+
+
+class Clock(str, enum.Enum):
+    """What is read before and after a call."""
+
+    WALL = "wall"
+    CPU = "cpu"
+
+
 QUICK_SECONDS: Final = 38.0
 """When --quick stops beginning rounds: checking, the last round and the imports fit in the rest of its minute."""
 
@@ -73,6 +83,9 @@ def mla(
     quick: Annotated[bool, typer.Option("--quick", help="A few cases, within a minute.")] = False,
     rounds: Annotated[int | None, typer.Option(min=3, max=10_000, help=f"Rounds; {ROUNDS} if absent.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads for every contender; all if absent.")] = None,
+    clock: Annotated[
+        Clock, typer.Option(help="cpu: processor time, for --threads 1 on a machine shared with others.")
+    ] = Clock.WALL,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the inputs.")] = 0,
     json_file: JsonOption = None,
     record_file: RecordOption = None,
@@ -92,6 +105,10 @@ def mla(
     started = time.monotonic()
     count = threads or torch.get_num_threads()
     cases = _cases(case or [], quick, count)
+    if clock is Clock.CPU and any(number != 1 for number in (count, *(c.threads or count for c in cases))):
+        raise typer.BadParameter(
+            "processor time says nothing of several threads: add --threads 1", param_hint="'--clock'"
+        )
     wanted = _peers(peer or [])
     earlier = earlier_run(against)
     require_writable(json=json_file, record=record_file)
@@ -108,7 +125,8 @@ def mla(
     _require_room(cases, device)
     machine = Machine.here(count)
     show(out, text.heading(machine, chosen.selected.name, about(chosen), present))
-    settings = Settings(count, rounds or ROUNDS, started + QUICK_SECONDS if quick and rounds is None else None, seed)
+    deadline = started + QUICK_SECONDS if quick and rounds is None else None
+    settings = Settings(count, rounds or ROUNDS, deadline, seed, cpu_time=clock is Clock.CPU)
     with progress_bar() as progress:
         here = [one for one, found in zip(wanted, present, strict=True) if not found.out]
         found = run(chosen.selected, cases, here, settings, watcher(progress))
