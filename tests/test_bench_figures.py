@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import time
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from hal.bench.data import UNUSED_ENTRY, make
 from hal.bench.limits import COPY, READ, SGEMM, LimitContenders, Limits
 from hal.bench.peers.vllm_cpu import best_variant
 from hal.bench.report import DocumentError, changes, load
-from hal.bench.rounds import Contender, HostClock, interleave
+from hal.bench.rounds import Contender, CpuClock, EventClock, HostClock, clock_for, interleave
 from hal.bench.stats import Spread, geometric_mean, paired_ratio, quantile
+from hal.bench.text import short
 
 CPU = torch.device("cpu")
 
@@ -78,6 +80,11 @@ def test_standard_sweep_has_every_axis_and_thread_count():
     assert len(names) == len(set(names))
     assert {case.threads for case in standard(6)} == {None, 1, 2, 4, 6}
     assert {case.threads for case in standard(1)} == {None, 1}
+
+
+def test_figures_are_short_whatever_their_size():
+    values = (12345.6, 999.4, 56.78, 1.234, 0.0456, -0.5, -123.4)
+    assert [short(value) for value in values] == ["12346", "999", "56.8", "1.23", "0.046", "-0.500", "-123"]
 
 
 def test_quantiles_are_interpolated_and_agree_with_the_library():
@@ -173,14 +180,37 @@ def test_a_deadline_leaves_whole_rounds_and_at_least_three():
     assert {len(samples) for samples in outcome.samples.values()} == {3}
 
 
-def test_the_host_clock_measures_the_call():
-    assert HostClock().time(lambda: None) >= 0
+def test_each_clock_is_for_its_purpose():
+    assert isinstance(clock_for(CPU), HostClock)
+    assert isinstance(clock_for(CPU, cpu_time=True), CpuClock)
+    assert isinstance(clock_for(torch.device("meta"), cpu_time=True), EventClock)
+    for clock in (HostClock(), CpuClock()):
+        assert clock.time(lambda: None) >= 0
 
 
+def test_processor_time_does_not_run_while_waiting():
+    done = []
+    assert CpuClock().time(lambda: done.append(time.sleep(0.05))) < 0.05
+    assert done == [None]
+
+
+def test_bystanders_take_a_share():
+    share = machine.Bystanders()
+    time.sleep(0.02)
+    taken = share.share()
+    assert taken is None or 0 <= taken <= 1
+
+
+@pytest.fixture
+def small_machine(monkeypatch):
+    monkeypatch.setattr("hal.bench.data.last_level_cache", lambda: 4 << 20)
+
+
+@pytest.mark.usefixtures("small_machine")
 def test_layers_keep_a_cache_out_of_the_caches_and_tables_are_disjoint():
-    data = make(MlaCase.parse("b2_h1_s4096_varlen_q2_causal"), 0, CPU)
+    data = make(MlaCase.parse("b2_h1_s512_varlen_q2_causal"), 0, CPU)
     assert data.layers > 1
-    assert data.kv_cache.nbytes >= machine.last_level_cache()
+    assert data.kv_cache.nbytes >= 4 << 20
     used = torch.cat([table[table != UNUSED_ENTRY] for table in data.tables])
     assert len(used.unique()) == len(used) == len(data.kv_cache)
     for table in data.tables:
@@ -191,8 +221,9 @@ def test_layers_keep_a_cache_out_of_the_caches_and_tables_are_disjoint():
     assert [len(rows) for rows in data.gathered(1)] == data.lengths
 
 
+@pytest.mark.usefixtures("small_machine")
 def test_inputs_repeat_with_their_seed():
-    case = MlaCase.parse("b1_h1_s65536")
+    case = MlaCase.parse("b1_h1_s512")
     a, b, c = (make(case, seed, CPU) for seed in (1, 1, 2))
     assert torch.equal(a.kv_cache, b.kv_cache)
     assert torch.equal(a.q, b.q)

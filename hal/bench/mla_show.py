@@ -10,7 +10,7 @@ from rich.text import Text
 from hal.bench.cases import FORMULAS
 from hal.bench.mla import CaseResult, Entry, MlaReport
 from hal.bench.mla_report import geometric_means
-from hal.bench.text import disturbance, limit_line, short, span, wrapped
+from hal.bench.text import disturbance, limit_line, short, span, times, wrapped
 
 _HEAD: Final = f"  {'':<13}{'ms p50':>9}  {'p10–p90':<15}{'GFLOP/s':>8}{'GB/s':>7}{'limit':>7}{'×':>6} p10–p90"
 
@@ -79,4 +79,4 @@ def _entry(report: MlaReport, result: CaseResult, entry: Entry) -> Iterator[Text
     ratio = result.ratio(entry)
     style = "green" if ratio.p10 > 1 else "red" if ratio.p90 < 1 else "yellow"
     speedup = seconds.p50 / result.backend.seconds.p50
-    yield Text.assemble(line, (f"{short(speedup):>6}", style), f" {span(ratio)}")
+    yield Text.assemble(line, (f"{times(speedup):>6}", style), f" {times(ratio.p10)}–{times(ratio.p90)}")

@@ -108,9 +108,13 @@ def span(spread: Spread, unit: float = 1.0) -> str:
 
 def short(value: float) -> str:
     """Three significant digits, without an exponent."""
-    if value >= 100:
-        return f"{value:.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+    size = abs(value)
+    return f"{value:.{0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3}f}"
+
+
+def times(value: float) -> str:
+    """A ratio: two digits after the point where it is small."""
+    return f"{value:.2f}" if value < 10 else short(value)
 
 
 def wrapped(line: str, style: str = "", indent: int = 2) -> Iterator[Text]:
