@@ -178,6 +178,7 @@ def test_a_deadline_leaves_whole_rounds_and_at_least_three():
     outcome = interleave(contenders, rounds=50, clock=Ticking(), deadline=0.0)
     assert outcome.rounds == 3
     assert {len(samples) for samples in outcome.samples.values()} == {3}
+    assert interleave(contenders, rounds=50, clock=Ticking(), deadline=0.0, fewest=1).rounds == 1
 
 
 def test_each_clock_is_for_its_purpose():

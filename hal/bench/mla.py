@@ -184,7 +184,7 @@ class Settings:
         For every contender.
     rounds : int
     deadline : float or None
-        ``time.monotonic()`` after which no round is begun.
+        ``time.monotonic()`` after which no round but the first is begun.
     seed : int
     group_bytes : int
         Cases whose data fits in this much memory together are timed in the same rounds.
@@ -287,6 +287,7 @@ def _run_group(
         rounds=settings.rounds,
         clock=clock_for(device, settings.cpu_time),
         deadline=settings.deadline,
+        fewest=1,
         on_turn=watcher.step,
     )
     share = bystanders.share()

@@ -10,6 +10,7 @@ from rich.text import Text
 from hal.bench.cases import FORMULAS
 from hal.bench.mla import CaseResult, Entry, MlaReport
 from hal.bench.mla_report import geometric_means
+from hal.bench.rounds import FEWEST_ROUNDS
 from hal.bench.text import disturbance, limit_line, short, span, times, wrapped
 
 _HEAD: Final = f"  {'':<13}{'ms p50':>9}  {'p10–p90':<15}{'GFLOP/s':>8}{'GB/s':>7}{'limit':>7}{'×':>6} p10–p90"
@@ -39,6 +40,10 @@ def summary(report: MlaReport) -> Iterator[Text]:
     yield Text()
     rounds = " and ".join(map(str, sorted(set(report.rounds))))
     yield Text(f"limits, medians (p10–p90) of the same {rounds} rounds", style="bold")
+    if min(report.rounds) < FEWEST_ROUNDS:
+        yield from wrapped(
+            "  too few rounds for a median: time ran out, on a machine too slow or too busy", style="red"
+        )
     yield limit_line("sgemm peak", limits.sgemm_gflops, "GFLOP/s", "torch.mm 2048³, float32")
     yield limit_line("copy", limits.copy_gbps, "GB/s", "read + written, beyond the caches")
     if limits.read_gbps is not None:

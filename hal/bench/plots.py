@@ -71,8 +71,13 @@ def _roofline(axes: Any, report: MlaReport) -> None:
     edge = limits.sgemm_gflops.p50 / limits.copy_gbps.p50
     reach = sorted([min(intensities) / 2, edge, max(intensities) * 2])
     axes.plot(reach, [min(limits.sgemm_gflops.p50, x * limits.copy_gbps.p50) for x in reach], color="black")
-    axes.annotate(f"sgemm {limits.sgemm_gflops.p50:.0f} GFLOP/s", (reach[-1], limits.sgemm_gflops.p50), ha="right",
-                  xytext=(0, 4), textcoords="offset points")  # fmt: skip
+    axes.annotate(
+        f"sgemm {limits.sgemm_gflops.p50:.0f} GFLOP/s, copy {limits.copy_gbps.p50:.0f} GB/s",
+        (edge, limits.sgemm_gflops.p50),
+        ha="center",
+        xytext=(0, 5),
+        textcoords="offset points",
+    )
     for name, pick in _contenders(report):
         points = [(r.flop / r.moved, r.flop / entry.seconds.p50 / 1e9) for r in report.results if (entry := pick(r))]
         if points:
@@ -128,7 +133,7 @@ def _shared(key: MlaCase, field: str) -> str:
 
 
 def _save(figure: Any, file: Path, machine: Machine) -> Path:
-    text = f"{machine.processor}; {machine.threads} threads; {machine.date}"
+    text = f"{machine.processor}; threads: {machine.threads}; {machine.date}"
     figure.supxlabel(text, fontsize=7, color="gray")
     figure.savefig(file, metadata={"Date": None})
     return file

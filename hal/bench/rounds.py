@@ -140,6 +140,7 @@ def interleave(
     rounds: int,
     clock: Clock,
     deadline: float | None = None,
+    fewest: int = FEWEST_ROUNDS,
     most_calls: int = MOST_CALLS,
     on_turn: Callable[[], None] | None = None,
 ) -> Outcome:
@@ -152,7 +153,8 @@ def interleave(
         Counted rounds; one more before them sizes the turns and is thrown away.
     clock : Clock
     deadline : float, optional
-        ``time.monotonic()`` after which no further round is begun, once there are three.
+        ``time.monotonic()`` after which no further round is begun, once there are ``fewest``.
+    fewest : int
     most_calls : int
         A turn has no more calls than this, and no more than fit in `TURN_SECONDS`.
     on_turn : callable, optional
@@ -183,7 +185,7 @@ def interleave(
 
     done = 0
     for number in range(-1, rounds):
-        if number >= FEWEST_ROUNDS and deadline is not None and time.monotonic() > deadline:
+        if number >= fewest and deadline is not None and time.monotonic() > deadline:
             break
         for contender in _ordered(running, number):
             turn(contender, sizes.get(contender.key))
