@@ -441,7 +441,8 @@ void fold(State into, State from, int first, int rows, int dim) {
     into.sum[r] = into.sum[r] * keep + from.sum[r] * add;
     float* to = into.out + r * into.out_stride;
     const float* more = from.out + r * from.out_stride;
-    for (int c = 0; c < dim; c += kLanes) store(to + c, fma(load(more + c), splat(add), load(to + c) * splat(keep)));
+    for (int c = 0; c < dim; c += kLanes)
+      store(to + c, fma(load(more + c), splat(add), load(to + c) * splat(keep)));
   }
 }
 

@@ -11,7 +11,8 @@ from cpu_cases import GARBAGE, Case, Kernel, decode, make, plan
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hal.spec.errors import SpecError
+from hal.spec.errors import SpecError, UnsupportedError
+from hal.spec.plan import check_plan
 from hal.spec.validation import Level, set_validation, validation_level
 
 
@@ -102,6 +103,17 @@ def test_a_plan_checks_its_lengths(kernel: Kernel) -> None:
         plan(kernel, edit(LEGAL(), "cache_seqlens", 2, -1))
     with pytest.raises(SpecError, match="cu_seqlens_q"):
         plan(kernel, edit(LEGAL(), "cu_seqlens_q", 1, 7))
+
+
+@pytest.mark.parametrize("sizes", [{"s_q": 10**30}, {"s_q": 2**31}, {"h_q": 2**30}, {"h_q": 2**62}, {"s_q": 2**26}])
+def test_a_plan_for_more_rows_than_fit_memory_is_refused(native: Kernel, sizes: dict[str, int]) -> None:
+    arguments = {"h_q": 4, "s_q": 1} | sizes
+    arguments["h_kv"] = arguments["h_q"]
+    lengths = torch.tensor([5], dtype=torch.int32)
+    options = (None, 64, 64, 64, torch.bfloat16, "plain", False, False)
+    args = check_plan(lengths, arguments["h_q"], arguments["h_kv"], arguments["s_q"], *options)
+    with pytest.raises(UnsupportedError, match="rows"):
+        native.plan(args)
 
 
 def test_no_pages_at_all(kernel: Kernel) -> None:
