@@ -11,7 +11,7 @@ from hal.bench.cases import FORMULAS
 from hal.bench.mla import CaseResult, Entry, MlaReport
 from hal.bench.mla_report import geometric_means
 from hal.bench.rounds import FEWEST_ROUNDS
-from hal.bench.text import disturbance, limit_line, short, span, times, wrapped
+from hal.bench.text import UNCOUNTED, WAITING, disturbance, limit_line, short, span, times, wrapped
 
 _HEAD: Final = f"  {'':<13}{'ms p50':>9}  {'p10–p90':<15}{'GFLOP/s':>8}{'GB/s':>7}{'limit':>7}{'×':>6} p10–p90"
 
@@ -50,7 +50,8 @@ def summary(report: MlaReport) -> Iterator[Text]:
         yield limit_line("read", limits.read_gbps, "GB/s", "not a limit here, for information")
     if limits.bf16_gemm_gflops is not None:
         yield limit_line("bf16 gemm", limits.bf16_gemm_gflops, "GFLOP/s", "not a limit here, for information")
-    yield from disturbance([limits.sgemm_gflops, limits.copy_gbps], report.others, report.cpu_time)
+    meaning = UNCOUNTED if report.cpu_time else WAITING
+    yield from disturbance([limits.sgemm_gflops, limits.copy_gbps], report.others, meaning)
     for line in FORMULAS:
         yield Text(f"  {line}", style="dim")
     means = geometric_means(report)

@@ -210,4 +210,4 @@ def lines(found: Overhead) -> Iterator[Text]:
             f"  import hal adds {short(found.import_hal_ms.p50)} ms ({span(found.import_hal_ms)}) to the "
             f"{short(found.import_torch_ms.p50)} ms of import torch"
         )
-    yield from disturbance([], found.others)
+    yield from disturbance([], found.others, ": read the lower end of each spread")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -44,7 +45,8 @@ def draw(report: MlaReport, machine: Machine, folder: Path) -> Iterator[tuple[Pa
     ImportError
         matplotlib is not installed.
     """
-    from matplotlib.figure import Figure
+    # Imported by name, so that the types can be checked where it is not installed.
+    Figure: Any = importlib.import_module("matplotlib.figure").Figure  # noqa: N806  (a class)
 
     if report.limits is None:
         return

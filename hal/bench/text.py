@@ -66,19 +66,19 @@ def limit_line(name: str, rate: Spread, unit: str, note: str) -> Text:
     return Text(f"  {name:<11}{short(rate.p50):>6} ({span(rate)}) {unit}".ljust(42) + note)
 
 
-def disturbance(rates: Iterable[Spread], others: float | None, cpu_time: bool = False) -> Iterator[Text]:
-    """How quiet the machine was: what others took of it, and how much its own limits varied."""
+WAITING: Final = (
+    ": every time is too long, and most of all those of long calls and of kernels whose threads wait for each other, "
+    "so that ratios are off too. Repeat on a quiet machine before quoting any, or use --threads 1 --clock cpu"
+)
+UNCOUNTED: Final = ", and of its caches and its bandwidth an unknown part; their processor time is not counted here"
+
+
+def disturbance(rates: Iterable[Spread], others: float | None, meaning: str = "") -> Iterator[Text]:
+    """How quiet the machine was: what others took of it, what that means, and how much its own limits varied."""
     if others is not None:
+        busy = others > BUSY
         text = f"  other processes took {others:.0%} of the processors while this was timed"
-        if others > BUSY and cpu_time:
-            text += ", and of its caches and its bandwidth an unknown part; their processor time is not counted here"
-        elif others > BUSY:
-            text += (
-                ": every time is too long, and most of all those of long calls and of kernels whose threads wait for "
-                "each other, so that ratios are off too. Repeat on a quiet machine before quoting any, or use "
-                "--threads 1 --clock cpu"
-            )
-        yield from wrapped(text, style="yellow" if others > BUSY else "")
+        yield from wrapped(text + (meaning if busy else ""), style="yellow" if busy else "")
     worst = max((rate.p90 / rate.p10 for rate in rates), default=1.0)
     if worst > NOISY:
         yield from wrapped(
