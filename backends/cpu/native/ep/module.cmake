@@ -1,0 +1,8 @@
+# The expert-parallel module `_ep`, beside `_native`.
+nanobind_add_module(_ep NB_STATIC ${CMAKE_CURRENT_LIST_DIR}/module.cpp ${CMAKE_CURRENT_LIST_DIR}/engine.cpp
+                    ${CMAKE_CURRENT_LIST_DIR}/window.cpp ${CMAKE_CURRENT_LIST_DIR}/kernels.cpp)
+target_compile_features(_ep PRIVATE cxx_std_17)
+# Contraction off: products and sums are rounded apart, as the specification says.
+target_compile_options(_ep PRIVATE -O3 -ffp-contract=off -Wall -Wextra)
+target_link_libraries(_ep PRIVATE Threads::Threads)
+install(TARGETS _ep LIBRARY DESTINATION hal_cpu)
