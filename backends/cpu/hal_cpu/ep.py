@@ -61,6 +61,7 @@ CAPABILITIES: Final = EpCapabilities(
 
 _TYPES: Final = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _BYTES, _INT32, _INT64 = 3, 4, 5
+_WINDOW_FROM: Final = 1 << 20
 _KINDS: Final = ("", "dispatch", "combine", "low_latency_dispatch", "low_latency_combine")
 _CAST_OF: Final = {name: i for i, name in enumerate(CASTS)}
 
@@ -243,7 +244,7 @@ class CpuEpEngine(EpEngine):
     def combine(self, args: EpCombineArgs) -> EpCombined:
         """Stage the rows where peers can read them; the finish fetches and sums."""
         handle, x = args.handle, args.x if args.x.is_contiguous() else args.x.contiguous()
-        out = torch.empty(handle.num_tokens, self._args.hidden, dtype=x.dtype)
+        out = self._empty(handle.num_tokens, x.dtype)
         weights = None if args.topk_weights is None else torch.empty(handle.num_tokens, handle.topk)
         bias = [(one.data_ptr(), one.stride(0) * one.itemsize) for one in args.bias] + [(0, 0)] * 2
         kind = _TYPES[x.dtype]
@@ -356,7 +357,7 @@ class CpuEpEngine(EpEngine):
         buffer, packed = self._args, _state(handle)
         shape = (buffer.local_experts, buffer.num_ranks * buffer.max_tokens_per_rank, buffer.hidden)
         if packed.lent is None:
-            packed.lent = self._engine.lend(shape[0] * shape[1] * shape[2] * buffer.dtype.itemsize)
+            packed.lent = self._engine.lend(shape[0] * shape[1] * shape[2] * buffer.dtype.itemsize, False)
         tensor: Tensor = self._native.Engine.lent_tensor(packed.lent, _TYPES[buffer.dtype], shape)
         return tensor
 
@@ -405,6 +406,15 @@ class CpuEpEngine(EpEngine):
     def close(self) -> None:
         """Tell the peers and let the windows go."""
         self._engine.close()
+
+    def _empty(self, rows: int, dtype: torch.dtype) -> Tensor:
+        """Memory for sums. Large ones come from the window, whose pages are in place and used again."""
+        hidden = self._args.hidden
+        size = rows * hidden * dtype.itemsize
+        if size < _WINDOW_FROM:
+            return torch.empty(rows, hidden, dtype=dtype)
+        tensor: Tensor = self._native.Engine.lent_tensor(self._engine.lend(size, True), _TYPES[dtype], (rows, hidden))
+        return tensor
 
     def _finish(self, op: Any, fields: Sequence[tuple[str, Callable[[int], str]]], keep: object = None) -> Finish:
         finish = self._engine.finish

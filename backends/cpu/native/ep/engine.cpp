@@ -225,7 +225,7 @@ void Engine::wait(Phase phase, const Operation& op, int64_t* waits, Ready ready)
     };
     left_.erase(std::remove_if(left_.begin(), left_.end(), gone), left_.end());
   };
-  const int spins = config_.crowded ? 50 : 5000, yields = config_.crowded ? 20 : 50;
+  const int spins = config_.crowded ? 30 : 300, yields = config_.crowded ? 20 : 100;
   for (int turn = 0; turn < spins && !left_.empty(); ++turn) {
     relax();
     sweep();

@@ -174,7 +174,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   std::shared_ptr<Operation> combine(const CombineCall& call);
   std::shared_ptr<Operation> packed_dispatch(const PackedCall& call);
   std::shared_ptr<Operation> packed_combine(const PackedCombineCall& call);
-  std::shared_ptr<Lease> lend(uint64_t bytes) { return arena_->take(bytes, false); }
+  std::shared_ptr<Lease> lend(uint64_t bytes, bool commit) { return arena_->take(bytes, commit); }
   void release(const std::shared_ptr<Routes>& routes);  // packed: the result is used up
   void finish(const std::shared_ptr<Operation>& op);
   [[noreturn]] void refuse(const Text& text);
