@@ -32,6 +32,8 @@ class Case:
     worst: int = 0
     room: int | None = None
     overflow: str = "error"
+    per_node: int | None = None
+    pre_reduce: bool = False
     seed: int = 0
 
     def inputs(self) -> list[RankInput]:
@@ -63,6 +65,9 @@ class Case:
             "dtype": getattr(torch, self.dtype),
             "max_recv_tokens": self.room,
             "overflow": self.overflow,
+            "ranks_per_node": self.per_node,
+            "pre_reduce": self.pre_reduce,
+            "modes": ("normal", "low_latency") if self.per_node is None else ("normal",),
             "timeout": 10.0,
             "backend": "cpu",
         }
@@ -171,7 +176,14 @@ def normal_once(rank: int, case: Case, buffer: hal.EpBuffer, repeat: int) -> Non
     ]
     weights = [w.topk_weights for w in want] if case.weights else None
     want_sums = oracle.combine(
-        outputs, want, inputs, case.experts, expand=case.expand, topk_weights=weights, bias=biases
+        outputs,
+        want,
+        inputs,
+        case.experts,
+        expand=case.expand,
+        topk_weights=weights,
+        bias=biases,
+        ranks_per_node=case.per_node if case.pre_reduce else None,
     )
     for handle in (got.handle, cached.handle):
         back = buffer.combine(

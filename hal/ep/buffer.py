@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -226,7 +227,8 @@ class EpBuffer:
             agree(exchange, {error.argument: error})
             raise
         except Exception as error:
-            agree(exchange, {"backend": SpecError("backend", str(error), "one that can open this buffer")})
+            with contextlib.suppress(SpecError):
+                agree(exchange, {"backend": SpecError("backend", str(error), "one that can open this buffer")})
             raise
         agree(exchange, {"backend": chosen.name, **_agreed(args)})
         assert chosen.capabilities.ep is not None

@@ -827,6 +827,13 @@ def require_ep_declared(args: EpBufferArgs, declared: EpCapabilities | None, bac
         raise UnsupportedError(backend, "pre_reduce", True, False)
     if args.mask_ranks and not declared.mask_ranks:
         raise UnsupportedError(backend, "mask_ranks", True, False)
+    if args.num_nodes > 1:
+        asked = [("modes", mode) for mode in args.modes] + [("overflow", args.overflow)]
+        asked += [("mask_ranks", "mask_ranks")] * args.mask_ranks
+        for argument, name in asked:
+            if name not in declared.across_nodes:
+                got = f"{name!r} over {args.num_nodes} nodes"
+                raise UnsupportedError(backend, argument, got, f"over nodes {', '.join(declared.across_nodes)}")
 
 
 def require_ep_call_declared(args: EpCallArgs, declared: EpCapabilities, backend: str) -> None:

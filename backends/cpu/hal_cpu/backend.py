@@ -107,7 +107,7 @@ class CpuBackend(Backend):
         """Open shared-memory windows to the other ranks."""
         from hal_cpu import ep
 
-        return ep.CpuEpEngine(args)
+        return ep.open_engine(args)
 
     def launches(self) -> Mapping[str, int]:
         """Calls of each kernel in this process, as ``cpu:mla_decode_<isa>@cpu``."""

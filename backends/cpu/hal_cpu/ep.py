@@ -21,8 +21,9 @@ from hal.ep.engine import (
 )
 from hal.ep.faults import KINDS, PHASES, EpFaults
 from hal.ep.layout import count_layout
+from hal.ep.nodes import NodeEngine, NodesEngine
 from hal.ep.rendezvous import Doorbell, agree, exchange_over, host_identity
-from hal.spec.capability import EpCapabilities, Ints, only
+from hal.spec.capability import EpCapabilities, Ints
 from hal.spec.ep import (
     CASTS,
     FP8,
@@ -44,10 +45,10 @@ CAPABILITIES: Final = EpCapabilities(
     layouts=("rank", "expand"),
     dtypes=("bfloat16", "float16", "float32", "float8_e4m3fn"),
     casts=CASTS,
-    transports=("shm",),
+    transports=("shm", "torch.distributed"),
     overflow=OVERFLOW,
-    ranks=Ints(1, 64),
-    nodes=only(1),
+    ranks=Ints(1, 512),
+    nodes=Ints(1, 64),
     topk=Ints(1),
     num_experts=Ints(1),
     row_bytes=Ints(16, multiple_of=16),
@@ -56,7 +57,8 @@ CAPABILITIES: Final = EpCapabilities(
     cached_handle=True,
     mask_ranks=True,
     zero_copy_combine=True,
-    pre_reduce=False,
+    pre_reduce=True,
+    across_nodes=("normal", "error", "grow"),
 )
 
 _TYPES: Final = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -78,7 +80,7 @@ _DISPATCH_FIELDS: Final = (
     ("handle", lambda seq: f"the one of operation {seq}" if seq else "None"),
 )
 _COMBINE_FIELDS: Final = (
-    ("topk_weights", ("None", "a tensor").__getitem__),
+    ("topk_weights", ("None", "a tensor", "a sum", "rows").__getitem__),
     ("handle", "the one of operation {}".format),
 )
 _PACKED_FIELDS: Final = (("topk_idx", "K = {}".format), ("use_fp8", lambda i: f"cast {CASTS[i]!r}"))
@@ -96,8 +98,16 @@ def missing() -> str | None:
     return None
 
 
-class CpuEpEngine(EpEngine):
-    """One rank's end of a buffer whose ranks are processes of this machine.
+def open_engine(args: EpBufferArgs) -> EpEngine:
+    """The engine of a group: of its one node, or of all its nodes."""
+    if args.num_nodes == 1:
+        return CpuEpEngine(args)
+    NodesEngine.require(args, "cpu")
+    return NodesEngine(args, CpuEpEngine(args))
+
+
+class CpuEpEngine(NodeEngine):
+    """One rank's end of a buffer whose ranks, those of a node, are processes of this machine.
 
     Raises
     ------
@@ -113,22 +123,27 @@ class CpuEpEngine(EpEngine):
         self._native = _ep
         self._args = args
         exchange = exchange_over(args.group)
-        crowded = args.num_ranks > len(os.sched_getaffinity(0))
+        node, here = divmod(args.rank, args.ranks_per_node)
+        self._first = first = node * args.ranks_per_node
+        self._ranks = ranks = min(args.ranks_per_node, args.num_ranks - first)
+        crowded = ranks > len(os.sched_getaffinity(0))
         # One rank's secret serves the group; every rank brings one, so that none needs to be asked first.
         doorbell = Doorbell(args.num_ranks)
         try:
             everyone = exchange((host_identity(), doorbell.name, secrets.token_bytes(32)))
-            hosts = [host for host, _, _ in everyone]
-            if len(set(hosts)) > 1:
-                other = next(rank for rank, host in enumerate(hosts) if host != hosts[0])
-                raise SpecError("ranks_per_node", args.ranks_per_node, f"ranks 0 and {other} on one machine")
-            token = everyone[0][2]
+            for rank, (host, _, _) in enumerate(everyone):
+                head = rank // args.ranks_per_node * args.ranks_per_node
+                if host != everyone[head][0]:
+                    legal = f"ranks {head} and {rank} on one machine and in one network namespace"
+                    raise SpecError("ranks_per_node", args.ranks_per_node, legal)
+            token = everyone[first][2]
             self._engine = _ep.Engine(
-                args.rank,
-                args.num_ranks,
-                1,
+                here,
+                ranks,
+                args.num_nodes,
                 args.local_experts,
-                0,
+                first * args.local_experts,
+                first,
                 args.timeout,
                 args.mask_ranks,
                 args.max_recv_tokens,
@@ -138,13 +153,15 @@ class CpuEpEngine(EpEngine):
             )
             failure: dict[str, Any] = {}
             try:
-                names = [name for _, name, _ in everyone]
-                found = doorbell.trade(self._engine.fd(), args.rank, names, token, args.timeout)
+                names = [name for _, name, _ in everyone[first : first + ranks]]
+                found = doorbell.trade(self._engine.fd(), here, names, token, args.timeout)
                 for peer, (window, pidfd) in found.items():
                     try:
                         self._engine.attach(peer, window, pidfd)
                     except ValueError as error:
-                        raise SpecError("group", f"a window of rank {peer} where {error}", "a peer's window") from None
+                        raise SpecError(
+                            "group", f"a window of rank {first + peer} where {error}", "a peer's window"
+                        ) from None
                     finally:
                         os.close(window)
                         if pidfd >= 0:
@@ -174,6 +191,10 @@ class CpuEpEngine(EpEngine):
 
     def dispatch(self, args: EpDispatchArgs) -> EpDispatched:
         """Exchange counts, write rows into the receivers' windows, and leave the wait for the others' rows."""
+        return self.relay(args, (0, len(args.topk_idx)))
+
+    def relay(self, args: EpDispatchArgs, begin: Sequence[int]) -> EpDispatched:
+        """As `dispatch`, for tokens of one rank of every node."""
         x, scales, idx, weights, handle = args.x, args.scales, args.topk_idx, args.topk_weights, args.handle
         n, topk = idx.shape
         row_bytes = x.shape[1] * x.itemsize
@@ -205,7 +226,7 @@ class CpuEpEngine(EpEngine):
                 args.expert_alignment,
                 args.num_worst_tokens,
                 self._args.num_experts,
-                (0, n),
+                begin,
                 None if handle is None else _routes(handle),
                 fields,
             )
@@ -269,6 +290,28 @@ class CpuEpEngine(EpEngine):
         except Exception as error:
             raise self._translated(error, _COMBINE_FIELDS) from None
         return EpCombined(out, weights, self._finish(op, _COMBINE_FIELDS, (x, out, weights, args.bias)))
+
+    def gather(self, x: Tensor, handle: EpHandle) -> Tensor:
+        """One fetch into zeros; rows that a choice does not have stay 0."""
+        out = torch.zeros(handle.num_tokens, handle.topk, x.shape[1], dtype=x.dtype)
+        self._fetch(x.contiguous(), handle, out, x.shape[1] * x.itemsize, 2, True)
+        return out
+
+    def partial(self, x: Tensor, handle: EpHandle) -> Tensor:
+        """The sum of `combine`, left in float32."""
+        out = torch.empty(handle.num_tokens, x.shape[1])
+        self._fetch(x.contiguous(), handle, out, x.shape[1] * 4, _TYPES[torch.float32], False)
+        return out
+
+    def _fetch(self, x: Tensor, handle: EpHandle, out: Tensor, stride: int, out_type: int, gather: bool) -> None:
+        routes = _routes(handle)
+        row = x.shape[1] * x.itemsize
+        addresses = (x.data_ptr(), row, x.shape[1], _TYPES[x.dtype], out_type, routes, 0, 0, 0, 0, 0, 0)
+        try:
+            op = self._engine.combine(*addresses, out.data_ptr(), stride, gather, (2 + gather, routes.id))
+        except Exception as error:
+            raise self._translated(error, _COMBINE_FIELDS) from None
+        self._finish(op, _COMBINE_FIELDS, (x, out))()
 
     def low_latency_dispatch(self, args: EpLowLatencyDispatchArgs) -> EpLowLatencyDispatched:
         """Write rows, cast where asked, into the packed slots of the receivers' windows."""
@@ -383,15 +426,15 @@ class CpuEpEngine(EpEngine):
     def records(self) -> Sequence[Mapping[str, object]]:
         """Read every peer's recorder from its window."""
         found = []
-        for rank in range(self._args.num_ranks):
+        for rank in range(self._ranks):
             for seq, kind, phase, waits_for, tokens, begin, end in self._engine.records(rank):
                 found.append(
                     {
-                        "rank": rank,
+                        "rank": self._first + rank,
                         "operation": seq,
                         "kind": _KINDS[kind] if kind < len(_KINDS) else "?",
                         "phase": phase,
-                        "waits_for": None if end or waits_for < 0 else waits_for,
+                        "waits_for": None if end or waits_for < 0 else self._first + waits_for,
                         "tokens": tokens,
                         "begin_ns": begin,
                         "microseconds": (end - begin) / 1000 if end else None,
@@ -435,7 +478,7 @@ class CpuEpEngine(EpEngine):
         if isinstance(error, self._native.RankFailed):
             rank, phase, reason, expert, expected, received = error.args
             return RankFailure(
-                rank,
+                self._first + rank,
                 phase,
                 reason,
                 expert=None if expert < 0 else expert,
@@ -449,7 +492,9 @@ class CpuEpEngine(EpEngine):
         if field < 0:
             return SpecError(argument, got, legal)
         name, show = fields[field] if field < len(fields) else ("call", str)
-        return SpecError(name, f"{show(value)} on rank {rank}", f"{show(other)}, as on rank {against}")
+        return SpecError(
+            name, f"{show(value)} on rank {self._first + rank}", f"{show(other)}, as on rank {self._first + against}"
+        )
 
 
 class _Packed:
@@ -471,4 +516,4 @@ def _state(handle: EpLowLatencyHandle) -> _Packed:
     return handle.state
 
 
-__all__ = ["CAPABILITIES", "CpuEpEngine", "missing"]
+__all__ = ["CAPABILITIES", "CpuEpEngine", "missing", "open_engine"]

@@ -203,7 +203,7 @@ void Engine::check_abort(int peer) {
   failure.received = flags.failed_received;
   failure.phase = text_of(flags.failed_phase, sizeof flags.failed_phase);
   failure.reason = text_of(flags.failed_reason, sizeof flags.failed_reason);
-  if (failure.rank != config_.rank) failure.reason += ", as rank " + std::to_string(peer) + " found";
+  if (failure.rank != config_.rank) failure.reason += ", as rank " + number(peer) + " found";
   broken_ = std::make_unique<RankFailed>(failure);
   throw failure;
 }
@@ -259,7 +259,7 @@ void Engine::wait(Phase phase, const Operation& op, int64_t* waits, Ready ready)
           RankFailed failure;
           failure.rank = config_.rank;
           failure.phase = kind_name(op.kind);
-          failure.reason = "rank " + std::to_string(peer) + " carries on without this one";
+          failure.reason = "rank " + number(peer) + " carries on without this one";
           broken_ = std::make_unique<RankFailed>(failure);
           throw failure;
         }
@@ -296,7 +296,7 @@ void Engine::wait(Phase phase, const Operation& op, int64_t* waits, Ready ready)
       reason = text;
       if (lost.size() > 1) {
         reason += "; nor from rank";
-        for (size_t i = 1; i < lost.size(); ++i) reason += (i > 1 ? ", " : " ") + std::to_string(lost[i]);
+        for (size_t i = 1; i < lost.size(); ++i) reason += (i > 1 ? ", " : " ") + number(lost[i]);
       }
     }
     if (lost.empty()) continue;
@@ -477,8 +477,8 @@ void Engine::check_posts(const Operation& op, int round) {
     const Post &one = post_from(first, op.seq), &other = post_from(peer, op.seq);
     if (one.kind != other.kind) {
       Text text;
-      set_text(text, "call", kind_name(other.kind) + std::string(" on rank ") + std::to_string(peer),
-               kind_name(one.kind) + std::string(", as on rank ") + std::to_string(first));
+      set_text(text, "call", kind_name(other.kind) + std::string(" on rank ") + number(peer),
+               kind_name(one.kind) + std::string(", as on rank ") + number(first));
       give_up(op);
       throw_text(text, peer);
     }
@@ -539,7 +539,7 @@ bool Engine::route(Routes& routes, const int64_t* idx, int64_t num_experts, Text
         if (expert < -1 || expert >= num_experts) {
           set_text(*bad, "topk_idx",
                    std::to_string(expert) + " at [" + std::to_string(token) + ", " + std::to_string(k) + "] on rank " +
-                       std::to_string(config_.rank),
+                       number(config_.rank),
                    "-1 (no expert) or 0…" + std::to_string(num_experts - 1));
           return false;
         }
@@ -736,7 +736,7 @@ std::vector<int> Engine::check_grants(Operation& op, int round, const std::vecto
       Text text;
       uint64_t most = mail.offset != 0 ? mail.offset : mail.room;
       set_text(text, mail.offset != 0 ? "num_worst_tokens" : "max_recv_tokens",
-               std::to_string(most) + ", while rank " + std::to_string(peer) + " would receive " +
+               std::to_string(most) + ", while rank " + number(peer) + " would receive " +
                    std::to_string(mail.wanted) + " rows",
                "room for what is sent" + std::string(mail.offset != 0 ? "" : ", or overflow='drop' or 'grow'"));
       throw_text(text, peer);
@@ -744,7 +744,7 @@ std::vector<int> Engine::check_grants(Operation& op, int round, const std::vecto
     if (mail.status == Status::refused) {
       Text text;
       set_text(text, "max_recv_tokens",
-               std::to_string(mail.rows) + " rows, for which rank " + std::to_string(peer) + " lacks " +
+               std::to_string(mail.rows) + " rows, for which rank " + number(peer) + " lacks " +
                    std::to_string(mail.wanted) + " bytes of memory",
                "what fits in memory");
       throw_text(text, peer);
@@ -1037,7 +1037,7 @@ std::shared_ptr<Operation> Engine::combine(const CombineCall& call) {
       lease = arena_->take((in_place ? 0 : up64(bytes)) + weight_bytes);
     } catch (const SystemError& error) {
       Text text;
-      set_text(text, "x", std::to_string(bytes) + " bytes to stage on rank " + std::to_string(config_.rank),
+      set_text(text, "x", std::to_string(bytes) + " bytes to stage on rank " + number(config_.rank),
                "what fits in memory");
       post(*op, call.arguments, nullptr, 0, 0, 0, &text, 0);
       throw_text(text, config_.rank);
@@ -1139,7 +1139,7 @@ std::shared_ptr<Operation> Engine::packed_dispatch(const PackedCall& call) {
   if (fine && chosen < 0) {
     fine = false;
     set_text(bad, "low_latency_dispatch",
-             "a third result while two are live on rank " + std::to_string(config_.rank),
+             "a third result while two are live on rank " + number(config_.rank),
              "at most two: combine one, or let go of it, first");
   }
   if (fine && (!packed_[chosen].lease || packed_[chosen].lease->bytes < bytes)) {
@@ -1330,7 +1330,7 @@ std::shared_ptr<Operation> Engine::packed_combine(const PackedCombineCall& call)
     if (expert == routes.expert[i] || call.idx[i] < 0) continue;
     fine = false;
     set_text(bad, "topk_idx", std::to_string(call.idx[i]) + " at entry " + std::to_string(i) + " on rank " +
-             std::to_string(config_.rank), "what the dispatch of this handle was given, or -1");
+             number(config_.rank), "what the dispatch of this handle was given, or -1");
   }
   const size_t row_bytes = size_t(call.columns) * type_bytes(call.type);
   const size_t bytes = size_t(config_.experts * call.slots) * row_bytes;

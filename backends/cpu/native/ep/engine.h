@@ -57,6 +57,7 @@ enum class Policy : int { error, drop, grow };
 struct Config {
   int rank, ranks, sources, experts;
   int64_t expert_base;  // first expert of rank 0
+  int first_rank;       // its number in the whole group, for messages
   double timeout;
   bool mask;
   int64_t room;  // rows a rank accepts in a normal dispatch
@@ -203,6 +204,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   Grant& grant_at(int peer, uint64_t seq) const;
   const uint32_t* post_rows(const Post& post) const { return reinterpret_cast<const uint32_t*>(&post + 1); }
   void ring(int peer);
+  std::string number(int peer) const { return std::to_string(config_.first_rank + peer); }
 
   template <class Ready>
   void wait(Phase phase, const Operation& op, int64_t* waits, Ready ready);

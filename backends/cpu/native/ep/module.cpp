@@ -108,10 +108,10 @@ NB_MODULE(_ep, m) {
 
   nb::class_<Engine>(m, "Engine")
       .def("__init__",
-           [](Engine* self, int rank, int ranks, int sources, int experts, int64_t expert_base, double timeout,
+           [](Engine* self, int rank, int ranks, int sources, int experts, int64_t expert_base, int first_rank, double timeout,
               bool mask, int64_t room, int policy, bool crowded, nb::bytes token) {
              if (token.size() != 32) throw std::invalid_argument("the token must have 32 bytes");
-             Config config{rank, ranks,  sources, experts, expert_base, timeout,
+             Config config{rank, ranks,  sources, experts, expert_base, first_rank, timeout,
                            mask, room, Policy(policy), crowded};
              new (self) Engine(config, static_cast<const uint8_t*>(token.data()));
              self->poll_signals = [] {

@@ -39,7 +39,8 @@ class Window {
   void map_file();
   int fd_ = -1;
   uint8_t* base_ = nullptr;
-  uint64_t reserved_ = 0, size_ = 0;
+  uint64_t reserved_ = 0;
+  std::atomic<uint64_t> size_{0};
 };
 
 class Arena;
