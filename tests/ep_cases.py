@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -374,3 +376,46 @@ def gradients(rank: int) -> None:
         grad_rows = buffer.dispatch(torch.full_like(mine.x, 2.0), handle=sent.handle).recv_x
         grad_x = buffer.combine(grad_rows * factor[rank], sent.handle).combined_x
         torch.testing.assert_close(grad_x, leaves[rank].grad)
+
+
+def repeated(rank: int, runs: int) -> None:
+    """The same bits on every run, in whatever order the ranks arrive."""
+    case = Case(ranks=3, tokens=(9, 6, 12), hidden=320, routing="distinct", experts=9, topk=4)
+    inputs = case.inputs()
+    mine = inputs[rank]
+    pause = random.Random(rank)
+    seen: list[torch.Tensor] = []
+    with case.buffer() as buffer:
+        for _ in range(runs):
+            time.sleep(pause.random() * 0.003)
+            got = buffer.dispatch(mine.x, mine.topk_idx)
+            scale = torch.randn(got.recv_x.shape, generator=torch.Generator().manual_seed(rank))
+            time.sleep(pause.random() * 0.003)
+            back = buffer.combine((got.recv_x * scale).bfloat16(), got.handle).combined_x
+            low = buffer.low_latency_dispatch(mine.x, mine.topk_idx)
+            packed = torch.randn((*low.handle.src_info.shape, case.hidden), generator=torch.Generator().manual_seed(1))
+            weighted = buffer.low_latency_combine(packed.bfloat16(), mine.topk_idx, mine.topk_weights, low.handle)
+            now = [got.recv_x.clone(), back, weighted.combined_x]
+            for name, one, first in zip(("dispatch", "combine", "low latency"), now, seen or now, strict=True):
+                same(name, one, first)
+            seen = now
+
+
+def returns_at_once(rank: int) -> tuple[float, float]:
+    """Seconds of a call with a receive hook while the other rank is late, and of the hook."""
+    case = Case(tokens=(6, 6), hidden=128)
+    inputs = case.inputs()
+    mine = inputs[rank]
+    want = oracle.low_latency_dispatch(inputs, case.experts, 6)
+    with case.buffer() as buffer:
+        buffer.low_latency_dispatch(mine.x, mine.topk_idx, use_fp8=False)
+        if rank == 1:
+            time.sleep(1.0)
+        start = time.monotonic()
+        got = buffer.low_latency_dispatch(mine.x, mine.topk_idx, use_fp8=False, return_recv_hook=True)
+        called = time.monotonic() - start
+        start = time.monotonic()
+        got.hook()
+        for local, count in enumerate(got.recv_count.tolist()):
+            same("recv_x", got.recv_x[local, :count], want[rank].x[local, :count])
+        return called, time.monotonic() - start

@@ -34,9 +34,14 @@ class Outcome:
 
 
 def run_ranks(
-    ranks: int, function: Callable[..., Any], *args: Any, limit: float = 30.0, check: bool = True
+    ranks: int,
+    function: Callable[..., Any],
+    *args: Any,
+    limit: float = 30.0,
+    check: bool = True,
+    before: Callable[[int], None] | None = None,
 ) -> list[Outcome]:
-    """Call ``function(rank, *args)`` on every rank of a new gloo group.
+    """Call ``function(rank, *args)`` on every rank of a new gloo group, which is made after ``before(rank)``.
 
     With ``check`` the first exception of any rank is raised here and only outcomes with values come back.
     """
@@ -45,7 +50,9 @@ def run_ranks(
         for rank in range(ranks):
             mine, theirs = _context.Pipe()
             process = _context.Process(
-                target=_rank, args=(rank, ranks, os.path.join(folder, "store"), function, args, theirs), daemon=True
+                target=_rank,
+                args=(rank, ranks, os.path.join(folder, "store"), function, args, theirs, before),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -91,7 +98,13 @@ def _collect(pipes: list[Connection], processes: list[Any], deadline: float) -> 
 
 
 def _rank(
-    rank: int, ranks: int, store: str, function: Callable[..., Any], args: tuple[Any, ...], pipe: Connection
+    rank: int,
+    ranks: int,
+    store: str,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    pipe: Connection,
+    before: Callable[[int], None] | None,
 ) -> None:
     import torch
     import torch.distributed as dist
@@ -100,6 +113,8 @@ def _rank(
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     value, error = None, None
     try:
+        if before is not None:
+            before(rank)
         dist.init_process_group(
             "gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks, timeout=timedelta(seconds=20)
         )

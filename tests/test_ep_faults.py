@@ -21,7 +21,7 @@ from hal import EpFault, EpFaults, RankFailure, SpecError
 from hal.reference import ep as oracle
 
 CASE = Case(tokens=(6, 6, 6), ranks=3, experts=9)
-TIMEOUT = 1.0
+TIMEOUT = 1.5
 
 
 def leftovers() -> set[str]:
@@ -78,7 +78,7 @@ def test_a_stopped_rank_is_named_within_the_timeout(operation: int) -> None:
     outcomes = run_ranks(
         3, stopped, EpFault("stop", "stage" if operation % 2 == 0 else "post", operation), limit=15, check=False
     )
-    named(outcomes, 1, "no answer within 1 s")
+    named(outcomes, 1, "no answer within")
 
 
 def stopped(rank: int, fault: EpFault) -> float:
@@ -92,7 +92,7 @@ def stopped(rank: int, fault: EpFault) -> float:
 
 def test_lost_rows_are_told_with_counts() -> None:
     outcomes = run_ranks(3, faulty, 2, EpFault("drop", "push", 5), 3, check=False)
-    named(outcomes, 2, "no answer within 1 s")
+    named(outcomes, 2, "no answer within")
     failure = outcomes[0].error
     assert isinstance(failure, RankFailure)
     want = oracle.dispatch(CASE.inputs(), CASE.experts)

@@ -45,3 +45,13 @@ def test_modes_mix_and_results_last() -> None:
 
 def test_backward_is_the_mirrored_call() -> None:
     run_ranks(2, ep_cases.gradients)
+
+
+def test_a_hooked_call_does_not_wait_for_late_ranks() -> None:
+    (called, hooked), _ = (outcome.value for outcome in run_ranks(2, ep_cases.returns_at_once))
+    assert called < 0.5
+    assert hooked > 0.3
+
+
+def test_bits_do_not_depend_on_who_comes_first() -> None:
+    run_ranks(3, ep_cases.repeated, 100, limit=60)

@@ -154,7 +154,7 @@ class EpBuffer:
     pre_reduce : bool
         Between nodes combine sends a partial sum a node: fewer bytes, another order of summation.
     timeout : float
-        Seconds to wait for another rank.
+        Seconds within which a rank that does not answer is named.
     mask_ranks : bool
         Carry on without failed ranks.
     device : torch.device, optional

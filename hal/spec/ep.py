@@ -92,7 +92,7 @@ class EpBufferArgs:
     overflow : str
         Member of `OVERFLOW`.
     timeout : float
-        Seconds any wait for another rank may last.
+        Seconds within which a rank that does not answer is named; it may come to that after three quarters of them.
     mask_ranks : bool
         Carry on without a rank that failed instead of raising.
     device : torch.device

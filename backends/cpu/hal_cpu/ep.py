@@ -285,6 +285,7 @@ class CpuEpEngine(NodeEngine):
                 out.data_ptr(),
                 x.shape[1] * x.itemsize,
                 False,
+                not (args.async_finish or args.return_recv_hook),
                 (weights is not None, routes.id),
             )
         except Exception as error:
@@ -308,7 +309,7 @@ class CpuEpEngine(NodeEngine):
         row = x.shape[1] * x.itemsize
         addresses = (x.data_ptr(), row, x.shape[1], _TYPES[x.dtype], out_type, routes, 0, 0, 0, 0, 0, 0)
         try:
-            op = self._engine.combine(*addresses, out.data_ptr(), stride, gather, (2 + gather, routes.id))
+            op = self._engine.combine(*addresses, out.data_ptr(), stride, gather, True, (2 + gather, routes.id))
         except Exception as error:
             raise self._translated(error, _COMBINE_FIELDS) from None
         self._finish(op, _COMBINE_FIELDS, (x, out))()
@@ -388,6 +389,7 @@ class CpuEpEngine(NodeEngine):
                 0 if args.combine_wait_recv_cost_stats is None else args.combine_wait_recv_cost_stats.data_ptr(),
                 lent,
                 handle.layout_range.data_ptr(),
+                not (args.async_finish or args.return_recv_hook),
                 (packed.routes.id,),
             )
         except Exception as error:

@@ -13,7 +13,8 @@ import pytest
 
 NATIVE = Path(__file__).parents[1] / "native" / "ep"
 pytestmark = pytest.mark.long
-SOURCES = [str(NATIVE / name) for name in ("stress.cpp", "engine.cpp", "window.cpp", "kernels.cpp")]
+PARTS = ("stress", "engine", "mail", "dispatch", "combine", "packed", "window", "kernels")
+SOURCES = [str(NATIVE / f"{part}.cpp") for part in PARTS]
 FLAGS = ["-std=c++17", "-O1", "-g", "-ffp-contract=off", "-pthread", "-DHAL_EP_BASELINE"]
 
 
@@ -46,12 +47,12 @@ def test_the_stress_runs_clean(tmp_path: Path, sanitizer: str) -> None:
 
 
 def test_the_stress_would_notice_a_missing_release(tmp_path: Path) -> None:
-    text = (NATIVE / "engine.cpp").read_text()
+    text = (NATIVE / "dispatch.cpp").read_text()
     for flaw in ("done.store(op.seq, std::memory_order_", "done.load(std::memory_order_"):
         assert flaw + "seq_cst" in text
         text = text.replace(flaw + "seq_cst", flaw + "relaxed")
-    flawed = tmp_path / "engine.cpp"
+    flawed = tmp_path / "dispatch.cpp"
     flawed.write_text(text)
-    sources = [str(flawed) if source.endswith("engine.cpp") else source for source in SOURCES]
+    sources = [str(flawed) if source.endswith("dispatch.cpp") else source for source in SOURCES]
     program = build(tmp_path, "-fsanitize=thread", f"-I{NATIVE}", sources=sources)
     assert "data race" in run(program, 2, 60).stderr

@@ -76,6 +76,7 @@ struct Routes {
   std::vector<uint32_t> rows_to, experts_to;  // [ranks, sources], [ranks, sources, L]
   int64_t recv_rows = 0, dropped = 0;
   std::vector<int64_t> recv_experts;  // [L] aligned
+  std::vector<std::pair<int64_t, int64_t>> own;  // received rows that came from this rank itself: begin, end; ascending
   uint64_t id = 0;
   int packed_slot = -1;
 };
@@ -126,6 +127,7 @@ struct CombineCall {
   int64_t bias0_stride = 0, bias1_stride = 0;
   uint8_t* out = nullptr;
   int64_t out_stride = 0;
+  bool now = false;     // the caller waits: rows for this rank itself are read where they are
   bool gather = false;  // no sums: out is [n, K, row], every fetched row at its slot
   uint64_t arguments[kArguments] = {};
 };
@@ -155,6 +157,7 @@ struct PackedCombineCall {
   uint8_t* out = nullptr;
   int64_t out_stride = 0;
   int64_t* waits = nullptr;
+  bool now = false;
   std::shared_ptr<Lease> lent;  // zero copy: x is this memory
   const int64_t* ranges = nullptr;
   uint64_t arguments[kArguments] = {};
@@ -211,6 +214,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   [[noreturn]] void fail(RankFailed failure);
   void check_abort(int peer);
   bool dead(int peer) const;
+  int who_blocks(int peer);
   void mask_now(int peer);
   bool alive(int peer) const { return !peers_[peer].masked; }
 

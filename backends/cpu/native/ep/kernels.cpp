@@ -118,11 +118,17 @@ HAL_INLINE void cast_row(uint8_t* out, void* scales, const void* row, size_t col
   constexpr float kReciprocal = 1.0f / 448.0f;
   for (size_t group = 0; group * 128 < columns; ++group) {
     size_t begin = group * 128, width = columns - begin < 128 ? columns - begin : 128;
-    float amax = 0.0f;
+    // Magnitudes compare as integers, which vectorises; a NaN is the largest and stays.
+    uint32_t most = 0;
     for (size_t i = 0; i < width; ++i) {
-      float magnitude = std::fabs(load<T>(row, begin + i));
-      amax = magnitude > amax ? magnitude : amax;
+      float element = load<T>(row, begin + i);
+      uint32_t magnitude;
+      std::memcpy(&magnitude, &element, 4);
+      magnitude &= 0x7FFFFFFFu;
+      most = magnitude > most ? magnitude : most;
     }
+    float amax;
+    std::memcpy(&amax, &most, 4);
     amax = amax < 1e-4f ? 1e-4f : amax;
     float scale = amax * kReciprocal, inverse = 448.0f / amax;
     int exponent = 0;

@@ -1,6 +1,9 @@
 # The expert-parallel module `_ep`, beside `_native`.
-nanobind_add_module(_ep NB_STATIC ${CMAKE_CURRENT_LIST_DIR}/module.cpp ${CMAKE_CURRENT_LIST_DIR}/engine.cpp
-                    ${CMAKE_CURRENT_LIST_DIR}/window.cpp ${CMAKE_CURRENT_LIST_DIR}/kernels.cpp)
+set(ep_sources)
+foreach(part module engine mail dispatch combine packed window kernels)
+  list(APPEND ep_sources ${CMAKE_CURRENT_LIST_DIR}/${part}.cpp)
+endforeach()
+nanobind_add_module(_ep NB_STATIC ${ep_sources})
 target_compile_features(_ep PRIVATE cxx_std_17)
 # Contraction off: products and sums are rounded apart, as the specification says.
 target_compile_options(_ep PRIVATE -O3 -ffp-contract=off -Wall -Wextra)

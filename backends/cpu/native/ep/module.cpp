@@ -154,7 +154,7 @@ NB_MODULE(_ep, m) {
            [](Engine& self, uint64_t x, int64_t row_bytes, int64_t columns, int type, int out_type,
               std::shared_ptr<Routes> routes, uint64_t row_weights, uint64_t weights_out, uint64_t bias0,
               int64_t bias0_stride, uint64_t bias1, int64_t bias1_stride, uint64_t out, int64_t out_stride,
-              bool gather, const std::vector<uint64_t>& arguments) {
+              bool gather, bool now, const std::vector<uint64_t>& arguments) {
              CombineCall call;
              call.x = pointer<const uint8_t>(x);
              call.row_bytes = row_bytes, call.columns = columns;
@@ -165,7 +165,7 @@ NB_MODULE(_ep, m) {
              call.bias0 = pointer<const uint8_t>(bias0), call.bias0_stride = bias0_stride;
              call.bias1 = pointer<const uint8_t>(bias1), call.bias1_stride = bias1_stride;
              call.out = pointer<uint8_t>(out), call.out_stride = out_stride;
-             call.gather = gather;
+             call.gather = gather, call.now = now;
              set_arguments(call, arguments);
              nb::gil_scoped_release release;
              return self.combine(call);
@@ -190,7 +190,7 @@ NB_MODULE(_ep, m) {
       .def("packed_combine",
            [](Engine& self, uint64_t x, int64_t columns, int64_t slots, int type, std::shared_ptr<Routes> routes,
               uint64_t idx, uint64_t weights, uint64_t out, int64_t out_stride, uint64_t waits,
-              std::shared_ptr<Lease> lent, uint64_t ranges, const std::vector<uint64_t>& arguments) {
+              std::shared_ptr<Lease> lent, uint64_t ranges, bool now, const std::vector<uint64_t>& arguments) {
              PackedCombineCall call;
              call.x = pointer<const uint8_t>(x);
              call.columns = columns, call.slots = slots, call.type = Type(type);
@@ -199,13 +199,14 @@ NB_MODULE(_ep, m) {
              call.out = pointer<uint8_t>(out), call.out_stride = out_stride;
              call.waits = pointer<int64_t>(waits);
              call.lent = std::move(lent);
+             call.now = now;
              call.ranges = pointer<const int64_t>(ranges);
              set_arguments(call, arguments);
              nb::gil_scoped_release release;
              return self.packed_combine(call);
            },
            nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-           nb::arg().none(), nb::arg(), nb::arg())
+           nb::arg().none(), nb::arg(), nb::arg(), nb::arg())
       .def("lend", &Engine::lend)
       .def_static("lent_tensor",
                   [](std::shared_ptr<Lease> lease, int code, const std::vector<size_t>& shape) {

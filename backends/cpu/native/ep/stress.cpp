@@ -67,7 +67,7 @@ void work(Engine& engine, int rank, int ranks, int rounds, unsigned seed) {
       back.x = op->slot->data(), back.columns = kColumns, back.slots = slots, back.type = Type::f32;
       back.routes = op->routes, back.idx = idx.data(), back.weights = weights.data();
       back.out = reinterpret_cast<uint8_t*>(out.data()), back.out_stride = kColumns * 4;
-      back.ranges = ranges.data();
+      back.ranges = ranges.data(), back.now = !late;
       engine.finish(engine.packed_combine(back));
       for (int64_t t = 0; t < tokens; ++t) {
         int chosen = 0;
@@ -93,6 +93,7 @@ void work(Engine& engine, int rank, int ranks, int rounds, unsigned seed) {
     back.x = common() % 2 ? op->slot->data() : copy.data();
     back.row_bytes = kColumns * 4, back.columns = kColumns, back.type = back.out_type = Type::f32;
     back.routes = op->routes, back.out = reinterpret_cast<uint8_t*>(out.data()), back.out_stride = kColumns * 4;
+    back.now = !late;
     engine.finish(engine.combine(back));
     for (int64_t t = 0; t < tokens; ++t) {
       int copies = 0;
