@@ -179,7 +179,8 @@ def _roofline(session: Session) -> dict[str, Any] | None:
 
 
 def _say(console: Console, result: Result) -> None:
-    if result.status == "SKIPPED":
+    # A blocked level is one line of the summary, not one an obligation.
+    if result.status in ("SKIPPED", "BLOCKED"):
         return
     colour = _COLOURS.get(result.status, "bold red")
     title = result.obligation.title

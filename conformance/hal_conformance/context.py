@@ -170,7 +170,20 @@ class Context:
 
                 with few_threads(is_small(inputs.case)):
                     self.record.diagnosis = diagnose(inputs, outcome, expected, verdict, *self.limits())
+                if not self.record.diagnosis["cause"] and verdict.mask_differs:
+                    self.record.diagnosis["cause"] = self._where_nan_comes_from(inputs.case, inputs.seed)
         return verdict
+
+    def _where_nan_comes_from(self, case: MlaCase, seed: int) -> str:
+        """Make the call again with zeros in unused memory, to see whether NaN or inf still comes out."""
+        again = build(case.but(poison="zero"), seed)
+        try:
+            outcome = call(again, self.backend)
+        except Exception:
+            return ""
+        if judge(outcome.out, outcome.lse, expect(again), *self.limits()).ok:
+            return "unused memory reaches the result: with zeros there instead of NaN or inf it is right"
+        return "NaN or inf is computed, not read: it comes out with zeros in unused memory too"
 
     def check(self, case: MlaCase, what: str = "") -> tuple[Inputs, Outcome, Verdict]:
         """Make, run, compare."""

@@ -251,6 +251,11 @@ class Verdict:
         """Whether every row of both is within the limits."""
         return self.out.ok and self.lse.ok
 
+    @property
+    def mask_differs(self) -> bool:
+        """Whether inf or NaN are in other places than in the reference."""
+        return bool(self.out.mask_differs or self.lse.mask_differs)
+
 
 def judge(
     out: Tensor, lse: Tensor, expected: Expected, out_limits: Limits, lse_limits: Limits, slack: float = 1.0

@@ -23,7 +23,7 @@ def diagnose(
     inputs: Inputs, outcome: Outcome, expected: Expected, verdict: Verdict, out_limits: Limits, lse_limits: Limits
 ) -> dict[str, Any]:
     """Everything the report tells of one wrong result."""
-    cause = _by_looking(inputs, outcome, expected, verdict)
+    cause = _by_looking(outcome, expected, verdict)
     if not cause and inputs.case.flops() <= _WORK:
         cause = _by_hypothesis(inputs, outcome, expected, verdict, out_limits, lse_limits)
     return {
@@ -95,10 +95,8 @@ def _range(values: list[int], size: int) -> str:
     return ", ".join(map(str, values[:_SHOWN])) + more
 
 
-def _by_looking(inputs: Inputs, outcome: Outcome, expected: Expected, verdict: Verdict) -> str:
-    """Causes that show without recomputing: unwritten memory, NaN read, wrong empty values, swapped layouts."""
-    case = inputs.case
-    out = outcome.out.double()
+def _by_looking(outcome: Outcome, expected: Expected, verdict: Verdict) -> str:
+    """Causes that show without recomputing: unwritten memory, wrong empty values, swapped layouts."""
     empty = expected.lse.isinf()
     wrong_lse = verdict.lse.bad
     bad_rows = verdict.out.bad
@@ -112,8 +110,6 @@ def _by_looking(inputs: Inputs, outcome: Outcome, expected: Expected, verdict: V
         return f"rows of out are never written{where}"
     if bool(unwritten(outcome.lse).any()):
         return "values of lse are never written"
-    if bool((bad_rows & out.isnan().any(-1)).any()) and case.poison in ("nan", "inf"):
-        return "unused memory (NaN or inf) reaches the result"
     if verdict.out.ok and not verdict.lse.ok:
         again = judge(outcome.out, _unswap(outcome.lse), expected, _NO_LIMITS, _LSE)
         if again.lse.ok:

@@ -186,15 +186,15 @@ def causes(inputs: Inputs) -> Iterator[tuple[str, Variant]]:
     yield "the page order of block_table is ignored: pages as they lie in memory", Variant(table="memory")
     yield "the page order of block_table is ignored: pages follow the first one", Variant(table="entry0")
     yield (
+        "the last token is dropped where it is the first of its page",
+        Variant(keep=lambda n: torch.arange(n - 1 if n > page and n % page == 1 else n)),
+    )
+    yield (
         "the last page is dropped where it is partly filled",
         Variant(keep=lambda n: torch.arange(n // page * page or n)),
     )
     yield "the last page is dropped", Variant(keep=lambda n: torch.arange(max(0, -(-n // page) - 1) * page))
     yield "the last token is dropped", Variant(keep=lambda n: torch.arange(max(0, n - 1)))
-    yield (
-        "the last token is dropped where it is the first of its page",
-        Variant(keep=lambda n: torch.arange(n - 1 if n > page and n % page == 1 else n)),
-    )
     yield "the first token is dropped", Variant(keep=lambda n: torch.arange(min(n, 1), n))
     for unit in (2, 4, 8, 16, 32, 64, 128):
         yield (

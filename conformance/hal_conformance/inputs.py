@@ -208,7 +208,8 @@ def _needle(case: MlaCase, q: torch.Size, kv: torch.Size, table: Tensor, rng: to
         if not length:
             continue
         spots = {0, length - 1, (length - 1) // case.page * case.page, length // 2 // case.page * case.page}
-        spots |= {max(0, length - case.queries[j]), max(0, length - case.queries[j] - 1)}
+        first_hidden = length - case.queries[j]
+        spots |= {spot for spot in (first_hidden, first_hidden - 1) if 0 <= spot < length}
         # Scores of the needles lie near ln(length), so together they and the crowd weigh about the same.
         gain = (torch.log(torch.tensor(float(length))) + 3) / (0.5 * case.d**0.5)
         for spot in sorted(spots):

@@ -8,7 +8,9 @@ from typing import Any
 
 from hal_conformance.limits import RATIO_EDGES, ULP_EDGES
 
-_WIDTH = 640
+_BARS = 400
+_ROOF = 520
+"""Widths in the units of the drawings: small ones, so that text stays readable on a phone."""
 
 
 def _labels(edges: tuple[float, ...]) -> list[str]:
@@ -28,11 +30,11 @@ def ulp_bars(counts: list[int]) -> str:
 def _bars(counts: list[int], labels: list[str], red_from: int) -> str:
     """Horizontal bars on a logarithmic scale, so that one wrong element among millions is seen."""
     top = max(math.log10(1 + max(counts, default=0)), 1.0)
-    row, left, right = 24, 76, 96
-    lines = [f'<svg viewBox="0 0 {_WIDTH} {row * len(counts) + 4}" role="img" class="bars">']
+    row, left, right = 24, 62, 92
+    lines = [f'<svg viewBox="0 0 {_BARS} {row * len(counts) + 4}" role="img" class="bars">']
     for number, (count, label) in enumerate(zip(counts, labels, strict=True)):
         y = number * row + 4
-        length = (_WIDTH - left - right) * math.log10(1 + count) / top
+        length = (_BARS - left - right) * math.log10(1 + count) / top
         kind = "bad" if number >= red_from else "good"
         lines.append(f'<text x="{left - 8}" y="{y + 14}" class="end">{escape(label)}</text>')
         if count:
@@ -54,35 +56,28 @@ def roofline(data: dict[str, Any]) -> str:
     x_low, x_high = min([*intensity, ridge]) / 2.5, max([*intensity, ridge]) * 2.5
     y_high = max([*speed, data["flops"]]) * 1.8
     y_low = min([*speed, data["bytes"] * x_low]) / 1.8
-    height, left, bottom = 340, 64, 44
+    height, left, bottom = 320, 56, 44
 
     def x(value: float) -> float:
-        return left + (_WIDTH - left - 16) * math.log(value / x_low) / math.log(x_high / x_low)
+        return left + (_ROOF - left - 16) * math.log(value / x_low) / math.log(x_high / x_low)
 
     def y(value: float) -> float:
         return 12 + (height - bottom - 12) * (1 - math.log(value / y_low) / math.log(y_high / y_low))
 
-    lines = [f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" class="roof">']
+    lines = [f'<svg viewBox="0 0 {_ROOF} {height}" role="img" class="roof">']
     for value, text in _ticks(y_low, y_high):
-        lines.append(f'<line x1="{left}" x2="{_WIDTH - 16}" y1="{y(value):.1f}" y2="{y(value):.1f}" class="grid"/>')
+        lines.append(f'<line x1="{left}" x2="{_ROOF - 16}" y1="{y(value):.1f}" y2="{y(value):.1f}" class="grid"/>')
         lines.append(f'<text x="{left - 8}" y="{y(value) + 4:.1f}" class="end">{text}</text>')
     for value, text in _ticks(x_low, x_high, plain=True):
         lines.append(f'<text x="{x(value):.1f}" y="{height - bottom + 18}" class="mid">{text}</text>')
     roof = [(x_low, data["bytes"] * x_low), (ridge, data["flops"]), (x_high, data["flops"])]
     path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in roof)
     lines.append(f'<polyline points="{path}" class="ceiling"/>')
-    placed: list[tuple[float, float]] = []
-    for point, at, fast in sorted(zip(points, intensity, speed, strict=True), key=lambda row: row[2]):
+    for number, (at, fast) in enumerate(zip(intensity, speed, strict=True), 1):
         px, py = x(at), y(fast)
-        lines.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="5" class="point"/>')
-        ty = py + 4
-        while any(abs(ty - other) < 15 and abs(px - ox) < 150 for ox, other in placed):
-            ty += 15
-        placed.append((px, ty))
-        flip = px > _WIDTH - 170
-        anchor = f'x="{px - 10:.1f}" class="end"' if flip else f'x="{px + 10:.1f}"'
-        lines.append(f'<text {anchor} y="{ty:.1f}">{escape(point["name"])}: {fast / 1e9:.3g} GFLOP/s</text>')
-    middle = (left + _WIDTH - 16) / 2
+        lines.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="9" class="point"/>')
+        lines.append(f'<text x="{px:.1f}" y="{py + 4.5:.1f}" class="number">{number}</text>')
+    middle = (left + _ROOF - 16) / 2
     lines.append(f'<text x="{middle}" y="{height - 6}" class="mid">FLOP a byte (log)</text>')
     return "".join([*lines, "</svg>"])
 

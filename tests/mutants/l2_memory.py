@@ -89,7 +89,7 @@ class ReadsAtPageBoundaries(Sample):
         return rows
 
 
-@mutant("L2", "one token past a page boundary is lost", "last token")
+@mutant("L2", "one token past a page boundary is lost", "last token|last page")
 class TokenAfterBoundaryLost(Sample):
     def length(self, args: Any, j: int) -> int:
         length = super().length(args, j)
@@ -122,7 +122,7 @@ class SharedPagesSkipped(Sample):
         return torch.tensor([pages[at - 1] if at and first[p] != at else p for at, p in enumerate(pages)]).long()
 
 
-@mutant("L2", "the strides of q are ignored", "")
+@mutant("L2", "the strides of q are ignored", "unused memory")
 class QueryStridesIgnored(Sample):
     def queries(self, args: Any, j: int, start: int, stop: int) -> Any:
         q = args.q

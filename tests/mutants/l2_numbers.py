@@ -10,7 +10,7 @@ from mutants.registry import mutant
 from mutants.sample import Sample
 
 
-@mutant("L2", "the maximum is not subtracted", "")
+@mutant("L2", "the maximum is not subtracted", "computed, not read")
 class MaximumNotSubtracted(Sample):
     def weights(self, scores: Any) -> Any:
         return torch.zeros(scores.shape[:-1]), torch.exp(scores)

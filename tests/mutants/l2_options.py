@@ -53,7 +53,7 @@ class RaggedLseTransposed(Sample):
     def mla_decode(self, args: Any) -> None:
         super().mla_decode(args)
         if args.cu_seqlens_q is not None:
-            args.lse.copy_(args.lse.T.reshape(args.lse.shape))
+            args.lse.copy_(args.lse.T.clone().reshape(args.lse.shape))
 
 
 @mutant("L2", "lse_base 2 is accepted and ignored", "base e")
