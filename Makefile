@@ -7,13 +7,13 @@ DISTRIBUTIONS := . backends/cpu
 INPUTS := constraints.txt $(wildcard pyproject.toml */pyproject.toml backends/*/pyproject.toml) \
           $(wildcard backends/*/CMakeLists.txt backends/*/native/* backends/*/native/*/*)
 
-.PHONY: demo test lint sweep clean
+.PHONY: demo test lint sweep bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hal demo
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadgroup
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check
@@ -23,6 +23,9 @@ lint: $(VENV)/.installed
 # Every case of the published sweep; about half an hour on two cores.
 sweep: $(VENV)/.installed
 	HAL_SWEEP=all $(BIN)/pytest tests/test_mla_sweep.py -q
+
+bench: $(VENV)/.installed
+	$(BIN)/hal bench mla --quick
 
 $(VENV)/.installed: $(INPUTS)
 	@echo "Installing into $(VENV): torch and the compiled kernels take a few minutes, once."

@@ -21,7 +21,7 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 import pluggy
 
@@ -32,6 +32,8 @@ from hal.spec.errors import BackendUnavailable, SpecError
 
 GROUP: Final = "hal.backends"
 ENV: Final = "HAL_BACKEND"
+
+T = TypeVar("T")
 
 hookspec = pluggy.HookspecMarker("hal")
 hookimpl = pluggy.HookimplMarker("hal")
@@ -180,6 +182,8 @@ class Registry:
 
     def _others(self, name: str | None) -> str:
         lines = [s.line() for s in self.statuses() if s.name != name]
+        if not lines and name is None:
+            return "None is installed; 'pip install hal-cpu' gives the embedded one."
         if not lines:
             return "No other backend is installed; 'pip install hal-cpu' gives the embedded one."
         return f"There {'is' if len(lines) == 1 else 'are'}: {', '.join(lines)}."
@@ -208,10 +212,10 @@ def _ask(name: str, entries: list[EntryPoint]) -> Status:
         refusal = _spec_mismatch(backend.spec_version)
         if refusal:
             return Status(name, "refused", *refusal, distribution, backend)
-        probe = backend.probe()
+        probe = _expect(backend.probe(), Probe, "probe()")
         if not probe.available:
             return Status(name, "unavailable", probe.reason, probe.fix, distribution, backend, None, probe)
-        capabilities = backend.capabilities()
+        capabilities = _expect(backend.capabilities(), Capabilities, "capabilities()")
         return Status(name, "available", probe.reason, probe.fix, distribution, backend, capabilities, probe)
     except KeyboardInterrupt:
         raise
@@ -232,7 +236,16 @@ def _load(name: str, entry: EntryPoint) -> Backend:
     made = manager.hook.hal_backend()
     if len(made) != 1 or not isinstance(made[0], Backend):
         raise TypeError(f"{entry.value} must implement the hook hal_backend() and return one hal.backend.Backend")
+    _expect(made[0].spec_version, str, "spec_version")
+    _expect(made[0].priority, int, "priority")
     return made[0]
+
+
+def _expect(value: T, kind: type[T], what: str) -> T:
+    """What a plugin gave, refused here, within its fence, where it is not what the contract says."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{what} of the backend must give {kind.__name__}, got {type(value).__name__}")
+    return value
 
 
 def _spec_mismatch(theirs: str) -> tuple[str, str] | None:

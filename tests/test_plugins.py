@@ -288,10 +288,18 @@ def test_without_any_backend_the_error_says_what_to_install(bare: Interpreter) -
 
 
 def test_importing_hal_adds_little_to_importing_torch(crowd: Interpreter) -> None:
-    # Processor time, which other load on the machine does not lengthen. Bytecode is written, as in any installation.
-    code = "import time, torch; t = time.process_time(); import hal; print(time.process_time() - t)"
-    seconds = [float(crowd.script(code, PYTHONDONTWRITEBYTECODE="")) for _ in range(4)][1:]
-    assert statistics.median(seconds) <= 0.050, seconds
+    # A ratio of processor times in one process, which neither load nor a slow machine moves much: torch takes about a
+    # second where the HAL may take 50 ms. Bytecode is written, as in any installation.
+    code = """
+        import time
+        a = time.process_time()
+        import torch
+        b = time.process_time()
+        import hal
+        print((time.process_time() - b) / (b - a))
+        """
+    shares = [float(crowd.script(code, PYTHONDONTWRITEBYTECODE="")) for _ in range(4)][1:]
+    assert statistics.median(shares) <= 0.05, shares
 
 
 CARELESS = {
@@ -304,7 +312,6 @@ CARELESS = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="hal.plugins does not check what a plugin's attributes and methods give")
 def test_careless_plugins_break_only_themselves(bare: Interpreter, tmp_path: Path) -> None:
     careless = [Distribution(f"hal-{name}", source, name) for name, source in CARELESS.items()]
     folder = install(tmp_path, *careless, Distribution("hal-good", fake_backend(priority=0), "good"))

@@ -402,6 +402,8 @@ def test_plan_sees_a_change_made_behind_torch() -> None:
         ("h_q", True),
         ("h_q", "4"),
         ("h_kv", 0),
+        ("h_q", 10**30),
+        ("s_q", 2**31),
         ("s_q", -1),
         ("head_dim", 0),
         ("head_dim", 577),

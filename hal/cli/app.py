@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import hal
-from hal.cli import backends, demo, doctor
+from hal.cli import backends, bench, demo, doctor
 from hal.cli.extensions import Commands
 from hal.cli.text import paragraph
 
@@ -30,6 +30,7 @@ app = typer.Typer(
 app.command("backends", help=backends.HELP)(backends.backends)
 app.command("doctor", help=doctor.HELP)(doctor.doctor)
 app.command("demo", help=demo.HELP)(demo.demo)
+app.add_typer(bench.app, name="bench")
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,1 +1,1 @@
-"""The oracle: float64, slow, obvious. Conformance compares with it; nothing else of the HAL imports it."""
+"""The oracle: float64, slow, obvious. Conformance, tests and the checks of the command line compare with it."""

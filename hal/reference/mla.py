@@ -1,6 +1,6 @@
 """The oracle for dense MLA decode: float64, one sequence and one head group at a time, as the formula is written.
 
-Nothing but conformance and tests imports it, and it imports nothing of the HAL, so that no mistake can be shared.
+No kernel or front imports it, and it imports nothing of the HAL, so that no mistake can be shared.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from hal.spec.tensors import dtype_name, require_bool, require_choice, require_i
 from hal.spec.validation import Level, validation_level
 
 _INT32: Final = (torch.int32,)
+_MAX_INT32: Final = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +61,14 @@ def check_plan(
         An argument of the wrong type, shape, dtype or device; at level ``full`` also a negative length.
     """
     require_tensor("cache_seqlens", cache_seqlens, _INT32, 1, "[b]")
-    require_int("h_kv", h_kv, 1)
-    require_int("h_q", h_q, 1)
+    require_int("h_kv", h_kv, 1, _MAX_INT32)
+    require_int("h_q", h_q, 1, _MAX_INT32)
     if h_q % h_kv:
         raise SpecError("h_q", h_q, f"a multiple of h_kv = {h_kv}")
-    require_int("s_q", s_q, 0)
-    require_int("head_dim", head_dim, 1)
+    require_int("s_q", s_q, 0, _MAX_INT32)
+    require_int("head_dim", head_dim, 1, _MAX_INT32)
     require_int("head_dim_v", head_dim_v, 1, head_dim)
-    require_int("page_size", page_size, 1)
+    require_int("page_size", page_size, 1, _MAX_INT32)
     if dtype not in QUERY_DTYPES:
         raise SpecError("dtype", dtype, " or ".join(map(dtype_name, QUERY_DTYPES)))
     require_choice("kv_format", kv_format, KV_FORMATS)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from hal.spec.errors import SpecError
+from hal.spec.errors import HalError, SpecError, UnsupportedError
 from hal_cpu.threads import forced_threads
 
 if TYPE_CHECKING:
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from hal.spec.plan import MlaPlanArgs
 
 ISA_ENV: Final = "HAL_CPU_ISA"
+
+MOST_PLANNED_ROWS: Final = 1 << 26
+"""Query rows (queries × heads over the batch) one plan may hold."""
 
 _DTYPES: Final = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _CAUSAL: Final = 1
@@ -74,6 +77,9 @@ class NativeKernel:
     def plan(self, args: MlaPlanArgs) -> object:
         """Make a native schedule for these lengths."""
         g = args.geometry
+        for name, size in (("s_q", g.s_q), ("h_q", g.h_q)):
+            if size > MOST_PLANNED_ROWS:
+                raise UnsupportedError("cpu", name, size, f"at most {MOST_PLANNED_ROWS} query rows a plan")
         first_query = args.cu_seqlens_q
         made = self._native.plan(
             args.cache_seqlens.data_ptr(),
@@ -150,7 +156,7 @@ def _flags(causal: bool, base2: bool, invariant: bool) -> int:
     return _CAUSAL * causal + _BASE2 * base2 + _INVARIANT * invariant
 
 
-def _error(fault: tuple[int, int, int, int], args: MlaDecodeArgs | None) -> SpecError:
+def _error(fault: tuple[int, int, int, int], args: MlaDecodeArgs | None) -> HalError:
     """Phrase what the native checks found; ``args`` is None where a plan was being made."""
     kind, row, column, value = fault
     if kind == _LENGTHS:
@@ -169,4 +175,5 @@ def _error(fault: tuple[int, int, int, int], args: MlaDecodeArgs | None) -> Spec
         return SpecError("cu_seqlens_q", f"{value} at [{row}]", f"offsets that start at 0, never fall{end}")
     if kind == _PLAN:
         return SpecError("plan", "a plan made for other lengths or sizes", "one made for these: call mla_plan again")
-    return SpecError("q", f"{value} queries", "fewer than 2³¹ query rows in all")
+    most = MOST_PLANNED_ROWS if args is None else 2**31 - 1
+    return UnsupportedError("cpu", "q", f"{value} queries", f"at most {most} query rows in all")

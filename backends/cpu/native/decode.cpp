@@ -11,6 +11,7 @@
 namespace hal_cpu {
 namespace {
 
+constexpr int64_t kMostPlannedRows = 1 << 26;
 constexpr int kMergeRows = 16;  // rows one merge task folds
 
 size_t state_floats(int rows, int head_dim_v) {
@@ -184,7 +185,9 @@ Fault check_lengths(const Shape& shape, const int32_t* lengths, const int32_t* f
     queries = first_query[shape.batch];
     if (total_queries >= 0 && queries != total_queries) return {Fault::kQueries, shape.batch, 0, queries};
   }
-  if (queries > INT32_MAX / shape.heads_q) return {Fault::kTooLarge, 0, 0, queries};
+  // A plan has no tensors yet whose memory would bound what the schedule takes.
+  const int64_t most_rows = total_queries < 0 ? kMostPlannedRows : INT32_MAX;
+  if (queries > most_rows / shape.heads_q) return {Fault::kTooLarge, 0, 0, queries};
   return {};
 }
 

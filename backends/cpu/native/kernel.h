@@ -187,96 +187,132 @@ void pack_query(const Problem& p, const Block& b, Scratch& s) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Tiles of the cache
 
-template <class T>
-void load_tile_as(const Problem& p, const Block& b, int begin, int count, float* tile) {
-  int page = begin / p.page_size, offset = begin % p.page_size;
-  const T* rows = (const T*)b.kv + b.pages[page] * p.kv_page;
-  for (int t = 0; t < count; ++t) {
-    widen_row(rows + offset * p.kv_token, tile + t * kTileStride, p.head_dim);
-    // The table is only looked at for a page that has a token in use.
-    if (++offset == p.page_size && t + 1 < count) {
-      offset = 0;
-      rows = (const T*)b.kv + b.pages[++page] * p.kv_page;
+// Walks over the rows of a sequence. The table is only looked at for a page that has a token in use.
+class Cursor {
+ public:
+  Cursor(const Problem& p, const Block& b, int begin, int end)
+      : p_(p), b_(b), size_(p.dtype == kFloat32 ? 4 : 2), left_(end - begin) {
+    page_ = begin / p.page_size;
+    offset_ = begin % p.page_size;
+    if (left_ > 0) rows_ = b.kv + b.pages[page_] * p.kv_page * size_;
+  }
+
+  const char* next() {
+    const char* row = rows_ + offset_ * p_.kv_token * size_;
+    if (++offset_ == p_.page_size && left_ > 1) {
+      offset_ = 0;
+      rows_ = b_.kv + b_.pages[++page_] * p_.kv_page * size_;
+    }
+    --left_;
+    return row;
+  }
+
+  // Asks for the next n rows, so that the tile after this one comes from memory while this one is computed with.
+  void prefetch(int n) {
+    const int bytes = p_.head_dim * (int)size_;
+    for (; n > 0 && left_ > 0; --n) {
+      const char* row = next();
+      for (int i = 0; i < bytes; i += 64) __builtin_prefetch(row + i);
     }
   }
+
+ private:
+  const Problem& p_;
+  const Block& b_;
+  const ptrdiff_t size_;
+  int left_, page_, offset_;
+  const char* rows_ = nullptr;
+};
+
+template <class T>
+void load_tile_as(int dim, int count, Cursor& from, float* tile) {
+  for (int t = 0; t < count; ++t) widen_row((const T*)from.next(), tile + t * kTileStride, dim);
 }
 
-void load_tile(const Problem& p, const Block& b, int begin, int count, float* tile) {
-  if (p.dtype == kBfloat16) load_tile_as<Bf16>(p, b, begin, count, tile);
-  else if (p.dtype == kFloat16) load_tile_as<F16>(p, b, begin, count, tile);
-  else load_tile_as<float>(p, b, begin, count, tile);
+void load_tile(const Problem& p, int count, Cursor& from, float* tile) {
+  if (p.dtype == kBfloat16) load_tile_as<Bf16>(p.head_dim, count, from, tile);
+  else if (p.dtype == kFloat16) load_tile_as<F16>(p.head_dim, count, from, tile);
+  else load_tile_as<float>(p.head_dim, count, from, tile);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Scores
 
 template <int N>
-const float* score_panel(int dim, int count, const float* tile, const float* query, float* scores) {
+const float* score_panel(int dim, int count, const float* tile, const float* query, float* scores, Cursor& ahead) {
   constexpr int kWidth = N * kLanes;
-  for (int t = 0; t < count; t += max_rows(N))
+  for (int t = 0; t < count; t += max_rows(N)) {
+    ahead.prefetch(max_rows(N));
     multiply_rows<N, kTileStride, 1, kWidth>(count - t, dim, tile + t * kTileStride, query, scores + t * kScoreStride,
                                              kScoreStride, nullptr);
+  }
   return query + (ptrdiff_t)kWidth * dim;
 }
 
-void score_panels(const Problem& p, const Block& b, int count, Scratch& s) {
+void score_panels(const Problem& p, const Block& b, int count, Scratch& s, Cursor& ahead) {
   const int padded = round_up(b.rows, kLanes);
   const float* query = s.query;
   for (int first = 0; first < padded;) {
     const int left = (padded - first) / kLanes;
     float* scores = s.scores + first;
     if (kMaxVectors == 4 && left >= 4) {
-      query = score_panel<kMaxVectors>(p.head_dim, count, s.tile, query, scores);
+      query = score_panel<kMaxVectors>(p.head_dim, count, s.tile, query, scores, ahead);
       first += 4 * kLanes;
     } else if (left >= 2) {
-      query = score_panel<2>(p.head_dim, count, s.tile, query, scores);
+      query = score_panel<2>(p.head_dim, count, s.tile, query, scores, ahead);
       first += 2 * kLanes;
     } else {
-      query = score_panel<1>(p.head_dim, count, s.tile, query, scores);
+      query = score_panel<1>(p.head_dim, count, s.tile, query, scores, ahead);
       first += kLanes;
     }
   }
 }
 
-inline float sum_lanes(V v) {
-  float all[kLanes];
-  store(all, v);
-  for (int width = kLanes / 2; width; width /= 2)
-    for (int i = 0; i < width; ++i) all[i] += all[i + width];
-  return all[0];
+// Tokens that share each load of q; enough accumulators to keep the multipliers busy, few enough to stay in registers.
+constexpr int dot_tokens(int rows) {
+  if (rows == 1) return 8;
+  return rows == 2 || (rows <= 4 && kRegisters == 32) ? 4 : 2;
 }
 
-// R rows against two tokens, so that each load of q is used twice.
 template <int R>
-void score_dots(int dim, int count, const float* tile, const float* query, float* scores) {
+void score_dots(int dim, int count, const float* tile, const float* query, float* scores, Cursor& ahead) {
+  constexpr int T = dot_tokens(R);
   const int padded = round_up(dim, kLanes);
-  for (int t = 0; t < count; t += 2) {
-    const float* first = tile + t * kTileStride;
-    const float* second = t + 1 < count ? first + kTileStride : first;
-    V acc[R][2];
+  for (int first = 0; first < count; first += T) {
+    ahead.prefetch(T);
+    const float* token[T];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = splat(0.0f);
+    for (int t = 0; t < T; ++t) token[t] = tile + (first + t < count ? first + t : count - 1) * kTileStride;
+    V acc[R][T];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) acc[r][t] = splat(0.0f);
+    }
     for (int d = 0; d < padded; d += kLanes) {
-      const V x = load(first + d), y = load(second + d);
+      V x[T];
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) x[t] = load(token[t] + d);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const V q = load(query + r * kTileStride + d);
-        acc[r][0] = fma(q, x, acc[r][0]);
-        acc[r][1] = fma(q, y, acc[r][1]);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) acc[r][t] = fma(q, x[t], acc[r][t]);
       }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      scores[t * kScoreStride + r] = sum_lanes(acc[r][0]);
-      if (t + 1 < count) scores[(t + 1) * kScoreStride + r] = sum_lanes(acc[r][1]);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t)
+        if (first + t < count) scores[(first + t) * kScoreStride + r] = sum_lanes(acc[r][t]);
     }
   }
 }
 
 template <int R = kLanes / 2>
-void score_few(int rows, int dim, int count, const float* tile, const float* query, float* scores) {
-  if (rows == R) score_dots<R>(dim, count, tile, query, scores);
-  else if constexpr (R > 1) score_few<R - 1>(rows, dim, count, tile, query, scores);
+void score_few(int rows, int dim, int count, Scratch& s, Cursor& ahead) {
+  if (rows == R) score_dots<R>(dim, count, s.tile, s.query, s.scores, ahead);
+  else if constexpr (R > 1) score_few<R - 1>(rows, dim, count, s, ahead);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -377,11 +413,13 @@ void attend(const Problem& p, const Block& b, int begin, int end, State state, S
     store(state.sum + r, splat(0.0f));
   }
   float seen[kRowBlock];
-  for (int t = begin; t < end || t == begin; t += kTile) {
-    const int count = end - t < kTile ? end - t : kTile;
-    if (count > 0) load_tile(p, b, t, count, s.tile);
-    if (few_rows(b)) score_few(b.rows, p.head_dim, count, s.tile, s.query, s.scores);
-    else score_panels(p, b, count, s);
+  const int step = few_rows(b) ? kFewTile : kTile;
+  Cursor now(p, b, begin, end), ahead(p, b, end - begin < step ? end : begin + step, end);
+  for (int t = begin; t < end || t == begin; t += step) {
+    const int count = end - t < step ? end - t : step;
+    load_tile(p, count, now, s.tile);
+    if (few_rows(b)) score_few(b.rows, p.head_dim, count, s, ahead);
+    else score_panels(p, b, count, s, ahead);
     const bool ragged = count_seen(p, b, t, count, seen);
     softmax(p, b.rows, count, ragged ? seen : nullptr, state, s);
     if (ragged) accumulate_ragged(p, b, seen, t == begin, state, s);
@@ -403,7 +441,8 @@ void fold(State into, State from, int first, int rows, int dim) {
     into.sum[r] = into.sum[r] * keep + from.sum[r] * add;
     float* to = into.out + r * into.out_stride;
     const float* more = from.out + r * from.out_stride;
-    for (int c = 0; c < dim; c += kLanes) store(to + c, fma(load(more + c), splat(add), load(to + c) * splat(keep)));
+    for (int c = 0; c < dim; c += kLanes)
+      store(to + c, fma(load(more + c), splat(add), load(to + c) * splat(keep)));
   }
 }
 

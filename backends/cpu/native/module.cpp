@@ -22,9 +22,11 @@ enum Flags : int { kCausal = 1, kBase2 = 2, kInvariant = 4 };
 
 int narrow(Int n) { return (int)std::min<Int>(n, INT32_MAX); }
 
-Shape shape_of(Int batch, Int queries, Int heads_q, Int heads_kv, int head_dim, int head_dim_v, int flags, bool ragged) {
-  return {narrow(batch), narrow(queries),           narrow(heads_q),             narrow(heads_kv), head_dim,
-          head_dim_v,    (flags & kCausal) != 0, (flags & kInvariant) != 0, ragged};
+Shape shape_of(Int batch, Int queries, Int heads_q, Int heads_kv, int head_dim, int head_dim_v, int flags,
+               bool ragged) {
+  const bool causal = flags & kCausal, invariant = flags & kInvariant;
+  return {narrow(batch), narrow(queries), narrow(heads_q), narrow(heads_kv), head_dim,
+          head_dim_v,    causal,          invariant,       ragged};
 }
 
 // None, or (what, row, column, value) for Python to phrase.

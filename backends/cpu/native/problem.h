@@ -11,6 +11,7 @@ enum Dtype : int { kBfloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
 
 constexpr int kMaxDim = 576;
 constexpr int kTile = 64;       // tokens converted and attended at a time
+constexpr int kFewTile = 16;   // the same for few rows, whose tile then stays in the first-level cache
 constexpr int kRowBlock = 128;  // query rows a task carries at most
 
 // Strides are compile-time constants so that the microkernels address with immediates. Both are an odd number of cache
@@ -36,7 +37,7 @@ struct Problem {
   float scale_log2;  // softmax scale times log2(e): scores are in base 2
 };
 
-// A block of query rows of one sequence and KV head. Row r is query r / group, head r % group; the pointers are at row 0.
+// A block of query rows of one sequence and KV head. Row r is query r / group, head r % group; pointers are at row 0.
 struct Block {
   const char* q;
   const char* kv;
@@ -44,7 +45,7 @@ struct Block {
   char* out;
   float* lse;
   int first_row, rows;
-  int all_rows;  // rows of the whole sequence and KV head: decides how rows are computed, so it must not depend on splits
+  int all_rows;  // of the whole sequence and KV head: decides how rows are computed, so no split may change it
   int queries, length;
 };
 

@@ -13,9 +13,9 @@ constexpr int kPartsPerThread = 4;
 constexpr double kLeastPart = 2e6;
 // Converting a token costs about as much as this many rows.
 constexpr int kTokenRows = 4;
-// batch_invariant: where chunks end may depend on the sequence's own length only. Few enough chunks that their states stay
-// small in sum, long enough that folding one is a few percent of computing it.
-constexpr int kInvariantChunks = 16;
+// batch_invariant: where chunks end may depend on the sequence's own length only. Few enough chunks that their states
+// stay small in sum, long enough that folding one is a few percent of computing it.
+constexpr int kInvariantChunks = 12;
 constexpr int kInvariantTokens = 512;
 
 int round_up(int n, int step) { return (n + step - 1) / step * step; }
@@ -73,8 +73,8 @@ void emit(Schedule& into, int unit, int begin, int end) {
   const Unit& u = into.units[unit];
   const bool whole = begin == 0 && end == u.end;
   if (whole) return into.items.push_back({unit, begin, end, -1});
-  // A run of chunks from the first on is folded where it is computed. Later ones are kept apart: their fold has to start
-  // with the chunks of another part.
+  // A run of chunks from the first on is folded where it is computed. Later ones are kept apart: their fold has to
+  // start with the chunks of another part.
   if (begin == 0) into.merges.push_back({unit, into.slots, 0});
   const int step = begin == 0 ? end : u.chunk;
   for (int t = begin, count; t < end; t += count) {
@@ -119,7 +119,8 @@ void cut(const Shape& s, int threads, Schedule& into) {
 
 }  // namespace
 
-void make_schedule(const Shape& shape, const int32_t* lengths, const int32_t* first_query, int threads, Schedule& into) {
+void make_schedule(const Shape& shape, const int32_t* lengths, const int32_t* first_query, int threads,
+                   Schedule& into) {
   into.shape = shape;
   into.lengths.assign(lengths, lengths + shape.batch);
   into.first_query.clear();

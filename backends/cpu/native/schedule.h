@@ -54,6 +54,7 @@ struct Schedule {
 };
 
 // Lengths must be 0 or more and offsets must not fall (the caller checked). Reuses the vectors' memory.
-void make_schedule(const Shape& shape, const int32_t* lengths, const int32_t* first_query, int threads, Schedule& into);
+void make_schedule(const Shape& shape, const int32_t* lengths, const int32_t* first_query, int threads,
+                   Schedule& into);
 
 }  // namespace hal_cpu

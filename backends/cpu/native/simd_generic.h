@@ -29,6 +29,8 @@ inline V select_equal(V a, V b, V x, V y) { return a == b ? x : y; }
 // 2 to the integer in the low mantissa bits of z.
 inline V exponent(V z) { return (V)(((VI)z << 23) + (127u << 23)); }
 
+inline float sum_lanes(V v) { return (v[0] + v[1]) + (v[2] + v[3]); }
+
 inline VI widen(const uint16_t* p) { return VI{p[0], p[1], p[2], p[3]}; }
 inline void narrow(uint16_t* p, VI v) {
   for (int i = 0; i < kLanes; ++i) p[i] = (uint16_t)v[i];

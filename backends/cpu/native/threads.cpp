@@ -54,10 +54,20 @@ struct Job {
   int tasks;
   int seats;  // workers that may still join
   std::atomic<int> next{0};
+  std::atomic<bool> out_of_memory{false};
 
+  // Does not throw: the job lives on its caller's stack and must stay until every worker has left it.
   void take_all() {
     DefaultFloatMode mode;
-    for (int task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) work(context, task);
+    try {
+      for (int task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) work(context, task);
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+    }
+  }
+
+  void finish() const {
+    if (out_of_memory) throw std::bad_alloc();
   }
 };
 
@@ -74,7 +84,7 @@ class Pool {
       job_ = &job;
       posted_.fetch_add(1, std::memory_order_release);
     }
-    wake_.notify_all();
+    for (int i = 0; i < helpers; ++i) wake_.notify_one();
     job.take_all();
     // Only workers that joined are waited for: one that wakes late finds the job withdrawn.
     std::unique_lock<std::mutex> lock(mutex_);
@@ -85,6 +95,7 @@ class Pool {
       lock.lock();
     }
     idle_.wait(lock, [this] { return working_ == 0; });
+    job.finish();
     return true;
   }
 
@@ -153,6 +164,7 @@ void run_parallel(int threads, int tasks, void (*work)(void*, int), void* contex
   if (threads > 1 && tasks > 1 && pool->try_run(threads, tasks, work, context)) return;
   Job job{work, context, tasks, 0};
   job.take_all();
+  job.finish();
 }
 
 }  // namespace hal_cpu

@@ -11,8 +11,9 @@ from cpu_cases import GARBAGE, Case, Kernel, decode, make, plan
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hal.spec.errors import SpecError
-from hal.spec.validation import Level, set_validation, validation_level
+from hal.spec.errors import SpecError, UnsupportedError
+from hal.spec.plan import check_plan
+from hal.spec.validation import set_validation, validation_level
 
 
 @pytest.fixture(params=["off", "shapes", "full"], autouse=True)
@@ -59,8 +60,6 @@ def test_a_bad_index_is_refused_by_name(kernel: Kernel, name: str, index: int | 
 
 
 def test_the_error_says_where(native: Kernel) -> None:
-    if validation_level() is Level.FULL:
-        pytest.skip("the specification's own check speaks first")
     with pytest.raises(SpecError, match=r"block_table: got 9 at \[0, 1\]; legal: 0…6 within cache_seqlens"):
         decode(native, edit(make([130, 64, 64], h_q=4), "block_table", (0, 1), 9).with_(causal=True))
     with pytest.raises(SpecError, match=r"cache_seqlens: got 999 at \[1\]; legal: 0…320 \(max_blocks 5 × page_size 64"):
@@ -102,6 +101,17 @@ def test_a_plan_checks_its_lengths(kernel: Kernel) -> None:
         plan(kernel, edit(LEGAL(), "cache_seqlens", 2, -1))
     with pytest.raises(SpecError, match="cu_seqlens_q"):
         plan(kernel, edit(LEGAL(), "cu_seqlens_q", 1, 7))
+
+
+@pytest.mark.parametrize("sizes", [{"s_q": 2**31 - 1}, {"h_q": 2**30}, {"s_q": 2**26}])
+def test_a_plan_for_more_rows_than_fit_memory_is_refused(native: Kernel, sizes: dict[str, int]) -> None:
+    arguments = {"h_q": 4, "s_q": 1} | sizes
+    arguments["h_kv"] = arguments["h_q"]
+    lengths = torch.tensor([5], dtype=torch.int32)
+    options = (None, 64, 64, 64, torch.bfloat16, "plain", False, False)
+    args = check_plan(lengths, arguments["h_q"], arguments["h_kv"], arguments["s_q"], *options)
+    with pytest.raises(UnsupportedError, match="rows"):
+        native.plan(args)
 
 
 def test_no_pages_at_all(kernel: Kernel) -> None:

@@ -1,0 +1,124 @@
+// Every instruction set against plain double loops, without Python: what a cross-compiled build is executed with (under
+// an emulator). Built by tests/test_aarch64.py, not part of the package.
+
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include <random>
+#include <vector>
+
+#include "decode.h"
+
+using namespace hal_cpu;
+
+namespace {
+
+constexpr int kPage = 16, kPages = 24;
+
+struct Attention {
+  int heads, queries, dim, dim_v;
+  bool causal;
+};
+
+float value(const std::vector<char>& data, int dtype, size_t i) {
+  if (dtype == kFloat32) return ((const float*)data.data())[i];
+  const uint16_t bits = ((const uint16_t*)data.data())[i];
+  if (dtype == kFloat16) {
+    const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+    const float size = exponent ? ldexpf(1024.0f + mantissa, exponent - 25) : ldexpf((float)mantissa, -24);
+    return bits & 0x8000 ? -size : size;
+  }
+  const uint32_t wide = (uint32_t)bits << 16;
+  float x;
+  memcpy(&x, &wide, sizeof x);
+  return x;
+}
+
+// Bit patterns of moderate numbers in any of the dtypes.
+std::vector<char> random_data(int dtype, size_t count, std::mt19937& rng) {
+  std::vector<char> data(count * 4);
+  for (size_t i = 0; i < count; ++i) {
+    const float x = (float)(int)(rng() % 2001 - 1000u) / 1024.0f;
+    uint32_t wide;
+    memcpy(&wide, &x, sizeof x);
+    if (dtype == kFloat32) memcpy(&data[4 * i], &wide, 4);
+    const uint16_t half = dtype == kBfloat16 ? wide >> 16 : (rng() & 0x8000) | (rng() % 15 << 10) | (rng() & 1023);
+    if (dtype != kFloat32) memcpy(&data[2 * i], &half, 2);
+  }
+  return data;
+}
+
+double worst_error(const Attention& s, int dtype, int threads) {
+  std::mt19937 rng(s.heads * 131 + s.dim);
+  const int length = 203;
+  const std::vector<char> q = random_data(dtype, (size_t)s.queries * s.heads * s.dim, rng);
+  const std::vector<char> kv = random_data(dtype, (size_t)kPages * kPage * s.dim, rng);
+  std::vector<char> out(q.size());
+  std::vector<float> lse(s.heads * s.queries);
+  std::vector<int32_t> table(kPages);
+  for (int i = 0; i < kPages; ++i) table[i] = (i * 7 + 3) % kPages;
+  const int32_t lengths[] = {length};
+
+  Call call{};
+  call.shape = {1, s.queries, s.heads, 1, s.dim, s.dim_v, s.causal, true, false};
+  call.lengths = lengths;
+  call.total_queries = s.queries;
+  call.num_blocks = call.max_blocks = kPages;
+  call.threads = threads;
+  Problem& p = call.problem;
+  p.q = q.data(), p.kv = kv.data(), p.table = table.data(), p.out = out.data(), p.lse = lse.data();
+  p.q_token = (ptrdiff_t)s.heads * s.dim, p.q_head = s.dim;
+  p.kv_page = (ptrdiff_t)kPage * s.dim, p.kv_token = p.kv_head = s.dim;
+  p.out_token = (ptrdiff_t)s.heads * s.dim_v, p.out_head = s.dim_v;
+  p.lse_head = s.queries;
+  p.dtype = dtype, p.head_dim = s.dim, p.head_dim_v = s.dim_v, p.page_size = kPage, p.group = s.heads;
+  p.causal = s.causal;
+  const double scale = 1 / sqrt(s.dim);
+  p.scale_log2 = (float)(scale / log(2.0));
+  if (decode(call, nullptr).kind) return INFINITY;
+
+  double worst = 0;
+  for (int i = 0; i < s.queries; ++i) {
+    for (int h = 0; h < s.heads; ++h) {
+      const int seen = s.causal ? length - s.queries + i + 1 : length;
+      std::vector<double> sum(s.dim_v);
+      double total = 0;
+      for (int t = 0; t < seen; ++t) {
+        const size_t row = ((size_t)table[t / kPage] * kPage + t % kPage) * s.dim;
+        double score = 0;
+        for (int d = 0; d < s.dim; ++d)
+          score += (double)value(q, dtype, ((size_t)i * s.heads + h) * s.dim + d) * value(kv, dtype, row + d);
+        const double weight = exp(score * scale);
+        total += weight;
+        for (int c = 0; c < s.dim_v; ++c) sum[c] += weight * value(kv, dtype, row + c);
+      }
+      for (int c = 0; c < s.dim_v; ++c) {
+        const double got = value(out, dtype, ((size_t)i * s.heads + h) * s.dim_v + c), want = sum[c] / total;
+        const double rounding = dtype == kFloat32 ? 2e-6 : dtype == kFloat16 ? 1e-3 : 8e-3;
+        worst = fmax(worst, fabs(got - want) / (rounding * fabs(want) + 2e-6));
+      }
+      worst = fmax(worst, fabs(lse[h * s.queries + i] - log(total)) / 2e-5);
+      if (isnan(lse[h * s.queries + i])) return INFINITY;
+    }
+  }
+  return worst;
+}
+
+}  // namespace
+
+int main() {
+  const Attention shapes[] = {
+      {1, 1, 64, 64, false}, {2, 3, 33, 17, true}, {20, 1, 576, 512, false}, {7, 4, 100, 99, true}};
+  bool good = true;
+  for (const std::string& isa : available_isas()) {
+    select_isa(isa);
+    double worst = 0;
+    for (const Attention& shape : shapes)
+      for (int dtype : {kBfloat16, kFloat16, kFloat32})
+        for (int threads : {1, 3}) worst = fmax(worst, worst_error(shape, dtype, threads));
+    printf("%s: worst error %.3f of the limit\n", isa.c_str(), worst);
+    good = good && worst <= 1;
+  }
+  return good ? 0 : 1;
+}

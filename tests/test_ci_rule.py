@@ -1,0 +1,34 @@
+"""The rule of the root conftest: a missing part is a skip for a developer and a failure in CI."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SAMPLE = """
+import pytest
+
+def test_missing():
+    pytest.skip("the tool is missing")
+
+def test_elsewhere():
+    pytest.skip("not applicable: another processor")
+"""
+
+
+def outcome(tmp_path: Path, ci: str) -> str:
+    (tmp_path / "conftest.py").write_text((Path(__file__).parents[1] / "conftest.py").read_text())
+    (tmp_path / "test_sample.py").write_text(SAMPLE)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    run = subprocess.run(command, env={**os.environ, "CI": ci}, capture_output=True, text=True, timeout=120)
+    return run.stdout.splitlines()[-1]
+
+
+def test_ci_fails_on_what_is_missing(tmp_path: Path) -> None:
+    assert outcome(tmp_path, "true").startswith("1 failed, 1 skipped")
+
+
+def test_a_developer_skips(tmp_path: Path) -> None:
+    assert outcome(tmp_path, "").startswith("2 skipped")
