@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from hal_conformance import report, verdict
 from hal_conformance.cli import app
 from hal_conformance.context import Settings
+from hal_conformance.process import Worker
 from hal_conformance.session import RED, Session
 from hal_conformance.table import OBLIGATIONS
 from hal_conformance.waivers import Waiver, read
@@ -92,6 +94,27 @@ def test_a_plugin_that_cannot_load_fails_at_the_gate() -> None:
     seen = statuses(session)
     assert seen.pop("CAP-01") == "FAIL"
     assert set(seen.values()) == {"BLOCKED"}
+
+
+def test_a_wrong_result_is_bisected_from_outside_where_no_partial_results_are_exposed() -> None:
+    session = run("mutant-token-after-boundary-lost", "MLA-23")
+    index = session.results["MLA-23"].failures[0]["index"]
+    settings = dataclasses.asdict(session.settings)
+    request = {"op": "bisect", "settings": settings, "obligation": "MLA-23", "index": index}
+    with Worker() as worker:
+        found = worker.ask(request, 120.0)
+    assert "exposes no partial results" in found["verdict"]
+    page = found["case"].get("page", 64)
+    first = next(row for row in found["rows"] if not row["ok"])
+    assert first["where"].endswith(f"first {page + 1} keys")
+
+
+def test_a_fallback_is_seen_where_it_happens() -> None:
+    session = run("mutant-falls-back-for-long", "CAP-07", "MLA-09")
+    assert statuses(session) == {"CAP-07": "PASS", "MLA-09": "FAIL"}
+    assert "no kernel of this backend was launched" in session.results["MLA-09"].message
+    cases = run("sample", "MLA-09").results["MLA-09"].cases
+    assert [c["launches"] for c in cases] == [{"torch:attend@cpu": 1}] * 4
 
 
 def test_an_obligation_that_calls_nothing_is_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:

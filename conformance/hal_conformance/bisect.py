@@ -9,6 +9,7 @@ ever shorter sequences.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Final
 
 import torch
@@ -20,6 +21,7 @@ from hal_conformance.checks import load
 from hal_conformance.context import BackendRaised, Context, Stop
 from hal_conformance.decode import call, expect, judge, watched
 from hal_conformance.inputs import Inputs, build
+from hal_conformance.memory import place
 
 STAGES: Final = ("scores", "row_max", "row_sum", "partial_lse", "partial_out")
 _CLOSE: Final = 2e-2
@@ -153,20 +155,20 @@ def _prefixes(context: Context, inputs: Inputs, bad: Tensor) -> list[dict[str, A
 
 
 def _alone(context: Context, inputs: Inputs, sequence: int, length: int) -> bool:
+    """Whether one sequence, cut to a length, is decoded right on the same cache."""
     case = inputs.case.but(lengths=(length,), out_layout="none", plan=False)
     one = slice(sequence, sequence + 1)
-    lens = inputs.cache_seqlens.view[one].clone().fill_(length)
-    q, cache, table = inputs.q.view[one], inputs.kv_cache.view, inputs.block_table.view[one]
-    _, keywords = inputs.arguments()
-    out, lse = hal.mla_decode(q, cache, table, lens, **keywords, backend=context.backend)
-    from hal.reference import mla as reference
-
-    right_out, right_lse = reference.mla_decode(q.cpu(), cache.cpu(), table.cpu(), lens.cpu(), **keywords)
-    from hal_conformance.decode import Expected
-
-    one_row = torch.full(right_out.shape[:-1], 1e2 if case.data in ("hot", "large") else 1.0, dtype=torch.float64)
-    expected = Expected(right_out, right_lse, one_row, one_row.transpose(-1, -2))
-    return judge(out.cpu(), lse.cpu(), expected, *context.limits()).ok
+    alone = Inputs(
+        case,
+        dataclasses.replace(inputs.q, view=inputs.q.view[one]),
+        inputs.kv_cache,
+        dataclasses.replace(inputs.block_table, view=inputs.block_table.view[one]),
+        place("cache_seqlens", (1,), torch.int32, case.device, fill=length),
+        None,
+        inputs.table[one],
+    )
+    outcome = call(alone, context.backend)
+    return judge(outcome.out, outcome.lse, expect(alone), *context.limits()).ok
 
 
 def _first_prefix(rows: list[dict[str, Any]]) -> str:

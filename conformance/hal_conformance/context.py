@@ -152,6 +152,8 @@ class Context:
         self.record.add_launches(outcome.launches)
         for text in outcome.problems:
             self.problem(text)
+        if not outcome.launches and outcome.out.numel() and sum(inputs.case.lengths):
+            self.problem("no kernel of this backend was launched: something else computed this result")
         if any(text.startswith(("out is", "lse is")) for text in outcome.problems):
             raise Stop
         return outcome

@@ -89,6 +89,7 @@ def _row(result: Result) -> dict[str, Any]:
         "failures": result.failures,
         "errors": result.errors,
         "launches": result.launches,
+        "cases": result.cases,
     }
 
 

@@ -105,6 +105,17 @@ SCHEMA: Final[dict[str, Any]] = {
                         "failures": {"type": "array", "items": {"type": "object", "required": ["reproduce", "status"]}},
                         "errors": {"type": "object"},
                         "launches": {"type": "object", "additionalProperties": _COUNT},
+                        "cases": {
+                            "type": "array",
+                            "items": _object(
+                                {
+                                    "index": _COUNT,
+                                    "calls": _COUNT,
+                                    "launches": {"type": "object", "additionalProperties": _COUNT},
+                                    "seconds": {"type": "number", "minimum": 0},
+                                }
+                            ),
+                        },
                     }
                 ),
             },

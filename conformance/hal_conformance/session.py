@@ -44,6 +44,8 @@ class Result:
     errors : dict
         Worst values and summed histograms over all compared calls.
     launches : dict of str to int
+    cases : list of dict
+        For every case its ``index``, how many ``calls`` it made, what they launched, and seconds inside the backend.
     seconds : float
         Wall time.
     """
@@ -57,6 +59,7 @@ class Result:
     failures: list[dict[str, Any]] = field(default_factory=list)
     errors: dict[str, Any] = field(default_factory=dict)
     launches: dict[str, int] = field(default_factory=dict)
+    cases: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
@@ -271,6 +274,8 @@ class Session:
                 "output": answer["error"],
             }
         result.calls += answer["calls"]
+        evidence = {"index": index, "calls": answer["calls"], "launches": answer.get("launches", {})}
+        result.cases.append(evidence | {"seconds": round(answer.get("seconds", 0.0), 6)})
         for name, count in answer.get("launches", {}).items():
             result.launches[name] = result.launches.get(name, 0) + count
         totals.add(answer.get("errors", []))

@@ -147,8 +147,8 @@ TABLE: Final = (
         "CAP-07",
         "L0",
         "launches are counted",
-        "launches() maps driver:kernel@device to a count that never falls, and every decode of at least one query "
-        "launches at least one kernel of this backend.",
+        "launches() maps driver:kernel@device to a count that never falls, and every decode with a query and a token "
+        "launches at least one kernel of this backend (seen at every call of every level).",
         "dense",
         (1, 4, 8),
     ),

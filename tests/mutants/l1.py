@@ -307,3 +307,12 @@ class KernelCacheKey(Sample):
 
     def scale(self, args: Any) -> float:
         return self.cache.setdefault((args.h_q, args.head_dim, args.page_size), args.softmax_scale)
+
+
+@mutant("L1", "long sequences fall back to the framework: no kernel is launched for them")
+class FallsBackForLong(Sample):
+    def mla_decode(self, args: Any) -> None:
+        before = self.decodes
+        super().mla_decode(args)
+        if max(args.cache_seqlens.tolist(), default=0) > 400:
+            self.decodes = before
