@@ -183,8 +183,11 @@ class Context:
             outcome = call(again, self.backend)
         except Exception:
             return ""
-        if judge(outcome.out, outcome.lse, expect(again), *self.limits()).ok:
+        verdict = judge(outcome.out, outcome.lse, expect(again), *self.limits())
+        if verdict.ok:
             return "unused memory reaches the result: with zeros there instead of NaN or inf it is right"
+        if not verdict.mask_differs:
+            return "unused memory is read in place of data: rows come from elsewhere (strides, pages or offsets)"
         return "NaN or inf is computed, not read: it comes out with zeros in unused memory too"
 
     def check(self, case: MlaCase, what: str = "") -> tuple[Inputs, Outcome, Verdict]:

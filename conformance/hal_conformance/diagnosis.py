@@ -147,7 +147,8 @@ def _by_hypothesis(
     partly = ""
     for name, variant in causes(inputs):
         changed = attend(inputs, variant)
-        if changed is None:
+        # One that reads poison gives NaN, and NaN explains nothing.
+        if changed is None or bool(changed[0].isnan().any()):
             continue
         twin = Expected(*changed, expected.out_magnitude, expected.lse_magnitude)
         then = judge(outcome.out, outcome.lse, twin, out_limits, lse_limits)
