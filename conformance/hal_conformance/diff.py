@@ -71,7 +71,8 @@ def matrix(reports: list[dict[str, Any]]) -> dict[str, Any]:
         )
         for level in LEVELS
     ]
-    wanted = [(name, requirement) for name, requirement in REQUIREMENTS.items() if name != "nothing"]
+    used = {o.requires for o in OBLIGATIONS} - {"nothing"}
+    wanted = [(name, requirement) for name, requirement in REQUIREMENTS.items() if name in used]
     features = [(requirement.title, [cell(_feature(name, rows)) for rows in by_id]) for name, requirement in wanted]
     obligations = [
         (f"{o.id} {o.title}", [cell(rows[o.id]["status"] if o.id in rows else "SKIPPED") for rows in by_id])

@@ -20,7 +20,9 @@ def main() -> None:
     rank = Rank(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), _payload(folder), folder)
     answer = folder / f"{rank.rank}.answer"
     try:
-        value = getattr(importlib.import_module(module), name)(rank)
+        work = getattr(importlib.import_module(module), name)
+        rank.phase("start")
+        value = work(rank)
     except Exception as error:
         answer.write_text(json.dumps({"raised": f"{type(error).__name__}: {error}"}))
         # At once: leaving in order may wait for peers that wait for this rank.

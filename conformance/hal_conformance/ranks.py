@@ -21,6 +21,10 @@ from hal_conformance.process import INTERPRETER, TAIL
 State = Literal["done", "raised", "died", "stuck", "stopped"]
 """``stuck``: did not end in time. ``stopped``: was waiting for a rank that had failed, and was ended."""
 
+STARTING: Final = 120.0
+"""Seconds all ranks have to import what they need, which on a busy machine takes longer than the work. The time limit
+of an obligation counts from then."""
+
 GRACE: Final = 5.0
 """Seconds the others have to notice that a rank died, and to say so themselves."""
 
@@ -107,13 +111,13 @@ class Rank:
 
 
 def run_ranks(target: str, world: int, payload: dict[str, Any] | None = None, timeout: float = 60.0) -> GroupResult:
-    """Run ``module:function`` on ``world`` local ranks; never takes longer than ``timeout`` and a few seconds."""
+    """Run ``module:function`` on ``world`` local ranks for at most ``timeout`` seconds once all have started."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "payload").write_text(json.dumps(payload or {}))
         processes = [_start(target, rank, world, folder) for rank in range(world)]
         try:
-            in_time = _wait(processes, timeout)
+            in_time = _wait(processes, folder, timeout)
         finally:
             running = [process.poll() is None for process in processes]
             for process in processes:
@@ -143,11 +147,13 @@ def _start(target: str, rank: int, world: int, folder: Path) -> subprocess.Popen
         )
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], timeout: float) -> bool:
+def _wait(processes: list[subprocess.Popen[bytes]], folder: Path, timeout: float) -> bool:
     """Until all have ended, or the time is over, or one has failed and the others had their grace."""
-    deadline = time.monotonic() + timeout
-    failed = False
+    deadline = time.monotonic() + STARTING
+    started = failed = False
     while any(process.poll() is None for process in processes):
+        if not started and all((folder / f"{rank}.phase").exists() for rank in range(len(processes))):
+            started, deadline = True, time.monotonic() + timeout
         if not failed and any(process.poll() not in (None, 0) for process in processes):
             failed, deadline = True, min(deadline, time.monotonic() + GRACE)
         if time.monotonic() > deadline:
