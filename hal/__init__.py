@@ -1,10 +1,12 @@
 """The kernel HAL: MLA decode and expert-parallel communication on any vendor's accelerator.
 
 ``HAL_BACKEND`` (or `use`, or ``backend=``) chooses the backend; `mla_decode`, `mla_plan` and `mla_merge` are the same
-on all of them.
+on all of them, and so is `EpBuffer`.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from hal.mla import mla_decode, mla_merge, mla_plan
 from hal.plugins import Status, registry, select, use
@@ -22,6 +24,10 @@ from hal.spec.errors import (
 from hal.spec.plan import MlaPlan
 from hal.spec.validation import set_validation
 
+if TYPE_CHECKING:
+    from hal.ep.buffer import EpBuffer
+    from hal.ep.faults import EpFault, EpFaults
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -30,6 +36,9 @@ __all__ = [
     "Capabilities",
     "CompileError",
     "DeviceError",
+    "EpBuffer",
+    "EpFault",
+    "EpFaults",
     "HalError",
     "MlaPlan",
     "RankFailure",
@@ -60,3 +69,16 @@ def capabilities(backend: str | None = None) -> Capabilities:
         It cannot be used.
     """
     return select(backend).capabilities
+
+
+def __getattr__(name: str) -> object:
+    # torch.distributed costs more than the rest of this package; it is loaded with the first use.
+    if name == "EpBuffer":
+        from hal.ep.buffer import EpBuffer
+
+        return EpBuffer
+    if name in ("EpFault", "EpFaults"):
+        from hal.ep import faults
+
+        return getattr(faults, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -366,6 +366,7 @@ DECLARED = EpCapabilities(
     mask_ranks=False,
     zero_copy_combine=False,
     pre_reduce=False,
+    across_nodes=(),
 )
 
 
@@ -396,6 +397,25 @@ def test_undeclared_buffer(argument: str, changes: dict[str, Any]) -> None:
     assert caught.value.argument == argument
     with pytest.raises(UnsupportedError, match="group"):
         ep.require_ep_declared(buffer, None, "b")
+
+
+@pytest.mark.parametrize(
+    ("argument", "changes"),
+    [
+        ("modes", {"modes": ("low_latency",)}),
+        ("overflow", {"modes": ("normal",), "overflow": "drop"}),
+        ("mask_ranks", {"modes": ("normal",), "mask_ranks": True}),
+    ],
+)
+def test_undeclared_across_nodes(argument: str, changes: dict[str, Any]) -> None:
+    wide = dataclasses.replace(
+        DECLARED, nodes=Ints(1), mask_ranks=True, overflow=ep.OVERFLOW, across_nodes=("normal", "error")
+    )
+    args = ep.check_buffer(**{**BUFFER, **changes})
+    ep.require_ep_declared(args, wide, "b")
+    with pytest.raises(UnsupportedError) as caught:
+        ep.require_ep_declared(dataclasses.replace(args, ranks_per_node=1), wide, "b")
+    assert caught.value.argument == argument
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ Finish = Callable[[], None]
 thread. Raises RankFailure when a rank does not answer."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class EpDispatched:
     """A posted normal dispatch.
 
@@ -57,7 +57,7 @@ class EpDispatched:
     finish: Finish
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class EpCombined:
     """A posted normal combine: ``out`` [n, H], ``topk_weights`` [n, K] or None."""
 
@@ -66,7 +66,7 @@ class EpCombined:
     finish: Finish
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class EpLowLatencyDispatched:
     """A posted low-latency dispatch.
 
@@ -90,7 +90,7 @@ class EpLowLatencyDispatched:
     finish: Finish
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class EpLowLatencyCombined:
     """A posted low-latency combine: ``out`` [n, H]."""
 

@@ -374,7 +374,7 @@ def fp8_cast(x: Tensor, cast: str) -> tuple[Tensor, Tensor]:
     tiles = padded.view(n, groups, SCALE_GROUP)
     amax = tiles.abs().amax(2).clamp(min=AMAX_FLOOR)
     scale = amax * (torch.tensor(1.0) / FP8_MAX)
-    inverse = FP8_MAX / amax
+    inverse = torch.full_like(amax, FP8_MAX) / amax  # a scalar numerator would be rounded twice
     if cast != "fp8":
         mantissa, exponent = torch.frexp(scale)
         exponent = exponent - (mantissa == 0.5).int()

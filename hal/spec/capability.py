@@ -126,6 +126,8 @@ class EpCapabilities:
         Legal sizes of one token row, in bytes.
     recv_hook, async_finish, cached_handle, mask_ranks, zero_copy_combine, pre_reduce : bool
         Whether those features work.
+    across_nodes : tuple of str
+        Which modes, which overflow policies, and whether ``"mask_ranks"``, work in a group of several nodes too.
     """
 
     modes: tuple[str, ...]
@@ -145,6 +147,7 @@ class EpCapabilities:
     mask_ranks: bool
     zero_copy_combine: bool
     pre_reduce: bool
+    across_nodes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

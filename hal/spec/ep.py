@@ -11,7 +11,7 @@ M = max_tokens_per_rank. Expert e lives on rank e // L, where its local id is e 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, runtime_checkable
 
 import torch
@@ -54,6 +54,8 @@ _INT64: Final = (torch.int64,)
 _INT32: Final = (torch.int32,)
 _FLOAT32: Final = (torch.float32,)
 _ROWS: Final = (*PLAIN_DTYPES, FP8)
+_SCALARS: Final = (bool, int, str)
+_ADMITTED_LIMIT: Final = 4096
 _MAX_INT32: Final = 2**31 - 1
 
 
@@ -90,13 +92,15 @@ class EpBufferArgs:
     overflow : str
         Member of `OVERFLOW`.
     timeout : float
-        Seconds any wait for another rank may last.
+        Seconds within which a rank that does not answer is named; it may come to that after three quarters of them.
     mask_ranks : bool
         Carry on without a rank that failed instead of raising.
     device : torch.device
         Where all tensors of the calls live.
     faults : object
         Fault injection for tests, or None.
+    admitted : set
+        Forms of calls that passed every check that does not read values; the same form is not checked again.
     """
 
     group: object
@@ -116,6 +120,7 @@ class EpBufferArgs:
     mask_ranks: bool
     device: torch.device
     faults: object
+    admitted: set[object] = field(default_factory=set, compare=False, repr=False)
 
     @property
     def local_experts(self) -> int:
@@ -150,9 +155,11 @@ class EpLayout:
     is_token_in_rank: Tensor
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class EpHandle:
     """What a normal dispatch leaves behind for combine, for its backward, and for a dispatch over the same routes.
+
+    Read-only; not frozen only because freezing costs microseconds a call.
 
     Attributes
     ----------
@@ -192,9 +199,9 @@ class EpHandle:
             raise SpecError("handle", "a handle of another or a closed buffer", "one this buffer's dispatch returned")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class EpLowLatencyHandle:
-    """What a low-latency dispatch leaves behind for its combine.
+    """What a low-latency dispatch leaves behind for its combine. Read-only.
 
     Attributes
     ----------
@@ -472,7 +479,12 @@ def check_dispatch(
         if len(x) != 2:
             raise SpecError("x", f"{len(x)} tensors", "a tensor, or the two (fp8 rows, scales)")
         x, scales = x
-    if level:
+    form = None
+    if level and handle is None and scales is None and previous_event is None:
+        form = _form(
+            x, topk_idx, topk_weights, expand, expert_alignment, num_worst_tokens, async_finish, return_recv_hook
+        )
+    if level and (form is None or form not in buffer.admitted):
         _check_rows(buffer, x, scales)
         if handle is not None:
             if not isinstance(handle, EpHandle):
@@ -490,6 +502,7 @@ def check_dispatch(
         if topk_weights is not None:
             topk = handle.topk if handle is not None else topk_idx.shape[1]
             _check_weights(topk_weights, (len(x), topk), "[n, K]", x.device)
+        _admit(buffer, form)
     if handle is not None:
         topk_idx, expand = handle.topk_idx, handle.expand
         expert_alignment, num_worst_tokens = handle.expert_alignment, handle.num_worst_tokens
@@ -581,7 +594,10 @@ def check_low_latency_dispatch(
         expert out of range.
     """
     level = validation_level()
-    if level:
+    form = None
+    if level and cumulative_local_expert_recv_stats is None and dispatch_wait_recv_cost_stats is None:
+        form = _form(x, topk_idx, None, "low_latency", use_fp8, round_scale, use_ue8m0, async_finish, return_recv_hook)
+    if level and (form is None or form not in buffer.admitted):
         require_tensor("x", x, (buffer.dtype,), 2, "[n, hidden]")
         if x.shape[1] != buffer.hidden:
             raise SpecError("x", f"shape {list(x.shape)}", f"[n, hidden] with hidden = {buffer.hidden}")
@@ -603,6 +619,7 @@ def check_low_latency_dispatch(
         name = "dispatch_wait_recv_cost_stats"
         _check_stats(name, dispatch_wait_recv_cost_stats, _INT64, buffer.num_ranks, "[R]", x)
         _check_async(None, async_finish, return_recv_hook)
+        _admit(buffer, form)
     if level is Level.FULL:
         _check_experts(buffer, topk_idx)
     return EpLowLatencyDispatchArgs(
@@ -676,6 +693,34 @@ def check_low_latency_combine(
         async_finish,
         return_recv_hook,
     )
+
+
+def _form(x: Any, idx: Any, weights: Any, *scalars: Any) -> object:
+    """Everything a check looks at but the values; None for what is not plainly tensors and needs the full check."""
+    if type(x) is not Tensor or type(idx) is not Tensor or x.is_neg() or x.is_nested or idx.is_nested:
+        return None
+    for scalar in scalars:
+        if type(scalar) not in _SCALARS:
+            return None
+    # Types of the scalars matter: True equals 1.
+    form = (
+        *(x.layout, x.dtype, x.shape, x.stride(), x.device),
+        *(idx.layout, idx.dtype, idx.shape, idx.stride(), idx.device),
+        *scalars,
+        *map(type, scalars),
+    )
+    if weights is None:
+        return form
+    if type(weights) is not Tensor or weights.is_neg() or weights.is_nested:
+        return None
+    return (*form, weights.layout, weights.dtype, weights.shape, weights.stride(), weights.device)
+
+
+def _admit(buffer: EpBufferArgs, form: object) -> None:
+    if form is not None:
+        if len(buffer.admitted) >= _ADMITTED_LIMIT:
+            buffer.admitted.clear()
+        buffer.admitted.add(form)
 
 
 def _contiguous(tensor: Tensor) -> Tensor:
@@ -782,6 +827,13 @@ def require_ep_declared(args: EpBufferArgs, declared: EpCapabilities | None, bac
         raise UnsupportedError(backend, "pre_reduce", True, False)
     if args.mask_ranks and not declared.mask_ranks:
         raise UnsupportedError(backend, "mask_ranks", True, False)
+    if args.num_nodes > 1:
+        asked = [("modes", mode) for mode in args.modes] + [("overflow", args.overflow)]
+        asked += [("mask_ranks", "mask_ranks")] * args.mask_ranks
+        for argument, name in asked:
+            if name not in declared.across_nodes:
+                got = f"{name!r} over {args.num_nodes} nodes"
+                raise UnsupportedError(backend, argument, got, f"over nodes {', '.join(declared.across_nodes)}")
 
 
 def require_ep_call_declared(args: EpCallArgs, declared: EpCapabilities, backend: str) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, Protocol
 
 from hal.backend import Backend, Probe
 from hal.spec.capability import Capabilities, Ints, MlaCapabilities
-from hal.spec.errors import SpecError, UnsupportedError
+from hal.spec.errors import SpecError
 
 if TYPE_CHECKING:
     from hal.ep.engine import EpEngine
@@ -86,9 +86,14 @@ class CpuBackend(Backend):
         return Probe(True, reason, details.get("fix", ""), details=details)
 
     def capabilities(self) -> Capabilities:
-        """Everything of dense decode but sinks and extra caches."""
+        """Everything of dense decode but sinks and extra caches; expert-parallel calls where compiled."""
+        from hal_cpu import ep
+
         dense = dataclasses.replace(_DENSE, batch_invariant=self._kernel.batch_invariant)
-        return Capabilities(device_types=("cpu",), mla_dense=dense, mla_sparse=None, ep=None)
+        communicates = ep.missing() is None
+        return Capabilities(
+            device_types=("cpu",), mla_dense=dense, mla_sparse=None, ep=ep.CAPABILITIES if communicates else None
+        )
 
     def mla_plan(self, args: MlaPlanArgs) -> object:
         """Cut the step into parts of equal cost."""
@@ -99,9 +104,14 @@ class CpuBackend(Backend):
         self._kernel.decode(args)
 
     def ep_buffer(self, args: EpBufferArgs) -> EpEngine:
-        """Refuse: expert-parallel communication is not declared."""
-        raise UnsupportedError("cpu", "group", "an expert-parallel group", "MLA decode only")
+        """Open shared-memory windows to the other ranks."""
+        from hal_cpu import ep
+
+        return ep.open_engine(args)
 
     def launches(self) -> Mapping[str, int]:
-        """Calls of each kernel in this process, as ``cpu:mla_decode_<isa>@cpu``."""
-        return {f"cpu:mla_decode_{name}@cpu": count for name, count in self._kernel.launches().items()}
+        """Calls of each kernel in this process, as ``cpu:mla_decode_<isa>@cpu`` and ``cpu:ep_<call>_<isa>@cpu``."""
+        from hal_cpu import ep
+
+        decoded = {f"cpu:mla_decode_{name}@cpu": count for name, count in self._kernel.launches().items()}
+        return decoded | {f"cpu:ep_{name}@cpu": count for name, count in ep.launches.items()}

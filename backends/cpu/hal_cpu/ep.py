@@ -1,0 +1,529 @@
+"""The expert-parallel engine of one node: peer windows in shared memory, moved and summed by compiled code."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from hal.ep.engine import (
+    EpCombined,
+    EpDispatched,
+    EpEngine,
+    EpLowLatencyCombined,
+    EpLowLatencyDispatched,
+    Finish,
+)
+from hal.ep.faults import KINDS, PHASES, EpFaults
+from hal.ep.layout import count_layout
+from hal.ep.nodes import NodeEngine, NodesEngine
+from hal.ep.rendezvous import Doorbell, agree, exchange_over, host_identity
+from hal.spec.capability import EpCapabilities, Ints
+from hal.spec.ep import (
+    CASTS,
+    FP8,
+    OVERFLOW,
+    SCALE_GROUP,
+    EpBufferArgs,
+    EpCombineArgs,
+    EpDispatchArgs,
+    EpHandle,
+    EpLayout,
+    EpLowLatencyCombineArgs,
+    EpLowLatencyDispatchArgs,
+    EpLowLatencyHandle,
+)
+from hal.spec.errors import RankFailure, SpecError
+
+CAPABILITIES: Final = EpCapabilities(
+    modes=("normal", "low_latency"),
+    layouts=("rank", "expand"),
+    dtypes=("bfloat16", "float16", "float32", "float8_e4m3fn"),
+    casts=CASTS,
+    transports=("shm", "torch.distributed"),
+    overflow=OVERFLOW,
+    ranks=Ints(1, 512),
+    nodes=Ints(1, 64),
+    topk=Ints(1),
+    num_experts=Ints(1),
+    row_bytes=Ints(16, multiple_of=16),
+    recv_hook=True,
+    async_finish=True,
+    cached_handle=True,
+    mask_ranks=True,
+    zero_copy_combine=True,
+    pre_reduce=True,
+    across_nodes=("normal", "error", "grow"),
+)
+
+_TYPES: Final = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_BYTES, _INT32, _INT64 = 3, 4, 5
+launches: Counter[str] = Counter()
+"""Calls of this process, by name and instruction set."""
+
+_WINDOW_FROM: Final = 1 << 20
+_KINDS: Final = ("", "dispatch", "combine", "low_latency_dispatch", "low_latency_combine")
+_CAST_OF: Final = {name: i for i, name in enumerate(CASTS)}
+
+# The values of a call that all ranks must share, in the order in which they are posted.
+_DISPATCH_FIELDS: Final = (
+    ("topk_weights", ("None", "a tensor").__getitem__),
+    ("topk_idx", "K = {}".format),
+    ("x", ("bfloat16", "float16", "float32", "float8_e4m3fn").__getitem__),
+    ("x", "scales of {} bytes a row".format),
+    ("x", ("float32 scales", "int32 scales").__getitem__),
+    ("expand", ("False", "True").__getitem__),
+    ("expert_alignment", str),
+    ("num_worst_tokens", str),
+    ("handle", lambda seq: f"the one of operation {seq}" if seq else "None"),
+)
+_COMBINE_FIELDS: Final = (
+    ("topk_weights", ("None", "a tensor", "a sum", "rows").__getitem__),
+    ("handle", "the one of operation {}".format),
+)
+_PACKED_FIELDS: Final = (("topk_idx", "K = {}".format), ("use_fp8", lambda i: f"cast {CASTS[i]!r}"))
+_PACKED_COMBINE_FIELDS: Final = (("handle", "the one of operation {}".format),)
+
+
+def missing() -> str | None:
+    """Why there is no compiled engine, or None if there is one."""
+    if importlib.util.find_spec("hal_cpu._ep") is None:
+        return "no compiler was found when hal-cpu was built"
+    try:
+        import hal_cpu._ep  # noqa: F401  (whether it loads is the question)
+    except ImportError as error:
+        return f"the compiled engine does not load here ({error})"
+    return None
+
+
+def open_engine(args: EpBufferArgs) -> EpEngine:
+    """The engine of a group: of its one node, or of all its nodes."""
+    if args.num_nodes == 1:
+        return CpuEpEngine(args)
+    NodesEngine.require(args, "cpu")
+    return NodesEngine(args, CpuEpEngine(args))
+
+
+class CpuEpEngine(NodeEngine):
+    """One rank's end of a buffer whose ranks, those of a node, are processes of this machine.
+
+    Raises
+    ------
+    SpecError
+        The ranks of the node do not share a machine.
+    RankFailure
+        A rank did not come to the rendezvous.
+    """
+
+    def __init__(self, args: EpBufferArgs) -> None:
+        from hal_cpu import _ep
+
+        self._native = _ep
+        self._args = args
+        exchange = exchange_over(args.group)
+        node, here = divmod(args.rank, args.ranks_per_node)
+        self._first = first = node * args.ranks_per_node
+        self._ranks = ranks = min(args.ranks_per_node, args.num_ranks - first)
+        crowded = ranks > len(os.sched_getaffinity(0))
+        # One rank's secret serves the group; every rank brings one, so that none needs to be asked first.
+        doorbell = Doorbell(args.num_ranks)
+        try:
+            everyone = exchange((host_identity(), doorbell.name, secrets.token_bytes(32)))
+            for rank, (host, _, _) in enumerate(everyone):
+                head = rank // args.ranks_per_node * args.ranks_per_node
+                if host != everyone[head][0]:
+                    legal = f"ranks {head} and {rank} on one machine and in one network namespace"
+                    raise SpecError("ranks_per_node", args.ranks_per_node, legal)
+            token = everyone[first][2]
+            self._engine = _ep.Engine(
+                here,
+                ranks,
+                args.num_nodes,
+                args.local_experts,
+                first * args.local_experts,
+                first,
+                args.timeout,
+                args.mask_ranks,
+                args.max_recv_tokens,
+                OVERFLOW.index(args.overflow),
+                crowded,
+                token,
+            )
+            failure: dict[str, Any] = {}
+            try:
+                names = [name for _, name, _ in everyone[first : first + ranks]]
+                found = doorbell.trade(self._engine.fd(), here, names, token, args.timeout)
+                for peer, (window, pidfd) in found.items():
+                    try:
+                        self._engine.attach(peer, window, pidfd)
+                    except ValueError as error:
+                        raise SpecError(
+                            "group", f"a window of rank {first + peer} where {error}", "a peer's window"
+                        ) from None
+                    finally:
+                        os.close(window)
+                        if pidfd >= 0:
+                            os.close(pidfd)
+            except SpecError as error:
+                failure = {"group": error}
+            agree(exchange, failure)
+        finally:
+            doorbell.close()
+        if isinstance(args.faults, EpFaults):
+            self._engine.set_faults(
+                [
+                    (KINDS.index(f.kind), PHASES.index(f.phase), f.operation, f.target, f.seconds)
+                    for f in args.faults.faults
+                ]
+            )
+        self._owner = object()
+
+    @property
+    def owner(self) -> object:
+        """Identity of this engine."""
+        return self._owner
+
+    def layout(self, topk_idx: Tensor) -> EpLayout:
+        """Count in torch."""
+        return count_layout(self._args, topk_idx)
+
+    def dispatch(self, args: EpDispatchArgs) -> EpDispatched:
+        """Exchange counts, write rows into the receivers' windows, and leave the wait for the others' rows."""
+        return self.relay(args, (0, len(args.topk_idx)))
+
+    def relay(self, args: EpDispatchArgs, begin: Sequence[int]) -> EpDispatched:
+        """As `dispatch`, for tokens of one rank of every node."""
+        x, scales, idx, weights, handle = args.x, args.scales, args.topk_idx, args.topk_weights, args.handle
+        n, topk = idx.shape
+        row_bytes = x.shape[1] * x.itemsize
+        scale_bytes = 0 if scales is None else scales.shape[1] * 4
+        fields = [
+            weights is not None,
+            topk,
+            3 if scales is not None else _TYPES[x.dtype],
+            scale_bytes,
+            scales is not None and scales.dtype == torch.int32,
+            args.expand,
+            args.expert_alignment,
+            args.num_worst_tokens,
+            0 if handle is None else _routes(handle).id,
+        ]
+        try:
+            launches[f"dispatch_{self._native.isa}"] += 1
+            op = self._engine.dispatch(
+                x.data_ptr(),
+                n,
+                x.stride(0) * x.itemsize,
+                row_bytes,
+                0 if scales is None else scales.data_ptr(),
+                0 if scales is None else scales.stride(0) * 4,
+                scale_bytes,
+                idx.data_ptr(),
+                topk,
+                0 if weights is None else weights.data_ptr(),
+                args.expand,
+                args.expert_alignment,
+                args.num_worst_tokens,
+                self._args.num_experts,
+                begin,
+                None if handle is None else _routes(handle),
+                fields,
+            )
+        except Exception as error:
+            raise self._translated(error, _DISPATCH_FIELDS) from None
+        rows, routes = op.rows, op.routes
+        if scales is None:
+            recv_x, recv_scales = op.x(_TYPES[x.dtype], (rows, x.shape[1])), None
+        else:
+            recv_x = op.x(_BYTES, (rows, x.shape[1])).view(FP8)
+            code = _INT32 if scales.dtype == torch.int32 else _TYPES[torch.float32]
+            recv_scales = op.scales(code, (rows, scales.shape[1]), ())
+        shape = (rows,) if args.expand else (rows, topk)
+        made = EpHandle(
+            self._owner,
+            n,
+            rows,
+            topk,
+            args.expand,
+            args.expert_alignment,
+            args.num_worst_tokens,
+            () if args.num_worst_tokens else tuple(routes.recv_experts),
+            routes.dropped,
+            idx,
+            routes,
+        )
+        return EpDispatched(
+            recv_x,
+            recv_scales,
+            op.idx(_INT64, shape),
+            None if weights is None else op.weights(shape),
+            made,
+            self._finish(op, _DISPATCH_FIELDS),
+        )
+
+    def combine(self, args: EpCombineArgs) -> EpCombined:
+        """Stage the rows where peers can read them; the finish fetches and sums."""
+        handle, x = args.handle, args.x if args.x.is_contiguous() else args.x.contiguous()
+        out = self._empty(handle.num_tokens, x.dtype)
+        weights = None if args.topk_weights is None else torch.empty(handle.num_tokens, handle.topk)
+        bias = [(one.data_ptr(), one.stride(0) * one.itemsize) for one in args.bias] + [(0, 0)] * 2
+        kind = _TYPES[x.dtype]
+        routes = _routes(handle)
+        try:
+            launches[f"combine_{self._native.isa}"] += 1
+            op = self._engine.combine(
+                x.data_ptr(),
+                x.shape[1] * x.itemsize,
+                x.shape[1],
+                kind,
+                kind,
+                routes,
+                0 if args.topk_weights is None else args.topk_weights.data_ptr(),
+                0 if weights is None else weights.data_ptr(),
+                *bias[0],
+                *bias[1],
+                out.data_ptr(),
+                x.shape[1] * x.itemsize,
+                False,
+                not (args.async_finish or args.return_recv_hook),
+                (weights is not None, routes.id),
+            )
+        except Exception as error:
+            raise self._translated(error, _COMBINE_FIELDS) from None
+        return EpCombined(out, weights, self._finish(op, _COMBINE_FIELDS, (x, out, weights, args.bias)))
+
+    def gather(self, x: Tensor, handle: EpHandle) -> Tensor:
+        """One fetch into zeros; rows that a choice does not have stay 0."""
+        out = torch.zeros(handle.num_tokens, handle.topk, x.shape[1], dtype=x.dtype)
+        self._fetch(x.contiguous(), handle, out, x.shape[1] * x.itemsize, 2, True)
+        return out
+
+    def partial(self, x: Tensor, handle: EpHandle) -> Tensor:
+        """The sum of `combine`, left in float32."""
+        out = torch.empty(handle.num_tokens, x.shape[1])
+        self._fetch(x.contiguous(), handle, out, x.shape[1] * 4, _TYPES[torch.float32], False)
+        return out
+
+    def _fetch(self, x: Tensor, handle: EpHandle, out: Tensor, stride: int, out_type: int, gather: bool) -> None:
+        routes = _routes(handle)
+        row = x.shape[1] * x.itemsize
+        addresses = (x.data_ptr(), row, x.shape[1], _TYPES[x.dtype], out_type, routes, 0, 0, 0, 0, 0, 0)
+        try:
+            op = self._engine.combine(*addresses, out.data_ptr(), stride, gather, True, (2 + gather, routes.id))
+        except Exception as error:
+            raise self._translated(error, _COMBINE_FIELDS) from None
+        self._finish(op, _COMBINE_FIELDS, (x, out))()
+
+    def low_latency_dispatch(self, args: EpLowLatencyDispatchArgs) -> EpLowLatencyDispatched:
+        """Write rows, cast where asked, into the packed slots of the receivers' windows."""
+        x, idx, buffer = args.x, args.topk_idx, self._args
+        local, slots, hidden = buffer.local_experts, buffer.num_ranks * buffer.max_tokens_per_rank, buffer.hidden
+        count = torch.empty(local, dtype=torch.int32)
+        ranges = torch.empty(local, buffer.num_ranks, dtype=torch.int64)
+        stats, waits = args.cumulative_local_expert_recv_stats, args.dispatch_wait_recv_cost_stats
+        cast = _CAST_OF[args.cast]
+        try:
+            launches[f"low_latency_dispatch_{self._native.isa}"] += 1
+            op = self._engine.packed_dispatch(
+                x.data_ptr(),
+                len(x),
+                x.stride(0) * x.itemsize,
+                hidden,
+                _TYPES[x.dtype],
+                cast,
+                idx.data_ptr(),
+                idx.shape[1],
+                buffer.num_experts,
+                slots,
+                0 if stats is None else stats.data_ptr(),
+                0 if waits is None else waits.data_ptr(),
+                args.return_recv_hook or args.async_finish,
+                count.data_ptr(),
+                ranges.data_ptr(),
+                (idx.shape[1], cast),
+            )
+        except Exception as error:
+            raise self._translated(error, _PACKED_FIELDS) from None
+        scales = None
+        if cast:
+            rows = op.x(_BYTES, (local, slots, hidden)).view(FP8)
+            groups = -(-hidden // SCALE_GROUP)
+            words, code = (-(-groups // 4), _INT32) if args.cast == "fp8_ue8m0" else (groups, _TYPES[torch.float32])
+            scales = op.scales(code, (local, slots, words), (slots * words, 1, slots))
+        else:
+            rows = op.x(_TYPES[x.dtype], (local, slots, hidden))
+        handle = EpLowLatencyHandle(
+            self._owner,
+            op.idx(_INT32, (local, slots)),
+            ranges,
+            buffer.max_tokens_per_rank,
+            hidden,
+            buffer.num_experts,
+            len(x),
+            idx.shape[1],
+            _Packed(op.routes),
+        )
+        finish = self._finish(op, _PACKED_FIELDS, (count, ranges, stats, waits, x))
+        return EpLowLatencyDispatched(rows, scales, count, handle, finish)
+
+    def low_latency_combine(self, args: EpLowLatencyCombineArgs) -> EpLowLatencyCombined:
+        """Stage packed rows, or take the lent memory as it is; the finish fetches and sums."""
+        handle, x, buffer = args.handle, args.x, self._args
+        packed: _Packed = _state(handle)
+        lent = None
+        if args.zero_copy:
+            lent, packed.lent = packed.lent, None
+            if lent is None or lent.address != x.data_ptr():
+                error = SpecError("x", "other memory", "with zero_copy, the tensor low_latency_combine_buffer returned")
+                raise self.refuse("low_latency_combine", error)
+        try:
+            launches[f"low_latency_combine_{self._native.isa}"] += 1
+            op = self._engine.packed_combine(
+                x.data_ptr(),
+                buffer.hidden,
+                x.shape[1],
+                _TYPES[x.dtype],
+                packed.routes,
+                args.topk_idx.data_ptr(),
+                args.topk_weights.data_ptr(),
+                args.out.data_ptr(),
+                args.out.stride(0) * args.out.itemsize,
+                0 if args.combine_wait_recv_cost_stats is None else args.combine_wait_recv_cost_stats.data_ptr(),
+                lent,
+                handle.layout_range.data_ptr(),
+                not (args.async_finish or args.return_recv_hook),
+                (packed.routes.id,),
+            )
+        except Exception as error:
+            raise self._translated(error, _PACKED_COMBINE_FIELDS) from None
+        keep = (x, args.topk_idx, args.topk_weights, args.out, args.combine_wait_recv_cost_stats, handle)
+        return EpLowLatencyCombined(args.out, self._finish(op, _PACKED_COMBINE_FIELDS, keep))
+
+    def low_latency_combine_buffer(self, handle: EpLowLatencyHandle) -> Tensor:
+        """Memory of the own window for the handle's next combine."""
+        buffer, packed = self._args, _state(handle)
+        shape = (buffer.local_experts, buffer.num_ranks * buffer.max_tokens_per_rank, buffer.hidden)
+        if packed.lent is None:
+            packed.lent = self._engine.lend(shape[0] * shape[1] * shape[2] * buffer.dtype.itemsize, False)
+        tensor: Tensor = self._native.Engine.lent_tensor(packed.lent, _TYPES[buffer.dtype], shape)
+        return tensor
+
+    def refuse(self, phase: str, error: SpecError) -> SpecError:
+        """Post the error in place of the call."""
+        try:
+            self._engine.refuse(error.argument, error.got, error.legal)
+        except self._native.Refused as refused:
+            return self._refusal(refused, ())
+        except Exception as other:
+            raise self._translated(other, ()) from None
+        return error
+
+    def set_mask(self, rank: int, masked: bool) -> None:
+        """Mark the rank, and tell it."""
+        self._engine.set_mask(rank, masked)
+
+    def masked(self) -> Sequence[bool]:
+        """As the engine decides."""
+        found: list[bool] = self._engine.masked()
+        return found
+
+    def records(self) -> Sequence[Mapping[str, object]]:
+        """Read every peer's recorder from its window."""
+        found = []
+        for rank in range(self._ranks):
+            for seq, kind, phase, waits_for, tokens, begin, end in self._engine.records(rank):
+                found.append(
+                    {
+                        "rank": self._first + rank,
+                        "operation": seq,
+                        "kind": _KINDS[kind] if kind < len(_KINDS) else "?",
+                        "phase": phase,
+                        "waits_for": None if end or waits_for < 0 else self._first + waits_for,
+                        "tokens": tokens,
+                        "begin_ns": begin,
+                        "microseconds": (end - begin) / 1000 if end else None,
+                    }
+                )
+        return sorted(found, key=lambda record: record["begin_ns"])
+
+    def memory(self) -> Mapping[str, int]:
+        """The window's size and the part in use."""
+        return {"window": self._engine.bytes(), "in_use": self._engine.in_use()}
+
+    def close(self) -> None:
+        """Tell the peers and let the windows go."""
+        self._engine.close()
+
+    def _empty(self, rows: int, dtype: torch.dtype) -> Tensor:
+        """Memory for sums. Large ones come from the window, whose pages are in place and used again."""
+        hidden = self._args.hidden
+        size = rows * hidden * dtype.itemsize
+        if size < _WINDOW_FROM:
+            return torch.empty(rows, hidden, dtype=dtype)
+        tensor: Tensor = self._native.Engine.lent_tensor(self._engine.lend(size, True), _TYPES[dtype], (rows, hidden))
+        return tensor
+
+    def _finish(self, op: Any, fields: Sequence[tuple[str, Callable[[int], str]]], keep: object = None) -> Finish:
+        finish = self._engine.finish
+
+        def run() -> None:
+            nonlocal keep
+            try:
+                finish(op)
+            except Exception as error:
+                raise self._translated(error, fields) from None
+            keep = None
+
+        return run
+
+    def _translated(self, error: Exception, fields: Sequence[tuple[str, Callable[[int], str]]]) -> Exception:
+        if isinstance(error, self._native.Refused):
+            return self._refusal(error, fields)
+        if isinstance(error, self._native.RankFailed):
+            rank, phase, reason, expert, expected, received = error.args
+            return RankFailure(
+                self._first + rank,
+                phase,
+                reason,
+                expert=None if expert < 0 else expert,
+                expected=None if expected < 0 else expected,
+                received=None if received < 0 else received,
+            )
+        return error
+
+    def _refusal(self, error: Exception, fields: Sequence[tuple[str, Callable[[int], str]]]) -> SpecError:
+        argument, got, legal, field, rank, against, value, other = error.args
+        if field < 0:
+            return SpecError(argument, got, legal)
+        name, show = fields[field] if field < len(fields) else ("call", str)
+        return SpecError(
+            name, f"{show(value)} on rank {self._first + rank}", f"{show(other)}, as on rank {self._first + against}"
+        )
+
+
+class _Packed:
+    """What a low-latency handle carries: its routes, and the memory lent for its combine."""
+
+    __slots__ = ("lent", "routes")
+
+    def __init__(self, routes: Any) -> None:
+        self.routes = routes
+        self.lent: Any = None
+
+
+def _routes(handle: EpHandle) -> Any:
+    return handle.state
+
+
+def _state(handle: EpLowLatencyHandle) -> _Packed:
+    assert isinstance(handle.state, _Packed)
+    return handle.state
+
+
+__all__ = ["CAPABILITIES", "CpuEpEngine", "launches", "missing", "open_engine"]

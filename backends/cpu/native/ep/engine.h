@@ -1,0 +1,278 @@
+// The protocol of one rank among the ranks of a node. No Python in here.
+//
+// Every call is one numbered operation on every rank. Dispatch: each source posts its counts to each destination;
+// each destination, having all counts, allocates exactly what it will receive and grants every source its places; the
+// sources write rows straight there and raise a flag. Combine: each rank stages its rows and posts where; each source
+// fetches its rows and sums them in a fixed order. Who takes part at a destination is that destination's decision
+// alone, so a rank that dies half way needs no vote.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "kernels.h"
+#include "window.h"
+
+namespace hal_ep {
+
+struct RankFailed : std::exception {
+  int rank = -1, expert = -1;
+  int64_t expected = -1, received = -1;
+  std::string phase, reason;
+  const char* what() const noexcept override { return reason.c_str(); }
+};
+
+// A call that all ranks refuse alike; `field` is the index of a disagreeing argument, or -1 with the text filled in.
+struct Refused : std::exception {
+  std::string argument, got, legal;
+  int field = -1, rank = -1, against = -1;
+  uint64_t value = 0, other = 0;
+  const char* what() const noexcept override { return argument.c_str(); }
+};
+
+struct Interrupted : std::exception {};
+
+struct Fault {
+  enum What : int { delay, drop, kill, stop, corrupt };
+  What what;
+  int phase;     // index into kPhases
+  int64_t seq;   // operation number, -1 for every
+  int target;    // rank, -1 for all
+  double seconds;
+};
+
+enum Phase : uint32_t { kPost, kGrant, kPush, kReceive, kStage, kFetch, kAck, kPhaseCount };
+extern const char* const kPhases[kPhaseCount];
+
+enum class Policy : int { error, drop, grow };
+
+struct Config {
+  int rank, ranks, sources, experts;
+  int64_t expert_base;  // first expert of rank 0
+  int first_rank;       // its number in the whole group, for messages
+  double timeout;
+  bool mask;
+  int64_t room;  // rows a rank accepts in a normal dispatch
+  Policy policy;
+  bool crowded;  // more ranks than cores: give the core away early
+};
+
+// The way of every token: what a handle keeps.
+struct Routes {
+  int64_t tokens = 0, topk = 0;
+  bool expand = false, packed = false;
+  std::vector<int64_t> begin;          // [sources + 1] tokens of each virtual source
+  std::vector<int32_t> rank, order;    // [tokens, topk] destination (-1 none), position within its block
+  std::vector<int32_t> expert;         // [tokens, topk] local expert there
+  std::vector<int32_t> row;            // [tokens, topk] row at the destination, -1 where dropped or masked
+  std::vector<uint32_t> rows_to, experts_to;  // [ranks, sources], [ranks, sources, L]
+  int64_t recv_rows = 0, dropped = 0;
+  std::vector<int64_t> recv_experts;  // [L] aligned
+  std::vector<std::pair<int64_t, int64_t>> own;  // received rows that came from this rank itself: begin, end; ascending
+  uint64_t id = 0;
+  int packed_slot = -1;
+};
+
+class Engine;
+
+struct Operation {
+  uint64_t seq = 0;
+  Kind kind = Kind::none;
+  bool finished = false;
+  std::exception_ptr error;
+  std::function<void()> complete;
+  std::shared_ptr<Routes> routes;
+  std::shared_ptr<Lease> slot;            // dispatch: received rows
+  std::vector<uint32_t> expected;         // [ranks] rows awaited
+  std::vector<int> first_expert;          // [ranks]
+  std::shared_ptr<int> use;               // packed: the result lives while someone holds this
+  std::vector<uint8_t> copy;              // packed: rows of a call that returned before sending them
+  int64_t rows = 0;                       // of the slot
+  size_t x_at = 0, scales_at = 0, idx_at = 0, weights_at = 0;  // offsets inside the slot
+};
+
+struct DispatchCall {
+  const uint8_t* x = nullptr;
+  int64_t tokens = 0, stride = 0, row_bytes = 0;
+  const uint8_t* scales = nullptr;
+  int64_t scales_stride = 0, scale_bytes = 0;
+  const int64_t* idx = nullptr;
+  int64_t topk = 0;
+  const float* weights = nullptr;
+  bool expand = false;
+  int64_t alignment = 1, worst = 0;
+  int64_t num_experts = 0;
+  std::vector<int64_t> begin;  // [sources + 1]
+  uint64_t arguments[kArguments] = {};
+  std::shared_ptr<Routes> cached;
+};
+
+struct CombineCall {
+  const uint8_t* x = nullptr;
+  int64_t row_bytes = 0, columns = 0;
+  Type type = Type::bf16, out_type = Type::bf16;
+  std::shared_ptr<Routes> routes;
+  const float* row_weights = nullptr;  // [rows, K] or [rows]: sent back beside the rows
+  float* weights_out = nullptr;        // [n, K]
+  const uint8_t* bias0 = nullptr;
+  const uint8_t* bias1 = nullptr;
+  int64_t bias0_stride = 0, bias1_stride = 0;
+  uint8_t* out = nullptr;
+  int64_t out_stride = 0;
+  bool now = false;     // the caller waits: rows for this rank itself are read where they are
+  bool gather = false;  // no sums: out is [n, K, row], every fetched row at its slot
+  uint64_t arguments[kArguments] = {};
+};
+
+struct PackedCall {
+  const uint8_t* x = nullptr;
+  int64_t tokens = 0, stride = 0, columns = 0;
+  Type type = Type::bf16;
+  int cast = 0;  // 0 none, 1 fp8, 2 power of two, 3 ue8m0
+  const int64_t* idx = nullptr;
+  int64_t topk = 0, num_experts = 0, slots = 0;
+  int32_t* stats = nullptr;
+  int64_t* waits = nullptr;
+  bool deferred = false;
+  int32_t* count = nullptr;    // [L]
+  int64_t* ranges = nullptr;   // [L, ranks * sources]
+  uint64_t arguments[kArguments] = {};
+};
+
+struct PackedCombineCall {
+  const uint8_t* x = nullptr;
+  int64_t columns = 0, slots = 0;
+  Type type = Type::bf16;
+  std::shared_ptr<Routes> routes;
+  const int64_t* idx = nullptr;
+  const float* weights = nullptr;
+  uint8_t* out = nullptr;
+  int64_t out_stride = 0;
+  int64_t* waits = nullptr;
+  bool now = false;
+  std::shared_ptr<Lease> lent;  // zero copy: x is this memory
+  const int64_t* ranges = nullptr;
+  uint64_t arguments[kArguments] = {};
+};
+
+class Engine : public std::enable_shared_from_this<Engine> {
+ public:
+  Engine(const Config& config, const uint8_t token[32]);
+  ~Engine();
+
+  int fd() const { return window_->fd(); }
+  void attach(int peer, int fd, int pidfd);
+  void attach_direct(int peer, std::shared_ptr<Window> window);  // ranks that are threads of one process
+  std::shared_ptr<Window> window() { return window_; }
+  void set_faults(std::vector<Fault> faults) { faults_ = std::move(faults); }
+
+  std::shared_ptr<Operation> dispatch(const DispatchCall& call);
+  std::shared_ptr<Operation> combine(const CombineCall& call);
+  std::shared_ptr<Operation> packed_dispatch(const PackedCall& call);
+  std::shared_ptr<Operation> packed_combine(const PackedCombineCall& call);
+  std::shared_ptr<Lease> lend(uint64_t bytes, bool commit) { return arena_->take(bytes, commit); }
+  void release(const std::shared_ptr<Routes>& routes);  // packed: the result is used up
+  void finish(const std::shared_ptr<Operation>& op);
+  [[noreturn]] void refuse(const Text& text);
+  void set_mask(int rank, bool masked);
+  std::vector<bool> masked() const;
+  std::vector<Record> records(int rank);
+  uint64_t bytes() const { return window_->size(); }
+  uint64_t in_use() const { return arena_->in_use(); }
+  void close();
+
+  // Called about ten times a second while waiting, without any lock; may throw Interrupted.
+  std::function<void()> poll_signals;
+
+ private:
+  struct Peer {
+    std::shared_ptr<Window> window;
+    int pidfd = -1;
+    bool masked = false;
+  };
+
+  Flags& flags_from(int peer) const;   // in the own window, written by peer
+  Flags& flags_at(int peer) const;     // in peer's window, written by this rank
+  Post& post_from(int peer, uint64_t seq) const;
+  Post& post_at(int peer, uint64_t seq) const;
+  Grant& grant_from(int peer, uint64_t seq) const;
+  Grant& grant_at(int peer, uint64_t seq) const;
+  const uint32_t* post_rows(const Post& post) const { return reinterpret_cast<const uint32_t*>(&post + 1); }
+  void ring(int peer);
+  std::string number(int peer) const { return std::to_string(config_.first_rank + peer); }
+
+  template <class Ready>
+  void wait(Phase phase, const Operation& op, int64_t* waits, Ready ready);
+  [[noreturn]] void fail(RankFailed failure);
+  void check_abort(int peer);
+  bool dead(int peer) const;
+  int who_blocks(int peer);
+  void mask_now(int peer);
+  bool alive(int peer) const { return !peers_[peer].masked; }
+
+  std::shared_ptr<Operation> begin(Kind kind, int64_t tokens);
+  void enter();
+  void post(Operation& op, const uint64_t* arguments, const Routes* routes, uint64_t offset, uint64_t bytes,
+            uint64_t extra, const Text* refusal, int round, const std::vector<int>* only = nullptr);
+  void check_posts(const Operation& op, int round);
+  void give_up(const Operation& op);
+  bool route(Routes& routes, const int64_t* idx, int64_t num_experts, Text* bad) const;
+  bool grant(Operation& op, const DispatchCall& call, int round);
+  void give(const Operation& op, int round, Status status, uint64_t offset, uint64_t rows, uint64_t wanted,
+            const std::vector<uint32_t>& starts, size_t per_source);
+  std::vector<int> check_grants(Operation& op, int round, const std::vector<int>* only);
+  void shorten(Operation& op, const std::vector<int>& where);
+  void push(Operation& op, const DispatchCall& call, const int64_t* idx);
+  void send_done(Operation& op);
+  void receive(Operation& op, int64_t* waits);
+  void packed_body(Operation& op, const PackedCall& call);
+  void fetch(Operation& op, int64_t* waits);
+  void acknowledge(const Operation& op);
+  void settle(Operation& op);
+  bool fault(Phase phase, uint64_t seq, int target);
+  void note(const Operation& op, Phase phase, int waits_for, bool end);
+  void release_stages();
+  const uint8_t* fetched_row(int peer, uint64_t seq, int64_t row, int64_t row_bytes);
+  void run_worker();
+
+  Config config_;
+  Map map_;
+  std::shared_ptr<Window> window_;
+  std::shared_ptr<Arena> arena_;
+  std::vector<Peer> peers_;
+  std::vector<Fault> faults_;
+  uint64_t seq_ = 0;
+  std::deque<std::shared_ptr<Operation>> pending_;
+  struct Stage {
+    uint64_t seq;
+    std::shared_ptr<Lease> lease;
+  };
+  std::deque<Stage> stages_;
+  std::unique_ptr<RankFailed> broken_;
+  bool closed_ = false;
+  std::atomic<bool> closing_{false};
+
+  std::mutex api_;                    // one call at a time
+  std::condition_variable_any idle_;  // the worker has finished its job
+  std::function<void()> job_;
+  bool job_running_ = false, stop_worker_ = false;
+  std::thread worker_;
+  struct PackedSlot {
+    std::shared_ptr<Lease> lease;
+    std::weak_ptr<int> use;
+    uint64_t id = 0;
+    bool released = true;
+  };
+  PackedSlot packed_[2];
+  std::vector<int> left_;
+};
+
+}  // namespace hal_ep

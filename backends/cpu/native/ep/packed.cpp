@@ -1,0 +1,293 @@
+// Low-latency dispatch and combine.
+#include "detail.h"
+
+namespace hal_ep {
+
+void Engine::release(const std::shared_ptr<Routes>& routes) {
+  std::unique_lock<std::mutex> hold(api_);
+  if (routes->packed_slot >= 0 && packed_[routes->packed_slot].id == routes->id)
+    packed_[routes->packed_slot].released = true;
+}
+
+std::shared_ptr<Operation> Engine::packed_dispatch(const PackedCall& call) {
+  std::unique_lock<std::mutex> hold(api_);
+  idle_.wait(hold, [&] { return !job_running_; });
+  enter();
+  auto routes = std::make_shared<Routes>();
+  routes->tokens = call.tokens;
+  routes->topk = call.topk;
+  routes->packed = true;
+  routes->begin.assign(size_t(config_.sources) + 1, call.tokens);
+  routes->begin[0] = 0;
+  Text bad;
+  bool fine = route(*routes, call.idx, call.num_experts, &bad);
+  const int64_t groups = (call.columns + 127) / 128;
+  const int64_t row_bytes = call.cast != 0 ? call.columns : call.columns * int64_t(type_bytes(call.type));
+  const int64_t scale_words = call.cast == 0 ? 0 : call.cast == 3 ? (groups + 3) / 4 : groups;
+  const size_t cells = size_t(config_.experts * call.slots);
+  auto op = begin(Kind::low_latency_dispatch, call.tokens);
+  op->routes = routes;
+  op->scales_at = up64(cells * size_t(row_bytes));
+  op->idx_at = op->scales_at + up64(cells * size_t(scale_words) * 4);
+  const size_t bytes = op->idx_at + up64(cells * 4);
+  int chosen = -1;
+  for (int i = 0; i < 2; ++i)
+    if (chosen < 0 && (packed_[i].released || packed_[i].use.expired())) chosen = i;
+  if (fine && chosen < 0) {
+    fine = false;
+    set_text(bad, "low_latency_dispatch",
+             "a third result while two are live on rank " + number(config_.rank),
+             "at most two: combine one, or let go of it, first");
+  }
+  if (fine && (!packed_[chosen].lease || packed_[chosen].lease->bytes < bytes)) {
+    packed_[chosen].lease.reset();
+    try {
+      packed_[chosen].lease = arena_->take(bytes, false);
+    } catch (const SystemError& error) {
+      fine = false;
+      set_text(bad, "max_tokens_per_rank", std::to_string(bytes) + " bytes of packed rows", "what fits in memory");
+    }
+  }
+  if (fine) {
+    op->slot = packed_[chosen].lease;
+    op->use = std::make_shared<int>(chosen);
+    packed_[chosen].use = op->use;
+    packed_[chosen].released = false;
+    packed_[chosen].id = op->seq;
+    routes->packed_slot = chosen;
+    routes->id = op->seq;
+  }
+  post(*op, call.arguments, fine ? routes.get() : nullptr, 0, 0, 0, fine ? nullptr : &bad, 0);
+  auto posted = [this, raw = op.get()](int peer) {
+    return post_from(peer, raw->seq).seq.load(std::memory_order_seq_cst) >= raw->seq * 4;
+  };
+  bool now = !call.deferred || !fine;
+  for (int turn = 0; !now && turn < (config_.crowded ? 1 : 1000); ++turn) {
+    now = true;
+    for (int peer = 0; peer < config_.ranks && now; ++peer) now = !alive(peer) || posted(peer);
+    if (!now) relax();
+  }
+  if (now) {
+    packed_body(*op, call);
+  } else {
+    // The others are late: the rest is done behind the caller's back, from a copy of what he may change meanwhile.
+    PackedCall later = call;
+    later.stride = call.columns * int64_t(type_bytes(call.type));
+    op->copy.resize(size_t(call.tokens * later.stride));
+    for (int64_t token = 0; token < call.tokens; ++token)
+      std::memcpy(op->copy.data() + token * later.stride, call.x + token * call.stride, size_t(later.stride));
+    later.x = op->copy.data();
+    job_ = [this, op, later] {
+      try {
+        packed_body(*op, later);
+      } catch (...) {
+        op->error = std::current_exception();
+      }
+    };
+    job_running_ = true;
+    if (!worker_.joinable()) worker_ = std::thread([this] { run_worker(); });
+    idle_.notify_all();
+  }
+  Operation* raw = op.get();
+  const PackedCall kept = call;
+  op->complete = [this, raw, kept, row_bytes, scale_words] {
+    if (raw->error) std::rethrow_exception(raw->error);
+    std::vector<bool> before = masked();
+    receive(*raw, kept.waits);
+    if (config_.mask && masked() != before)
+      for (int peer = 0; peer < config_.ranks; ++peer) {
+        if (alive(peer) || before[size_t(peer)]) continue;
+        for (int e = 0; e < config_.experts; ++e) {
+          int64_t range = kept.ranges[e * config_.ranks + peer];
+          int64_t first = range >> 32, count = range & 0xFFFFFFFF;
+          std::memset(raw->slot->data() + (e * kept.slots + first) * row_bytes, 0, size_t(count * row_bytes));
+          auto* info = reinterpret_cast<int32_t*>(raw->slot->data() + raw->idx_at);
+          std::fill_n(info + e * kept.slots + first, count, -1);
+        }
+      }
+    if (kept.stats != nullptr)
+      for (int e = 0; e < config_.experts; ++e) kept.stats[e] += kept.count[e];
+  };
+  pending_.push_back(op);
+  return op;
+}
+
+void Engine::packed_body(Operation& op, const PackedCall& call) {
+  wait(kPost, op, nullptr, [&](int peer) {
+    return post_from(peer, op.seq).seq.load(std::memory_order_seq_cst) >= op.seq * 4;
+  });
+  check_posts(op, 0);
+  const int ranks = config_.ranks;
+  const size_t sources = size_t(config_.sources), experts = size_t(config_.experts);
+  const size_t per_source = sources * experts;
+  std::vector<uint32_t> starts(size_t(ranks) * per_source, 0);
+  for (size_t e = 0; e < experts; ++e) {
+    uint64_t at = 0;
+    for (size_t s = 0; s < sources; ++s)
+      for (int peer = 0; peer < ranks; ++peer) {
+        uint32_t count = alive(peer) ? post_rows(post_from(peer, op.seq))[sources + s * experts + e] : 0;
+        call.ranges[(e * sources + s) * size_t(ranks) + size_t(peer)] = int64_t(at << 32 | count);
+        starts[size_t(peer) * per_source + s * experts + e] = uint32_t(at);
+        at += count;
+        op.expected[size_t(peer)] += count;
+        if (count != 0 && op.first_expert[size_t(peer)] < 0)
+          op.first_expert[size_t(peer)] = int(config_.expert_base + config_.rank * config_.experts + int64_t(e));
+      }
+    if (at > uint64_t(call.slots)) {
+      RankFailed failure;
+      failure.rank = config_.rank;
+      failure.phase = kind_name(op.kind);
+      failure.reason = "more rows announced than the slots hold";
+      fail(failure);
+    }
+    call.count[e] = int32_t(at);
+  }
+  give(op, 0, Status::ok, op.slot->offset, uint64_t(call.slots), 0, starts, per_source);
+  check_grants(op, 0, nullptr);
+  note(op, kPush, -1, false);
+  if (!faults_.empty()) fault(kPush, op.seq, -1);
+  Routes& routes = *op.routes;
+  const int64_t groups = (call.columns + 127) / 128;
+  const int64_t row_bytes = call.cast != 0 ? call.columns : call.columns * int64_t(type_bytes(call.type));
+  const int64_t scale_words = call.cast == 0 ? 0 : call.cast == 3 ? (groups + 3) / 4 : groups;
+  std::vector<uint8_t> scratch(call.cast != 0 ? size_t(row_bytes) : 0);
+  std::vector<uint32_t> scales(size_t(scale_words) + 1, 0);
+  std::vector<bool> skip(static_cast<size_t>(ranks), false);
+  uint64_t total = 0;
+  for (int peer = 0; peer < ranks; ++peer) {
+    if (!alive(peer)) continue;
+    const Grant& mail = grant_from(peer, op.seq);
+    const size_t bytes = op.idx_at + up64(experts * size_t(call.slots) * 4);
+    if (mail.rows != uint64_t(call.slots) || mail.offset < map_.end ||
+        !peers_[size_t(peer)].window->contains(mail.offset, bytes)) {
+      RankFailed failure;
+      failure.rank = peer;
+      failure.phase = kind_name(op.kind);
+      failure.reason = "its grant lies outside its window";
+      fail(failure);
+    }
+    skip[size_t(peer)] = !faults_.empty() && peer != config_.rank && fault(kPush, op.seq, peer);
+    for (size_t b = 0; b < per_source; ++b) total += routes.experts_to[size_t(peer) * per_source + b];
+  }
+  const bool streaming = total * uint64_t(row_bytes) >= kStreamFrom;
+  uint32_t written = 0;
+  for (int64_t token = 0; token < call.tokens; ++token) {
+    const uint8_t* row = call.x + token * call.stride;
+    const size_t at = size_t(token * call.topk);
+    bool cast_done = false;
+    for (int64_t k = 0; k < call.topk; ++k) {
+      const int32_t peer = routes.rank[at + size_t(k)];
+      if (peer < 0 || !alive(peer)) continue;
+      const int32_t slot = routes.expert[at + size_t(k)];
+      const size_t local = size_t(slot - peer * int32_t(experts));
+      const Grant& mail = grant_from(peer, op.seq);
+      const uint64_t in_expert =
+          uint64_t(reinterpret_cast<const uint32_t*>(&mail + 1)[local]) + uint64_t(routes.order[at + size_t(k)]);
+      if (in_expert >= uint64_t(call.slots)) continue;  // only a damaged grant leads here
+      const uint64_t to = local * uint64_t(call.slots) + in_expert;
+      routes.row[at + size_t(k)] = int32_t(to);
+      bool again = false;
+      for (int64_t j = 0; j < k; ++j) again = again || routes.expert[at + size_t(j)] == slot;
+      if (again || skip[size_t(peer)]) continue;
+      if (call.cast != 0 && !cast_done) {
+        cast_fp8(scratch.data(), scales.data(), row, call.type, size_t(call.columns), call.cast >= 2, call.cast == 3);
+        row = scratch.data();
+        cast_done = true;
+      }
+      uint8_t* base = peers_[size_t(peer)].window->at(mail.offset);
+      if (streaming)
+        copy_streaming(base + to * uint64_t(row_bytes), row, size_t(row_bytes));
+      else
+        std::memcpy(base + to * uint64_t(row_bytes), row, size_t(row_bytes));
+      auto* out = reinterpret_cast<uint32_t*>(base + op.scales_at) + local * uint64_t(scale_words * call.slots);
+      for (int64_t g = 0; g < scale_words; ++g) out[uint64_t(g * call.slots) + in_expert] = scales[size_t(g)];
+      reinterpret_cast<int32_t*>(base + op.idx_at)[to] = int32_t(token);
+      ++written;
+    }
+    if ((token & 63) == 63)
+      for (int peer = 0; peer < ranks; ++peer)
+        if (alive(peer))
+          flags_at(peer).progress.store((op.seq & 0xFFFFFFFF) << 32 | written, std::memory_order_relaxed);
+  }
+  send_done(op);
+}
+
+std::shared_ptr<Operation> Engine::packed_combine(const PackedCombineCall& call) {
+  std::unique_lock<std::mutex> hold(api_);
+  idle_.wait(hold, [&] { return !job_running_; });
+  enter();
+  const Routes& routes = *call.routes;
+  auto op = begin(Kind::low_latency_combine, routes.tokens);
+  op->routes = call.routes;
+  if (!faults_.empty()) fault(kStage, op->seq, -1);
+  Text bad;
+  bool fine = true;
+  for (size_t i = 0; fine && i < size_t(routes.tokens * routes.topk); ++i) {
+    const int64_t expert = call.idx[i] < 0 ? -1 : call.idx[i] - config_.expert_base;
+    if (expert == routes.expert[i] || call.idx[i] < 0) continue;
+    fine = false;
+    set_text(bad, "topk_idx", std::to_string(call.idx[i]) + " at entry " + std::to_string(i) + " on rank " +
+             number(config_.rank), "what the dispatch of this handle was given, or -1");
+  }
+  const size_t row_bytes = size_t(call.columns) * type_bytes(call.type);
+  const size_t bytes = size_t(config_.experts * call.slots) * row_bytes;
+  std::shared_ptr<Lease> lease = call.lent;
+  if (fine && !lease) {
+    try {
+      lease = arena_->take(bytes, false);
+    } catch (const SystemError&) {
+      fine = false;
+      set_text(bad, "x", std::to_string(bytes) + " bytes to stage", "what fits in memory");
+    }
+    if (fine) {
+      const size_t blocks = size_t(config_.sources) * size_t(config_.ranks);
+      uint64_t total = 0;
+      for (size_t i = 0; i < blocks * size_t(config_.experts); ++i) total += uint64_t(call.ranges[i] & 0xFFFFFFFF);
+      // Ranges of an expert lie end to end from 0, source by source.
+      for (size_t e = 0; e < size_t(config_.experts); ++e)
+        for (size_t b = 0; b < blocks; ++b) {
+          if (call.now && int(b % size_t(config_.ranks)) == config_.rank) continue;
+          const int64_t range = call.ranges[e * blocks + b];
+          const size_t at = (e * size_t(call.slots) + size_t(range >> 32)) * row_bytes;
+          const size_t size = size_t(range & 0xFFFFFFFF) * row_bytes;
+          if (total * row_bytes >= kStreamFrom)
+            copy_streaming(lease->data() + at, call.x + at, size);
+          else
+            std::memcpy(lease->data() + at, call.x + at, size);
+        }
+      fence();
+    }
+  }
+  post(*op, call.arguments, nullptr, fine ? lease->offset : 0, fine ? bytes : 0, 0, fine ? nullptr : &bad, 0);
+  stages_.push_back({op->seq, lease});
+  if (routes.packed_slot >= 0 && packed_[routes.packed_slot].id == routes.id)
+    packed_[routes.packed_slot].released = true;
+  Operation* raw = op.get();
+  op->complete = [this, raw, call, row_bytes] {
+    fetch(*raw, call.waits);
+    const Routes& way = *call.routes;
+    const uint64_t cells = uint64_t(config_.experts * call.slots);
+    std::vector<const void*> rows(size_t(way.topk) + 1);
+    std::vector<float> weights(size_t(way.topk) + 1);
+    for (int64_t token = 0; token < way.tokens; ++token) {
+      int count = 0;
+      for (int64_t k = 0; k < way.topk; ++k) {
+        const size_t at = size_t(token * way.topk + k);
+        const int32_t peer = way.rank[at];
+        if (peer < 0 || way.row[at] < 0 || !alive(peer) || call.idx[at] < 0) continue;
+        if (uint64_t(way.row[at]) >= cells || post_from(peer, raw->seq).bytes < cells * row_bytes) continue;
+        rows[size_t(count)] = call.now && peer == config_.rank
+                                  ? call.x + size_t(way.row[at]) * row_bytes
+                                  : fetched_row(peer, raw->seq, way.row[at], int64_t(row_bytes));
+        weights[size_t(count++)] = call.weights[at];
+      }
+      reduce(call.out + token * call.out_stride, call.type, rows.data(), weights.data(), count, nullptr, nullptr,
+             call.type, size_t(call.columns));
+    }
+    acknowledge(*raw);
+  };
+  pending_.push_back(op);
+  return op;
+}
+
+}  // namespace hal_ep

@@ -1,0 +1,606 @@
+"""`hal.EpBuffer`: expert-parallel communication as the user calls it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hal import plugins
+from hal.ep.engine import EpEngine, Finish
+from hal.ep.rendezvous import agree, exchange_over
+from hal.spec.ep import (
+    MODES,
+    EpBufferArgs,
+    EpCallArgs,
+    EpHandle,
+    EpLayout,
+    EpLowLatencyHandle,
+    check_buffer,
+    check_combine,
+    check_dispatch,
+    check_layout,
+    check_low_latency_combine,
+    check_low_latency_dispatch,
+    require_ep_call_declared,
+    require_ep_declared,
+)
+from hal.spec.errors import SpecError, UnsupportedError
+
+RANKS_PER_NODE_ENV = "HAL_EP_RANKS_PER_NODE"
+
+_Args = TypeVar("_Args", bound=EpCallArgs)
+Hook = Callable[[], None]
+
+
+class EpCompletion:
+    """Completion of a call: ``wait()`` it as an event, or call it as a receive hook; once or often."""
+
+    __slots__ = ("_error", "_finish")
+
+    def __init__(self, finish: Finish | None) -> None:
+        self._finish = finish
+        self._error: BaseException | None = None
+
+    def wait(self) -> None:
+        """Return when the call's results are complete; raise what it failed with."""
+        finish, self._finish = self._finish, None
+        if finish is not None:
+            try:
+                finish()
+            except BaseException as error:
+                self._error = error
+                raise
+        elif self._error is not None:
+            raise self._error
+
+    __call__ = wait
+
+    @property
+    def done(self) -> bool:
+        """Whether `wait` has run."""
+        return self._finish is None
+
+
+_DONE = EpCompletion(None)
+
+
+class EpDispatchResult(NamedTuple):
+    """What `EpBuffer.dispatch` returns.
+
+    Attributes
+    ----------
+    recv_x : Tensor or (Tensor, Tensor)
+        Received rows, with their scales where the sent ones had some.
+    recv_topk_idx, recv_topk_weights : Tensor, Tensor or None
+        Local expert ids (-1 elsewhere) and weights of each row.
+    num_recv_tokens_per_expert : tuple of int
+        L counts rounded up to the alignment; empty with ``num_worst_tokens``.
+    handle : EpHandle
+    event : EpCompletion
+        To wait for with ``async_finish``.
+    hook : EpCompletion or None
+        To call with ``return_recv_hook``.
+    """
+
+    recv_x: Tensor | tuple[Tensor, Tensor]
+    recv_topk_idx: Tensor
+    recv_topk_weights: Tensor | None
+    num_recv_tokens_per_expert: tuple[int, ...]
+    handle: EpHandle
+    event: EpCompletion
+    hook: EpCompletion | None
+
+
+class EpCombineResult(NamedTuple):
+    """What `EpBuffer.combine` returns: the sums [n, H], the summed weights [n, K] or None, event and hook."""
+
+    combined_x: Tensor
+    combined_topk_weights: Tensor | None
+    event: EpCompletion
+    hook: EpCompletion | None
+
+
+class EpLowLatencyDispatchResult(NamedTuple):
+    """What `EpBuffer.low_latency_dispatch` returns: packed rows (with scales), counts [L], handle, event and hook."""
+
+    recv_x: Tensor | tuple[Tensor, Tensor]
+    recv_count: Tensor
+    handle: EpLowLatencyHandle
+    event: EpCompletion
+    hook: EpCompletion | None
+
+
+class EpLowLatencyCombineResult(NamedTuple):
+    """What `EpBuffer.low_latency_combine` returns: the weighted sums [n, H], event and hook."""
+
+    combined_x: Tensor
+    event: EpCompletion
+    hook: EpCompletion | None
+
+
+class EpBuffer:
+    """Dispatch and combine over the ranks of a group; use as a context manager, the same on every rank.
+
+    All calls but `layout` are collective: every rank makes the same calls in the same order. A wrong call on one rank
+    raises the same SpecError on all; a rank that dies or stalls raises a RankFailure that names it.
+
+    The gradient of a dispatch is a combine with its handle; the gradient of a combine is a dispatch with the handle.
+
+    Parameters
+    ----------
+    group : ProcessGroup, optional
+        Of torch.distributed, any backend; None is the default group.
+    num_experts, hidden, topk : int
+        Experts in all, columns of a token, the most experts a token may have.
+    max_tokens_per_rank : int
+        The most tokens a rank sends in one call.
+    dtype : torch.dtype
+        Of unquantised rows: bfloat16, float16 or float32.
+    modes : tuple of str
+        ``"normal"`` and ``"low_latency"``, those that will be used.
+    max_recv_tokens : int, optional
+        Rows a rank has room for in one normal dispatch; by default all that can come.
+    overflow : {"error", "drop", "grow"}
+        What happens beyond that.
+    ranks_per_node : int, optional
+        Default: ``HAL_EP_RANKS_PER_NODE``, else what torchrun says (``LOCAL_WORLD_SIZE``), else one node.
+    pre_reduce : bool
+        Between nodes combine sends a partial sum a node: fewer bytes, another order of summation.
+    timeout : float
+        Seconds within which a rank that does not answer is named.
+    mask_ranks : bool
+        Carry on without failed ranks.
+    device : torch.device, optional
+        Default: the backend's first device type.
+    faults : EpFaults, optional
+        Things to do wrong, for tests.
+    backend : str, optional
+        Overrides `hal.use` and ``HAL_BACKEND``.
+
+    Raises
+    ------
+    SpecError
+        An argument is wrong, or differs between ranks.
+    UnsupportedError
+        The backend does not declare what is asked.
+    """
+
+    def __init__(
+        self,
+        group: Any = None,
+        *,
+        num_experts: int,
+        hidden: int,
+        topk: int,
+        max_tokens_per_rank: int,
+        dtype: torch.dtype = torch.bfloat16,
+        modes: Sequence[str] = MODES,
+        max_recv_tokens: int | None = None,
+        overflow: str = "error",
+        ranks_per_node: int | None = None,
+        pre_reduce: bool = False,
+        timeout: float = 30.0,
+        mask_ranks: bool = False,
+        device: torch.device | str | None = None,
+        faults: object = None,
+        backend: str | None = None,
+    ) -> None:
+        if not dist.is_initialized():
+            raise SpecError("group", "no initialised torch.distributed", "call torch.distributed.init_process_group")
+        group = dist.group.WORLD if group is None else group
+        if not isinstance(group, dist.ProcessGroup):
+            raise SpecError("group", type(group).__name__, "a torch.distributed.ProcessGroup this process belongs to")
+        exchange = exchange_over(group)
+        num_ranks = dist.get_world_size(group)
+        if ranks_per_node is None:
+            ranks_per_node = _launched_ranks_per_node(num_ranks)
+        try:
+            chosen = plugins.select(backend)
+            args = check_buffer(
+                group,
+                num_ranks,
+                dist.get_rank(group),
+                num_experts,
+                hidden,
+                topk,
+                max_tokens_per_rank,
+                dtype,
+                modes,
+                max_recv_tokens,
+                ranks_per_node,
+                pre_reduce,
+                overflow,
+                timeout,
+                mask_ranks,
+                chosen.capabilities.device_types[0] if device is None else device,
+                faults,
+            )
+            require_ep_declared(args, chosen.capabilities.ep, chosen.name)
+        except SpecError as error:
+            agree(exchange, {error.argument: error})
+            raise
+        except Exception as error:
+            with contextlib.suppress(SpecError):
+                agree(exchange, {"backend": SpecError("backend", str(error), "one that can open this buffer")})
+            raise
+        agree(exchange, {"backend": chosen.name, **_agreed(args)})
+        assert chosen.capabilities.ep is not None
+        self._args = args
+        self._backend = chosen.name
+        self._declared = chosen.capabilities.ep
+        self._engine: EpEngine = chosen.backend.ep_buffer(args)
+
+    def __enter__(self) -> EpBuffer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the windows. Tensors received before stay valid. Idempotent; waits for nobody."""
+        self._engine.close()
+
+    @property
+    def args(self) -> EpBufferArgs:
+        """The resolved geometry and policies."""
+        return self._args
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend in use."""
+        return self._backend
+
+    def layout(self, topk_idx: Tensor) -> EpLayout:
+        """Count where the tokens of topk_idx [n, K] go. Local."""
+        return self._engine.layout(check_layout(self._args, topk_idx))
+
+    def dispatch(
+        self,
+        x: Tensor | tuple[Tensor, Tensor],
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        *,
+        handle: EpHandle | None = None,
+        expand: bool = False,
+        expert_alignment: int = 1,
+        num_worst_tokens: int = 0,
+        previous_event: Any = None,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+    ) -> EpDispatchResult:
+        """Send every token to the ranks of its experts, once a rank however many of them live there.
+
+        Parameters
+        ----------
+        x : Tensor or (Tensor, Tensor)
+            [n, H] of the buffer's dtype, or (float8_e4m3fn [n, H], scales [n, H / 128]).
+        topk_idx : Tensor
+            [n, K] int64, -1 is no expert. None with ``handle``.
+        topk_weights : Tensor, optional
+            [n, K] float32, travel along.
+        handle : EpHandle, optional
+            Of an earlier dispatch, to use its routes again.
+        expand : bool
+            A row per (token, local expert), grouped by expert, instead of per (token, rank).
+        expert_alignment : int
+            Counts per expert, and in the expand layout groups, are rounded up to it.
+        num_worst_tokens : int
+            When positive, that many rows are returned whatever came; those past the end have topk_idx -1.
+        previous_event : object with wait(), optional
+            Waited for before x is read.
+        async_finish, return_recv_hook : bool
+            Return before the rows are there; wait for ``event`` or call ``hook`` before using them.
+
+        Returns
+        -------
+        EpDispatchResult
+            Rows by source rank, then source position.
+        """
+        args = self._checked(
+            "dispatch",
+            lambda: check_dispatch(
+                self._args,
+                self._engine.owner,
+                x,
+                topk_idx,
+                topk_weights,
+                handle,
+                expand,
+                expert_alignment,
+                num_worst_tokens,
+                previous_event,
+                async_finish,
+                return_recv_hook,
+            ),
+        )
+        if previous_event is not None:
+            previous_event.wait()
+        done = self._engine.dispatch(args)
+        event, hook = _completion(done.finish, async_finish, return_recv_hook)
+        return EpDispatchResult(
+            done.recv_x if done.recv_scales is None else (done.recv_x, done.recv_scales),
+            done.recv_topk_idx,
+            done.recv_topk_weights,
+            done.handle.num_recv_tokens_per_expert,
+            done.handle,
+            event,
+            hook,
+        )
+
+    def combine(
+        self,
+        x: Tensor,
+        handle: EpHandle,
+        *,
+        topk_weights: Tensor | None = None,
+        bias: Tensor | tuple[Tensor, ...] | None = None,
+        previous_event: Any = None,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+    ) -> EpCombineResult:
+        """Bring rows back to their tokens and sum them, unweighted, in float32 and in top-k order.
+
+        Parameters
+        ----------
+        x : Tensor
+            One row for every received row, of the buffer's dtype.
+        handle : EpHandle
+            Of the dispatch.
+        topk_weights : Tensor, optional
+            Like the received ones; sent back and summed likewise.
+        bias : Tensor or tuple of two, optional
+            [n, H], added first.
+        previous_event, async_finish, return_recv_hook
+            As in `dispatch`.
+        """
+        args = self._checked(
+            "combine",
+            lambda: check_combine(
+                self._args,
+                self._engine.owner,
+                x,
+                handle,
+                topk_weights,
+                bias,
+                previous_event,
+                async_finish,
+                return_recv_hook,
+            ),
+        )
+        if previous_event is not None:
+            previous_event.wait()
+        done = self._engine.combine(args)
+        event, hook = _completion(done.finish, async_finish, return_recv_hook)
+        return EpCombineResult(done.out, done.topk_weights, event, hook)
+
+    def low_latency_dispatch(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        *,
+        use_fp8: bool = True,
+        round_scale: bool = False,
+        use_ue8m0: bool = False,
+        cumulative_local_expert_recv_stats: Tensor | None = None,
+        dispatch_wait_recv_cost_stats: Tensor | None = None,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+    ) -> EpLowLatencyDispatchResult:
+        """Send every token to its experts' packed slots, cast to FP8 on the way unless told otherwise.
+
+        A result is live until a combine with its handle, or until its tensors are let go; two may be live at a time.
+
+        Parameters
+        ----------
+        x : Tensor
+            [n, H], n at most ``max_tokens_per_rank``.
+        topk_idx : Tensor
+            [n, K] int64.
+        use_fp8, round_scale, use_ue8m0 : bool
+            FP8 rows; their scales rounded up to powers of two; those packed as exponents.
+        cumulative_local_expert_recv_stats : Tensor, optional
+            [L] int32, counts are added.
+        dispatch_wait_recv_cost_stats : Tensor, optional
+            [R] int64, microseconds waited for each rank are added.
+        async_finish, return_recv_hook : bool
+            As in `dispatch`.
+
+        Returns
+        -------
+        EpLowLatencyDispatchResult
+            recv_x [L, R · M, H]; of expert e the first ``recv_count[e]`` rows are valid.
+        """
+        args = self._checked(
+            "low_latency_dispatch",
+            lambda: check_low_latency_dispatch(
+                self._args,
+                x,
+                topk_idx,
+                use_fp8,
+                round_scale,
+                use_ue8m0,
+                cumulative_local_expert_recv_stats,
+                dispatch_wait_recv_cost_stats,
+                async_finish,
+                return_recv_hook,
+            ),
+            "low_latency",
+        )
+        done = self._engine.low_latency_dispatch(args)
+        event, hook = _completion(done.finish, async_finish, return_recv_hook)
+        rows = done.recv_x if done.recv_scales is None else (done.recv_x, done.recv_scales)
+        return EpLowLatencyDispatchResult(rows, done.recv_count, done.handle, event, hook)
+
+    def low_latency_combine(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        handle: EpLowLatencyHandle,
+        *,
+        zero_copy: bool = False,
+        out: Tensor | None = None,
+        combine_wait_recv_cost_stats: Tensor | None = None,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+    ) -> EpLowLatencyCombineResult:
+        """Bring packed rows back and sum them weighted, in float32 and in top-k order.
+
+        Parameters
+        ----------
+        x : Tensor
+            [L, R · M, H] of the buffer's dtype. With ``zero_copy`` the tensor of `low_latency_combine_buffer`.
+        topk_idx, topk_weights : Tensor
+            [n, K] as in the dispatch, and float32.
+        handle : EpLowLatencyHandle
+            Of the dispatch.
+        out : Tensor, optional
+            [n, H], where to write.
+        combine_wait_recv_cost_stats : Tensor, optional
+            [R] int64.
+        zero_copy, async_finish, return_recv_hook : bool
+        """
+        args = self._checked(
+            "low_latency_combine",
+            lambda: check_low_latency_combine(
+                self._args,
+                self._engine.owner,
+                x,
+                topk_idx,
+                topk_weights,
+                handle,
+                zero_copy,
+                out,
+                combine_wait_recv_cost_stats,
+                async_finish,
+                return_recv_hook,
+            ),
+            "low_latency",
+        )
+        done = self._engine.low_latency_combine(args)
+        event, hook = _completion(done.finish, async_finish, return_recv_hook)
+        return EpLowLatencyCombineResult(done.out, event, hook)
+
+    def low_latency_combine_buffer(self, handle: EpLowLatencyHandle) -> Tensor:
+        """Memory [L, R · M, H] to write expert outputs into, for the next combine with ``zero_copy=True``. Local."""
+        if not isinstance(handle, EpLowLatencyHandle):
+            raise SpecError("handle", type(handle).__name__, "the handle that low_latency_dispatch returned")
+        handle.check(self._engine.owner)
+        return self._engine.low_latency_combine_buffer(handle)
+
+    def set_mask(self, rank: int, masked: bool = True) -> None:
+        """Carry on without a rank, or with it again; needs ``mask_ranks=True``. Local."""
+        if not self._args.mask_ranks:
+            raise SpecError("mask_ranks", False, "True when the buffer is made")
+        if not isinstance(rank, int) or not 0 <= rank < self._args.num_ranks or rank == self._args.rank:
+            raise SpecError("rank", rank, f"another rank of 0…{self._args.num_ranks - 1}")
+        self._engine.set_mask(rank, bool(masked))
+
+    def masked(self) -> list[bool]:
+        """For each rank, whether this one carries on without it."""
+        return list(self._engine.masked())
+
+    def records(self) -> list[Mapping[str, object]]:
+        """The flight recorder: the last operations of every rank of this node, oldest first."""
+        return list(self._engine.records())
+
+    def memory(self) -> dict[str, int]:
+        """Bytes this rank's windows hold now, by purpose."""
+        return dict(self._engine.memory())
+
+    @staticmethod
+    def size_hint(
+        num_ranks: int,
+        num_experts: int,
+        hidden: int,
+        topk: int,
+        max_tokens_per_rank: int,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        modes: Sequence[str] = MODES,
+        max_recv_tokens: int | None = None,
+    ) -> dict[str, int]:
+        """Bytes a rank needs at most for one call of each kind, by purpose, before anything is allocated.
+
+        Returns
+        -------
+        dict of str to int
+            ``normal_recv`` (rows and their routes of one dispatch; each result that is kept holds its own),
+            ``normal_combine`` (rows on their way back), ``low_latency_recv`` and ``low_latency_combine`` (both halves
+            of the double buffers; only touched pages count), ``total``.
+        """
+        args = check_buffer(
+            None, num_ranks, 0, num_experts, hidden, topk, max_tokens_per_rank, dtype, tuple(modes), max_recv_tokens
+        )
+        row = hidden * dtype.itemsize
+        groups = -(-hidden // 128)
+        cells = args.local_experts * num_ranks * max_tokens_per_rank
+        normal, low_latency = "normal" in args.modes, "low_latency" in args.modes
+        found = {
+            "normal_recv": args.max_recv_tokens * (max(row, hidden + 4 * groups) + 12 * topk) * normal,
+            "normal_combine": args.max_recv_tokens * (row + 4 * topk) * normal,
+            "low_latency_recv": 2 * cells * (max(row, hidden + 4 * groups) + 4) * low_latency,
+            "low_latency_combine": 2 * cells * row * low_latency,
+        }
+        return {**found, "total": sum(found.values())}
+
+    def _checked(self, phase: str, check: Callable[[], _Args], mode: str = "normal") -> _Args:
+        """Check a collective call; what is wrong here is told to the other ranks, who would wait otherwise."""
+        try:
+            if mode not in self._args.modes:
+                raise SpecError("modes", self._args.modes, f"a buffer made with {mode!r} among its modes")
+            args = check()
+            require_ep_call_declared(args, self._declared, self._backend)
+        except SpecError as error:
+            raise self._engine.refuse(phase, error) from None
+        except UnsupportedError as error:
+            self._engine.refuse(phase, SpecError(error.argument, error.got, error.supported))
+            raise
+        return args
+
+
+def _completion(finish: Finish, async_finish: bool, return_recv_hook: bool) -> tuple[EpCompletion, EpCompletion | None]:
+    if return_recv_hook:
+        hook = EpCompletion(finish)
+        return hook, hook
+    if async_finish:
+        return EpCompletion(finish), None
+    finish()
+    return _DONE, None
+
+
+def _launched_ranks_per_node(num_ranks: int) -> int | None:
+    said = os.environ.get(RANKS_PER_NODE_ENV)
+    if said is not None:
+        if not said.isdigit() or int(said) < 1:
+            raise SpecError(RANKS_PER_NODE_ENV, repr(said), "a positive integer, or unset")
+        return int(said)
+    local, world = os.environ.get("LOCAL_WORLD_SIZE", ""), os.environ.get("WORLD_SIZE", "")
+    # A group that is not the whole world says nothing about how its ranks lie on nodes.
+    return int(local) if local.isdigit() and int(local) > 0 and world == str(num_ranks) else None
+
+
+def _agreed(args: EpBufferArgs) -> dict[str, Any]:
+    alike = (
+        "num_experts",
+        "hidden",
+        "topk",
+        "max_tokens_per_rank",
+        "dtype",
+        "modes",
+        "max_recv_tokens",
+        "ranks_per_node",
+        "pre_reduce",
+        "overflow",
+        "mask_ranks",
+    )
+    return {name: getattr(args, name) for name in alike}

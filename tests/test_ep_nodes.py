@@ -1,0 +1,118 @@
+"""Groups of several nodes: the same bits as one node, each token once over the network, and cut links named."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import ep_cases
+import pytest
+import torch
+import torch.distributed as dist
+from ep_cases import Case
+from ep_ranks import run_ranks
+
+import hal
+from hal import EpFault, EpFaults, RankFailure, SpecError
+
+TOKENS = (5, 0, 9, 17)
+
+
+def test_two_nodes_give_the_bits_of_one() -> None:
+    plain = [
+        Case(ranks=4, tokens=TOKENS, per_node=2),
+        Case(ranks=4, tokens=TOKENS, per_node=2, expand=True, alignment=4, bias=2, experts=10, topk=4),
+        Case(ranks=4, tokens=TOKENS, per_node=2, fp8="fp8", hidden=256, routing="zipf"),
+        Case(ranks=4, tokens=TOKENS, per_node=2, dtype="float32", bias=1, routing="distinct"),
+        Case(ranks=4, tokens=(0, 0, 0, 0), per_node=2),
+        Case(ranks=4, tokens=TOKENS, per_node=2, worst=64, routing="one"),
+        Case(ranks=4, tokens=TOKENS, per_node=1),
+    ]
+    run_ranks(4, ep_cases.normal, plain, limit=90)
+
+
+def test_pre_reduced_sums_are_node_by_node() -> None:
+    cases = [
+        Case(
+            ranks=4, tokens=TOKENS, per_node=2, pre_reduce=True, weights=False, routing="distinct", experts=16, topk=6
+        ),
+        Case(ranks=4, tokens=TOKENS, per_node=2, pre_reduce=True, expand=True, bias=1),
+    ]
+    run_ranks(4, ep_cases.normal, cases, limit=90)
+
+
+def counted(rank: int) -> tuple[int, int]:
+    """Tokens this rank sent over the network, and tokens that have an expert on the other node."""
+    case = Case(ranks=4, tokens=TOKENS, per_node=2, routing="distinct", experts=8, topk=4)
+    mine = case.inputs()[rank]
+    sent = 0
+    send = dist.isend
+
+    def spy(tensor: torch.Tensor, **more: Any) -> Any:
+        nonlocal sent
+        sent += len(tensor) if tensor.dim() == 2 and tensor.shape[1] == case.hidden * 2 else 0
+        return send(tensor, **more)
+
+    dist.isend = spy
+    with case.buffer() as buffer:
+        buffer.dispatch(mine.x, mine.topk_idx)
+        away = buffer.layout(mine.topk_idx).num_tokens_per_node
+    assert away is not None
+    return sent, int(away[1 - rank // 2])
+
+
+def test_a_token_crosses_once() -> None:
+    for outcome in run_ranks(4, counted):
+        assert outcome.value[0] == outcome.value[1]
+
+
+def disagreeing(rank: int) -> list[str]:
+    """Wrong calls on one rank of one node reach all nodes; the next call works."""
+    case = Case(ranks=4, tokens=TOKENS, per_node=2)
+    mine = case.inputs()[rank]
+    said = []
+    with case.buffer() as buffer:
+        for call in (
+            lambda: buffer.dispatch(mine.x.float() if rank == 3 else mine.x, mine.topk_idx),
+            lambda: buffer.dispatch(mine.x, mine.topk_idx + (9 if rank == 2 else 0)),
+            lambda: buffer.dispatch(mine.x, mine.topk_idx, expand=rank == 1),
+        ):
+            with pytest.raises(SpecError) as caught:
+                call()
+            said.append(str(caught.value))
+            buffer.dispatch(mine.x, mine.topk_idx)
+    return said
+
+
+def test_disagreement_is_the_same_error_on_all_nodes() -> None:
+    said = [outcome.value for outcome in run_ranks(4, disagreeing)]
+    assert said[0] == said[1] == said[2] == said[3]
+    assert [text.split(":")[0] for text in said[0]] == ["x", "topk_idx", "expand"]
+
+
+def dying(rank: int) -> None:
+    case = Case(ranks=4, tokens=TOKENS, per_node=2)
+    mine = case.inputs()[rank]
+    fault = EpFaults(EpFault("kill", "push", 3)) if rank == 3 else None
+    with case.buffer(timeout=3.0, faults=fault) as buffer:
+        for _ in range(4):
+            got = buffer.dispatch(mine.x, mine.topk_idx)
+            buffer.combine(got.recv_x, got.handle)
+
+
+def test_a_rank_killed_on_one_node_is_named_on_both() -> None:
+    outcomes = run_ranks(4, dying, check=False)
+    assert outcomes[3].exitcode == -signal.SIGKILL
+    for rank in range(3):
+        assert isinstance(outcomes[rank].error, RankFailure), outcomes[rank]
+        assert outcomes[rank].error.rank == 3, str(outcomes[rank].error)
+
+
+def refused(rank: int) -> None:
+    for changes in ({"modes": ("low_latency",)}, {"overflow": "drop"}, {"mask_ranks": True}, {"ranks_per_node": 3}):
+        with pytest.raises(hal.UnsupportedError):
+            Case(ranks=4, tokens=TOKENS, per_node=2).buffer(**changes)
+
+
+def test_what_has_no_path_between_nodes_is_refused() -> None:
+    run_ranks(4, refused)
