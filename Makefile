@@ -2,12 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DISTRIBUTIONS := . backends/cpu
+DISTRIBUTIONS := . backends/cpu conformance
 # Whatever decides what is installed; Python sources are live in an editable install and need no reinstall.
 INPUTS := constraints.txt $(wildcard pyproject.toml */pyproject.toml backends/*/pyproject.toml) \
           $(wildcard backends/*/CMakeLists.txt backends/*/native/* backends/*/native/*/*)
 
-.PHONY: demo test lint sweep bench clean
+.PHONY: demo test lint sweep bench conform mutants clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hal demo
@@ -18,11 +18,19 @@ test: lint
 lint: $(VENV)/.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy --strict hal
+	$(BIN)/mypy --strict hal conformance/hal_conformance
 
 # Every case of the published sweep; about half an hour on two cores.
 sweep: $(VENV)/.installed
 	HAL_SWEEP=all $(BIN)/pytest tests/test_mla_sweep.py -q
+
+# The suite against the backend in force, with a report; see hal conform --help.
+conform: $(VENV)/.installed
+	$(BIN)/hal conform
+
+# The suite against its planted bugs: every one must die, in the level that claims it.
+mutants: $(VENV)/.installed
+	cd tests && ../$(BIN)/python -m mutants
 
 bench: $(VENV)/.installed
 	$(BIN)/hal bench mla --quick

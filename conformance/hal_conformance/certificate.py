@@ -1,0 +1,135 @@
+"""What a complete, passing run binds together, and checking it again later without the backend's machine.
+
+A certificate is no signature: it names, by hash, exactly which suite judged exactly which files on which device, so
+that a claim can be compared with what is installed and repeated from its seed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from importlib.metadata import entry_points
+from typing import Any
+
+from hal import plugins
+from hal_conformance.facts import distribution, suite_hash
+from hal_conformance.schema import schema_errors
+from hal_conformance.table import BY_ID, OBLIGATIONS
+from hal_conformance.verdict import levels, overall
+
+REQUIRED = ("L0",)
+"""Levels without which there is nothing to certify; beside them at least one level of work."""
+
+
+def report_hash(report: dict[str, Any]) -> str:
+    """Over the report without its certificate, in one canonical spelling."""
+    body = {key: value for key, value in report.items() if key != "certificate"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def obstacles(report: dict[str, Any]) -> list[str]:
+    """Why this report cannot certify; empty if it can."""
+    found = []
+    run, backend = report["run"], report["backend"]
+    if run["filtered"]:
+        found.append("quick mode or a filter was used")
+    if report["verdict"] not in ("PASS", "WAIVED"):
+        found.append(f"the verdict is {report['verdict']}")
+    verdicts = {row["id"]: row["verdict"] for row in report["levels"]}
+    held = [level for level, verdict in verdicts.items() if verdict in ("PASS", "WAIVED")]
+    if not set(REQUIRED) <= set(held) or len(held) < 2:
+        found.append("no level of work is held")
+    made = backend["distribution"]
+    if not made["hash"]:
+        found.append("the backend's files could not be hashed")
+    if made["editable"]:
+        found.append("the backend is an editable install: its files are not fixed; install its wheel")
+    if backend["evidence"] == "compiled" or backend["evidence"] is None:
+        found.append("kernels are not executed on this machine")
+    return found
+
+
+def issue(report: dict[str, Any]) -> dict[str, Any] | None:
+    """The certificate of a report that can certify, else None."""
+    if obstacles(report):
+        return None
+    backend = report["backend"]
+    return {
+        "backend": backend["name"],
+        "distribution": f"{backend['distribution']['name']} {backend['distribution']['version']}",
+        "backend_hash": backend["distribution"]["hash"],
+        "suite": report["suite"]["version"],
+        "suite_hash": report["suite"]["hash"],
+        "specification": report["environment"]["specification"],
+        "device": backend["reason"],
+        "driver": backend["details"],
+        "evidence": backend["evidence"],
+        "levels": {r["id"]: r["verdict"] for r in report["levels"] if r["verdict"] in ("PASS", "WAIVED")},
+        "undeclared": [r["id"] for r in report["levels"] if r["verdict"] == "UNDECLARED"],
+        "waivers": report["waivers"],
+        "seed": report["run"]["seed"],
+        "issued": report["run"]["started"],
+        "report_hash": report_hash(report),
+    }
+
+
+def verify(report: Any, today: datetime.date | None = None) -> tuple[list[str], list[str]]:
+    """Check a report again, offline.
+
+    Returns
+    -------
+    errors, notes : list of str
+        Any error means that the certificate does not hold. Notes say what could not be checked here.
+    """
+    broken = schema_errors(report)
+    if broken:
+        return [f"not a report of this schema: {text}" for text in broken[:3]], []
+    errors = _consistency(report)
+    certificate = report["certificate"]
+    if certificate is None:
+        return [*errors, f"there is no certificate: {'; '.join(obstacles(report)) or 'it was removed'}"], []
+    if issue(report) != certificate:
+        errors.append("the certificate is not the one this report gives: one of them was changed")
+    if certificate["suite_hash"] != suite_hash():
+        errors.append(
+            f"judged by another suite (version {certificate['suite']}) than the one installed here; use that one"
+        )
+    day = today or datetime.date.today()
+    for waiver in certificate["waivers"]:
+        if datetime.date.fromisoformat(waiver["expires"]) < day:
+            errors.append(f"the waiver of {waiver['obligation']} expired on {waiver['expires']}")
+    notes = []
+    if not list(entry_points(group=plugins.GROUP, name=certificate["backend"])):
+        notes.append(f"backend {certificate['backend']!r} is not installed here: its files were not compared")
+    else:
+        here = distribution(certificate["backend"])
+        if here["hash"] != certificate["backend_hash"]:
+            errors.append(
+                f"the installed files of {certificate['backend']!r} ({here['name']} {here['version']}) "
+                "are not the certified ones"
+            )
+    return errors, notes
+
+
+def _consistency(report: dict[str, Any]) -> list[str]:
+    """Whether the verdicts follow from the results, and the results are complete."""
+    errors = []
+    results = {row["id"]: row for row in report["obligations"]}
+    if set(results) != {o.id for o in OBLIGATIONS} or len(results) != len(report["obligations"]):
+        errors.append("the obligations are not those of this suite, each once")
+        return errors
+    for row in report["obligations"]:
+        if row["status"] == "PASS" and (row["failures"] or not row["calls"] or row["executed"] != row["planned"]):
+            errors.append(f"{row['id']} says PASS, but {row['executed']} of {row['planned']} cases ran clean")
+        least = BY_ID[row["id"]].count(report["run"]["mode"])
+        if row["status"] == "PASS" and not report["run"]["filtered"] and row["planned"] < least:
+            errors.append(f"{row['id']} ran {row['planned']} cases where this mode has {least}")
+        if row["status"] == "WAIVED" and row["id"] not in {w["obligation"] for w in report["waivers"]}:
+            errors.append(f"{row['id']} says WAIVED without a waiver")
+    rows = levels({row["id"]: row["status"] for row in report["obligations"]})
+    if rows != report["levels"]:
+        errors.append("the verdicts of the levels do not follow from the obligations")
+    if overall(rows, report["run"]["filtered"], report["problems"])[0] != report["verdict"]:
+        errors.append("the verdict does not follow from the levels")
+    return errors

@@ -1,0 +1,144 @@
+"""L1: dense decode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hal_conformance.checks import holds
+from hal_conformance.context import Context
+from hal_conformance.decode import plan_for
+from hal_conformance.draw import Draw, head_dims, head_pairs
+
+
+@holds("MLA-01")
+def plain_decode(context: Context) -> None:
+    """One query a sequence, ordinary sizes, every declared dtype in turn."""
+    draw = context.draw()
+    case = draw.base(small=context.index % 3 != 0).but(pages="ordered", data=draw.data())
+    if context.index % 2 == 0:
+        case = case.but(lengths=(draw.rng.choice((64, 128, 192)),) * draw.rng.randint(1, 3))
+    context.check(case)
+
+
+@holds("MLA-02")
+def softmax_scale(context: Context) -> None:
+    """The default scale and chosen ones, on data where the scale matters."""
+    draw = context.draw()
+    scale = (None, 0.1, 1.0, 0.02)[context.index % 4]
+    case = draw.base().but(scale=scale, data="hot" if scale is None else "normal", **_dims(draw))
+    context.check(case)
+
+
+@holds("MLA-03")
+def natural_logarithm(context: Context) -> None:
+    """Few keys up to many, so that ln(n) itself varies."""
+    draw = context.draw()
+    lengths = tuple(draw.rng.choice((1, 2, 3, 50, 500)) for _ in range(4))
+    context.check(draw.base().but(lengths=lengths, lse_base="e", data=draw.rng.choice(("normal", "hot"))))
+
+
+@holds("MLA-04")
+def value_columns(context: Context) -> None:
+    """Each declared pair of d and head_dim_v in turn."""
+    draw = context.draw()
+    pairs = head_dims(context.dense)
+    d, d_v = pairs[context.index % len(pairs)]
+    context.check(draw.base().but(d=d, d_v=d_v, data=draw.data()))
+
+
+@holds("MLA-05")
+def grouped_heads(context: Context) -> None:
+    """Several KV heads."""
+    draw = context.draw()
+    context.check(draw.base().but(**draw.heads((2, 3, 8, 4)), data=draw.data()))
+
+
+@holds("MLA-06")
+def paged_cache(context: Context) -> None:
+    """Shuffled pages of every declared size."""
+    draw = context.draw()
+    page = draw.page(usual=context.index % 2 == 0)
+    context.check(draw.base().but(page=page, lengths=draw.lengths(most=max(100, 4 * page)), data=draw.data()))
+
+
+@holds("MLA-07")
+def causal_alignment(context: Context) -> None:
+    """Causal, with tokens of great weight just at the edge of what each query may see."""
+    draw = context.draw()
+    s_q = draw.several_queries() if context.index % 4 else draw.queries()[0]
+    lengths = draw.ordinary(n + s_q for n in draw.lengths())
+    if context.index % 3 == 0:
+        lengths = tuple(draw.rng.randint(s_q, s_q + 6) for _ in lengths)
+    context.check(draw.base().but(causal=True, s_q=s_q, lengths=lengths, data=draw.rng.choice(("needle", "hot"))))
+
+
+@holds("MLA-08")
+def several_queries(context: Context) -> None:
+    """Not causal, s_q above 1."""
+    draw = context.draw()
+    context.check(draw.base().but(s_q=draw.several_queries(), data=draw.data()))
+
+
+@holds("MLA-09")
+def lengths_differ(context: Context) -> None:
+    """Lengths of different magnitudes in one batch."""
+    draw = context.draw()
+    lengths = [draw.rng.choice((1, 2, 17, 63, 100, 250, 600)) + draw.rng.randint(0, 9) for _ in range(6)]
+    context.check(draw.base().but(lengths=draw.ordinary(lengths), data=draw.data()))
+
+
+@holds("MLA-10")
+def plans(context: Context) -> None:
+    """One plan, three layers of different contents; then another plan, and the first again."""
+    draw = context.draw()
+    case = draw.base().but(lengths=draw.lengths(most=900))
+    if context.dense.causal and context.index % 2:
+        s_q = draw.several_queries()
+        case = case.but(causal=True, s_q=s_q, lengths=draw.ordinary(n + s_q for n in case.lengths))
+    other = case.but(lengths=draw.ordinary(n + case.s_q for n in draw.lengths(most=400)))
+    first, second = context.make(case), context.make(other)
+    plan, other_plan = plan_for(first, context.backend), plan_for(second, context.backend)
+    layers = [(first, plan), (context.make(case), plan), (second, other_plan), (context.make(case), plan)]
+    for number, (inputs, made) in enumerate(layers):
+        context.compare(inputs, context.run(inputs, plan=made), what=f"layer {number}: ")
+
+
+@holds("MLA-11")
+def given_out(context: Context) -> None:
+    """With ``out=``, full of NaN before the call, and without."""
+    draw = context.draw()
+    case = draw.base().but(**draw.heads(), s_q=draw.rng.choice(draw.queries()), data=draw.data())
+    context.check(case.but(out_layout="contiguous"))
+    context.check(case)
+
+
+@holds("MLA-12")
+def any_heads(context: Context) -> None:
+    """Each declared number of heads in turn, each head with data of its own."""
+    draw = context.draw()
+    pairs = sorted(head_pairs(context.dense))
+    # Those that fill no tile come first: a short run may see no others.
+    draw.rng.shuffle(pairs)
+    pairs.sort(key=lambda pair: pair[0] < 16 or pair[0] % 16 == 0)
+    h_q, h_kv = pairs[(context.index + context.rng.randrange(2)) % len(pairs)]
+    context.check(draw.base().but(h_q=h_q, h_kv=h_kv, lengths=draw.lengths(most=200, batch=(1, 3)), data="hot"))
+
+
+@holds("MLA-13")
+def nothing_left_behind(context: Context) -> None:
+    """A row of unlike calls, big before small; each must be right."""
+    draw = context.draw()
+    big = draw.base(small=False).but(lengths=(700, 300, 500), data="hot")
+    small = draw.base().but(lengths=(3,), data="normal")
+    dtypes = context.dense.dtypes
+    calls = [big, small, big.but(lengths=(5, 1, 9)), small.but(scale=0.3), small]
+    calls += [big.but(dtype=dtypes[(context.index + 1) % len(dtypes)], lengths=(40, 2, 33))]
+    if context.dense.causal:
+        calls += [small.but(causal=True, lengths=(30,)), small.but(lengths=(30,))]
+    calls += [small.but(lengths=(70,), **draw.dims()), small.but(lengths=(70,))]
+    for number, case in enumerate(calls):
+        context.check(case, what=f"call {number} of {len(calls)}: ")
+
+
+def _dims(draw: Draw) -> dict[str, Any]:
+    return draw.dims() if draw.index % 2 else {}

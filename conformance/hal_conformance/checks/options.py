@@ -1,0 +1,186 @@
+"""L2: ragged queries, base 2, batch invariance, repetition, stale plans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import hal
+from hal_conformance.case import MlaCase
+from hal_conformance.checks import holds
+from hal_conformance.context import Context
+from hal_conformance.decode import Outcome, expect, judge, plan_for
+from hal_conformance.draw import Draw, head_pairs
+from hal_conformance.inputs import Inputs
+from hal_conformance.memory import same_bits
+
+_REPEATS = {"quick": 420, "default": 700, "full": 4000}
+"""A race that shows on one run in fifty survives 420 repeats with probability 2e-4, and 700 with 7e-7."""
+
+
+@holds("MLA-34")
+def ragged_queries(context: Context) -> None:
+    """Every sequence its own number of queries, none and many included; causal in turn."""
+    draw = context.draw()
+    most = max(draw.queries())
+    q_lens = [draw.rng.randint(0, most) for _ in range(draw.rng.randint(2, 6))]
+    q_lens[draw.rng.randrange(len(q_lens))] = most
+    if context.index % 2:
+        q_lens.insert(draw.rng.randrange(len(q_lens)), 0)
+    causal = context.dense.causal and context.index % 3 != 0
+    lengths = [draw.rng.randint(0, 200) + (n if causal else 0) for n in q_lens]
+    data = draw.rng.choice(("needle", "hot"))
+    case = draw.base().but(q_lens=tuple(q_lens), lengths=tuple(lengths), causal=causal, data=data)
+    context.check(case.but(plan=context.index % 2 == 1, out_layout=draw.rng.choice(("none", "contiguous"))))
+
+
+@holds("MLA-35")
+def base_two(context: Context) -> None:
+    """Base 2, with empty sequences among the others."""
+    draw = context.draw()
+    lengths = draw.lengths(most=600) + ((0,) if context.index % 2 else ())
+    context.check(draw.base().but(lse_base="2", lengths=lengths, data=draw.rng.choice(("hot", "normal", "equal"))))
+
+
+def _part(inputs: Inputs, order: list[int], *, plan: bool, backend: str) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """A call of some sequences of a batch, in some order, on the same cache."""
+    case = inputs.case.but(lengths=tuple(inputs.case.lengths[j] for j in order))
+    rows = torch.tensor(order, device=case.device)
+    q, table, lens = inputs.q.view[rows], inputs.block_table.view[rows], inputs.cache_seqlens.view[rows]
+
+    def run() -> tuple[torch.Tensor, ...]:
+        made = None
+        if plan:
+            made = hal.mla_plan(
+                lens,
+                h_q=case.h_q,
+                h_kv=case.h_kv,
+                s_q=case.s_q,
+                head_dim=case.d,
+                head_dim_v=case.d_v,
+                page_size=case.page,
+                dtype=case.torch_dtype,
+                causal=case.causal,
+                batch_invariant=True,
+                backend=backend,
+            )
+        return hal.mla_decode(
+            q,
+            inputs.kv_cache.view,
+            table,
+            lens,
+            head_dim_v=case.d_v,
+            softmax_scale=case.scale,
+            causal=case.causal,
+            lse_base=case.lse_base,
+            batch_invariant=True,
+            plan=made,
+            backend=backend,
+        )
+
+    return run
+
+
+@holds("MLA-36")
+def batch_invariance(context: Context) -> None:
+    """Each sequence alone, all reversed, with a plan, with other thread counts: the same bits."""
+    draw = context.draw()
+    lengths = (*draw.lengths(most=300, batch=(3, 5)), draw.rng.randint(700, 2500))
+    s_q = draw.rng.choice(draw.queries())
+    case = draw.base(small=context.index % 2 == 0).but(lengths=lengths, s_q=s_q, batch_invariant=True, data="hot")
+    if context.dense.causal and context.index % 2:
+        case = case.but(causal=True, lengths=tuple(n + s_q for n in lengths))
+    inputs, whole, verdict = context.check(case)
+    if not verdict.ok:
+        return
+    everyone = list(range(case.batch))
+    last = everyone[-1]
+    variants = [([j], False) for j in everyone] + [(everyone[::-1], False), (everyone, True), ([last, 0], True)]
+    for order, plan in variants:
+        _same_rows(context, inputs, whole, order, plan, f"sequences {order}{' with a plan' if plan else ''}")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        _same_rows(context, inputs, whole, everyone, False, "with 1 host thread")
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _same_rows(context: Context, inputs: Inputs, whole: Outcome, order: list[int], plan: bool, what: str) -> None:
+    context.record.calls += 1
+    out, lse = _part(inputs, order, plan=plan, backend=context.backend)()
+    for name, have, want in (("out", out.cpu(), whole.out[order]), ("lse", lse.cpu(), whole.lse[order])):
+        if not same_bits(have, want.contiguous()):
+            rows = int((have != want).any(-1).sum())
+            context.problem(f"{what}: the bits of {name} differ in {rows} rows from those of the whole batch")
+
+
+@holds("MLA-37")
+def same_call_again(context: Context) -> None:
+    """A small call hundreds of times: looks for results that are wrong now and then."""
+    draw = context.draw()
+    invariant = context.dense.batch_invariant and context.index % 2 == 0
+    case = _shortest(draw).but(batch_invariant=invariant)
+    inputs, first, verdict = context.check(case)
+    if not verdict.ok:
+        return
+    expected = expect(inputs)
+    positional, keywords = inputs.arguments()
+    keywords |= {"batch_invariant": invariant, "backend": context.backend}
+    wrong = changed = 0
+    repeats = _REPEATS[context.settings.mode]
+    for _ in range(repeats):
+        out, lse = (t.cpu() for t in hal.mla_decode(*positional, **keywords))
+        if same_bits(out, first.out) and same_bits(lse, first.lse):
+            continue
+        changed += 1
+        wrong += not judge(out, lse, expected, *context.limits()).ok
+    context.record.calls += repeats
+    if wrong:
+        context.problem(f"{wrong} of {repeats} repetitions of one call were wrong, the others right: a race")
+    elif changed and invariant:
+        context.problem(f"{changed} of {repeats} repetitions of one batch_invariant call had other bits")
+
+
+def _shortest(draw: Draw) -> MlaCase:
+    case = draw.base().but(data="hot")
+    return case.but(lengths=(draw.rng.randint(1, 20), draw.rng.randint(65, 140)))
+
+
+def _stale_calls(context: Context, case: MlaCase) -> list[tuple[str, dict[str, Any]]]:
+    """Changes to a case that make its plan stale; how many there are depends only on what is declared."""
+    found: list[tuple[str, dict[str, Any]]] = [
+        ("another length", {"lengths": (case.lengths[0] + 1, *case.lengths[1:])}),
+        ("more sequences", {"lengths": (*case.lengths, 7)}),
+        ("longer sequences", {"lengths": tuple(2 * n for n in case.lengths)}),
+    ]
+    found += [("another dtype", {"dtype": name}) for name in context.dense.dtypes[1:2]]
+    others = [pair for pair in head_pairs(context.dense) if pair[0] != case.h_q]
+    found += [("another h_q", {"h_q": h_q, "h_kv": h_kv}) for h_q, h_kv in others[:1]]
+    found += [("another s_q", {"s_q": n}) for n in context.draw().queries() if n != case.s_q][:1]
+    if context.dense.causal:
+        found.append(("causal", {"causal": True}))
+    return found
+
+
+@holds("MLA-39", lambda context: len(_stale_calls(context, context.draw().base())))
+def stale_plans(context: Context) -> None:
+    """Use a plan for a call it was not made for, then for the one it was."""
+    case = context.draw().base().but(dtype=context.dense.dtypes[0])
+    name, changes = _stale_calls(context, case)[context.index]
+    inputs, other = context.make(case), context.make(case.but(**changes))
+    plan = plan_for(inputs, context.backend)
+    positional, keywords = other.arguments()
+    context.record.case = case.to_dict()
+    context.record.calls += 1
+    try:
+        hal.mla_decode(*positional, **keywords, plan=plan, backend=context.backend)
+    except hal.SpecError:
+        pass
+    except Exception as error:
+        context.problem(f"a plan used for {name} raised {type(error).__name__}, not SpecError: {error}")
+    else:
+        context.problem(f"a plan used for {name} was not refused")
+    context.compare(inputs, context.run(inputs, plan=plan), what="the call the plan was made for: ")

@@ -1,0 +1,290 @@
+"""The command ``hal conform``: runs the suite, verifies, compares and explains its reports.
+
+Exit codes: 0 the answer is yes, 1 the answer is no, 2 the request is wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from hal import plugins
+from hal.spec.errors import HalError
+from hal_conformance import certificate, diff, docs, html
+from hal_conformance import report as reports
+from hal_conformance import waivers as waiver_file
+from hal_conformance.context import Settings
+from hal_conformance.limits import DENSE_OUT
+from hal_conformance.session import RED, Result, Session, fresh_seed
+from hal_conformance.table import BY_ID, LEVEL_IDS, OBLIGATIONS, Mode, of_level
+
+app = typer.Typer(
+    name="conform",
+    help="Decide whether a backend keeps the specification, and say what to fix where it does not.",
+    epilog="Exit codes: 0 the answer is yes, 1 the answer is no, 2 the request is wrong.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_CASE = re.compile(r"([A-Z0-9]+-\d+)@(\d+)\.(\d+)")
+_COLOURS = {
+    "PASS": "green",
+    "REFUSED": "green",
+    "WAIVED": "yellow",
+    "UNCOVERED": "yellow",
+    "BLOCKED": "dim",
+    "SKIPPED": "dim",
+}
+
+Backend = Annotated[
+    str, typer.Option("--backend", "-b", help="Name of the backend; default HAL_BACKEND.", envvar="HAL_BACKEND")
+]
+
+
+def wrong_request(message: str) -> NoReturn:
+    """Say one line and exit with 2."""
+    typer.echo(f"hal conform: {message}", err=True)
+    raise typer.Exit(2)
+
+
+def parse_case(text: str) -> tuple[str, int, int]:
+    """``MLA-07@SEED.INDEX`` as obligation, seed, index."""
+    found = _CASE.fullmatch(text)
+    if found is None or found[1] not in BY_ID:
+        wrong_request(f"--case {text}: not a case; one reads like MLA-07@12345.3, as a failure prints it")
+    return found[1], int(found[2]), int(found[3])
+
+
+def chosen(only: list[str]) -> list[str]:
+    """Obligation ids from ids and levels."""
+    ids: list[str] = []
+    for word in only:
+        if word in BY_ID:
+            ids.append(word)
+        elif word in LEVEL_IDS and of_level(word):
+            ids += [o.id for o in of_level(word)]
+        else:
+            wrong_request(f"--only {word}: no obligation or level of that name; see docs/spec.md or 'hal conform spec'")
+    return ids
+
+
+def require_backend(name: str) -> None:
+    """Exit with 2 unless an installed distribution registers the backend."""
+    known = plugins.registry().names()
+    if not name:
+        wrong_request(f"say which backend: --backend NAME, one of {', '.join(known) or 'none installed'}")
+    if name not in known:
+        wrong_request(f"no installed backend is called {name!r}; there is: {', '.join(known) or 'none'}")
+
+
+@app.callback(invoke_without_command=True)
+def conform(
+    context: typer.Context,
+    backend: Backend = "",
+    quick: Annotated[bool, typer.Option("--quick", help="A minute; certifies nothing.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Every published shape and many more cases; hours.")] = False,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="An obligation or level; may be repeated. Certifies nothing.")
+    ] = None,
+    case: Annotated[str, typer.Option("--case", help="Run just this case, as a failure prints it.")] = "",
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Replay a run; default fresh.")] = None,
+    waivers: Annotated[Path | None, typer.Option("--waivers", help="A TOML file of known failures.")] = None,
+    against: Annotated[Path | None, typer.Option("--against", help="An older report.json to compare with.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder for report.json and report.html.")] = Path(
+        "conformance-report"
+    ),
+    tighten: Annotated[float, typer.Option("--tighten", help="A factor of at most 1 on all limits.")] = 1.0,
+    patience: Annotated[
+        float, typer.Option("--patience", min=0.01, help="A factor on all timeouts, for simulators.")
+    ] = 1.0,
+    device: Annotated[str, typer.Option("--device", help="A torch device; default the first type declared.")] = "",
+) -> None:
+    """Run the suite against a backend."""
+    if context.invoked_subcommand is not None:
+        return
+    require_backend(backend)
+    if quick and full:
+        wrong_request("--quick and --full exclude each other")
+    try:
+        DENSE_OUT.tightened(tighten)
+        known = waiver_file.read(waivers) if waivers is not None else {}
+        older = reports.read(against) if against is not None else None
+    except HalError as error:
+        wrong_request(str(error))
+    mode: Mode = "quick" if quick else "full" if full else "default"
+    ids, index = chosen(only or []), None
+    if case:
+        obligation, seed, index = parse_case(case)
+        ids = [obligation]
+    settings = Settings(backend, fresh_seed() if seed is None else seed, mode, tighten, device, patience)
+    session = Session(settings, ids, index, known)
+    raise typer.Exit(_run(session, out, older))
+
+
+def _run(session: Session, out: Path, older: dict[str, Any] | None) -> int:
+    console = Console()
+    console.print(f"[bold]{session.settings.backend}[/], {session.settings.mode} run, seed {session.settings.seed}")
+    try:
+        session.learn()
+        if session.facts.get("state") == "unavailable":
+            reason = session.facts["reason"]
+            if reason:
+                wrong_request(
+                    f"{session.settings.backend} is not available on this machine, so nothing can be tested: {reason}"
+                )
+        with _progress(console) as progress:
+            task = progress.add_task("", total=None)
+            for obligation in OBLIGATIONS:
+
+                def step(name: str, done: int, planned: int) -> None:
+                    progress.update(task, description=name, completed=done, total=planned)
+
+                _say(progress.console, session.run_one(obligation, step))
+        roofline = _roofline(session)
+    finally:
+        session.close()
+    report = reports.make(session, roofline)
+    rows = diff.diff(older, report) if older is not None else None
+    reports.write(report, out / "report.json")
+    html.write(report, out / "report.html", rows)
+    _summary(console, report, rows, out)
+    return 0 if report["verdict"] in ("PASS", "WAIVED", "INCOMPLETE") else 1
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _roofline(session: Session) -> dict[str, Any] | None:
+    """Measured only where decode works and nothing was filtered out."""
+    works = all(r.status not in RED for r in session.results.values() if r.obligation.level in ("L0", "L1"))
+    if session.only or not works:
+        return None
+    request = {"op": "roofline", "settings": dataclasses.asdict(session.settings)}
+    try:
+        answer = session.worker.ask(request, 300.0 * session.settings.patience)
+    except Exception:
+        # Shown, not judged: a report without it is complete.
+        return None
+    return None if "error" in answer else answer
+
+
+def _say(console: Console, result: Result) -> None:
+    # A blocked level is one line of the summary, not one an obligation.
+    if result.status in ("SKIPPED", "BLOCKED"):
+        return
+    colour = _COLOURS.get(result.status, "bold red")
+    title = result.obligation.title
+    console.print(
+        f"  [{colour}]{result.status:<9}[/] {result.id}  {title} [dim]({result.seconds:.1f} s)[/]", highlight=False
+    )
+    if result.status in RED:
+        for failure in result.failures[:1]:
+            cause = (failure.get("diagnosis") or {}).get("cause")
+            if cause:
+                console.print(f"            [bold]likely cause: {cause}[/]", highlight=False, soft_wrap=True)
+            console.print(f"            {failure['problems'][0]}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"            {failure['reproduce']}", highlight=False, markup=False, soft_wrap=True)
+        if not result.failures:
+            console.print(f"            {result.message}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _summary(console: Console, report: dict[str, Any], rows: list[dict[str, str]] | None, out: Path) -> None:
+    console.print()
+    for level in report["levels"]:
+        colour = {"PASS": "green", "FAIL": "bold red", "WAIVED": "yellow"}.get(level["verdict"], "dim")
+        console.print(f"  {level['id']}  [{colour}]{level['verdict']:<10}[/] {level['title']}", highlight=False)
+    for text in report["problems"]:
+        console.print(f"  [bold red]FAIL[/] {text}", highlight=False)
+    if rows is not None:
+        console.print("\nAgainst the older report:" if rows else "\nNo difference from the older report.")
+        for row in rows:
+            console.print(
+                f"  {row['kind']:<8} {row['what']}: {row['then']} → {row['now']}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+    console.print(f"\n[bold]{report['headline']}[/]", highlight=False, soft_wrap=True)
+    console.print(f"{out / 'report.html'}  {out / 'report.json'}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def verify(report: Annotated[Path, typer.Argument(help="A report.json.")]) -> None:
+    """Check a report and its certificate again, offline."""
+    try:
+        read = reports.read(report)
+    except HalError as error:
+        wrong_request(str(error))
+    errors, notes = certificate.verify(read)
+    for text in notes:
+        typer.echo(f"note: {text}")
+    for text in errors:
+        typer.echo(f"FAIL: {text}")
+    if not errors:
+        held = read["certificate"]
+        waived = ", ".join(w["obligation"] for w in held["waivers"]) or "none"
+        typer.echo(
+            f"the certificate holds: {held['distribution']}, levels {', '.join(held['levels'])}, waived: {waived}"
+        )
+    raise typer.Exit(1 if errors else 0)
+
+
+@app.command()
+def bisect(
+    case: Annotated[str, typer.Argument(help="A case, as a failure prints it: MLA-07@12345.3.")], backend: Backend = ""
+) -> None:
+    """Compare one case stage by stage with the reference: scores, row maximum, row sum, partial and merged results."""
+    require_backend(backend)
+    obligation, seed, index = parse_case(case)
+    session = Session(Settings(backend, seed), [obligation], index)
+    request = {
+        "op": "bisect",
+        "settings": dataclasses.asdict(session.settings),
+        "obligation": obligation,
+        "index": index,
+    }
+    try:
+        answer = session.worker.ask(request, 300.0)
+    except Exception as error:
+        typer.echo(f"the process was lost: {error}\n{getattr(error, 'output', '')}", err=True)
+        raise typer.Exit(1) from None
+    finally:
+        session.close()
+    if "error" in answer:
+        typer.echo(answer["error"], err=True)
+        raise typer.Exit(1)
+    typer.echo(f"the call: {answer['case']}")
+    for row in answer["rows"]:
+        typer.echo(f"  {'ok   ' if row['ok'] else 'WRONG'} {row['stage']:<14} {row['where']:<34} {row['worst']}")
+    typer.echo(answer["verdict"])
+    raise typer.Exit(0 if all(row["ok"] for row in answer["rows"]) else 1)
+
+
+@app.command()
+def matrix(
+    files: Annotated[list[Path], typer.Argument(help="report.json files.")],
+    out: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("matrix.html"),
+) -> None:
+    """Write a compatibility matrix from many reports: what was seen, not what is claimed."""
+    try:
+        table = diff.matrix([reports.read(path) for path in files])
+    except HalError as error:
+        wrong_request(str(error))
+    html.write_matrix(table, out)
+    typer.echo(str(out))
+
+
+@app.command()
+def spec() -> None:
+    """Print the obligations as the text of docs/spec.md."""
+    typer.echo(docs.spec(), nl=False)

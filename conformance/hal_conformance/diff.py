@@ -1,0 +1,96 @@
+"""What changed between two reports of a backend, and many reports side by side."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from hal_conformance.requirements import REQUIREMENTS
+from hal_conformance.table import LEVELS, OBLIGATIONS
+
+_RED: Final = ("FAIL", "CRASH", "TIMEOUT", "ERROR")
+_WORSE: Final = 2.0
+"""Worst errors that grew by this factor are shown even though they still pass."""
+
+
+def diff(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, str]]:
+    """Rows of what differs: ``what``, ``then``, ``now``, ``kind`` (``broken``, ``fixed``, ``worse`` or ``changed``)."""
+    rows: list[dict[str, str]] = []
+
+    def add(kind: str, what: str, then: object, now: object) -> None:
+        if then != now:
+            rows.append({"kind": kind, "what": what, "then": str(then), "now": str(now)})
+
+    add("changed", "verdict", old["verdict"], new["verdict"])
+    levels = {row["id"]: row["verdict"] for row in old["levels"]}
+    for row in new["levels"]:
+        add("changed", f"level {row['id']}", levels.pop(row["id"], "absent"), row["verdict"])
+    then = {row["id"]: row for row in old["obligations"]}
+    for row in new["obligations"]:
+        before = then.pop(row["id"], None)
+        was, now = "absent" if before is None else before["status"], row["status"]
+        kind = (
+            "broken" if now in _RED and was not in _RED else "fixed" if was in _RED and now not in _RED else "changed"
+        )
+        add(kind, f"{row['id']} {row['title']}", was, now)
+        if before is not None and was == now:
+            _worse(before, row, add)
+    for gone in then.values():
+        add("changed", f"{gone['id']} {gone['title']}", gone["status"], "absent")
+    for section in ("suite", "environment"):
+        for key in sorted(set(old[section]) | set(new[section])):
+            add("changed", f"{section} {key}", old[section].get(key, "–"), new[section].get(key, "–"))
+    for key in ("version", "hash"):
+        add("changed", f"backend {key}", old["backend"]["distribution"][key], new["backend"]["distribution"][key])
+    return rows
+
+
+def _worse(before: dict[str, Any], row: dict[str, Any], add: Any) -> None:
+    for name, error in row["errors"].items():
+        was, now = before["errors"].get(name, {}).get("worst"), error["worst"]
+        if isinstance(was, (int, float)) and isinstance(now, (int, float)) and now > 0.1 and now > _WORSE * was > 0:
+            add("worse", f"{row['id']} worst error of {name} over its limit", f"{was:.3g}", f"{now:.3g}")
+
+
+def matrix(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """The compatibility matrix: what was seen, by level, by requirement and by obligation."""
+    by_id = [{row["id"]: row for row in report["obligations"]} for report in reports]
+
+    def cell(text: str, tag: bool = True) -> dict[str, Any]:
+        return {"text": text, "tag": tag}
+
+    facts = [
+        ("evidence", [cell(r["backend"]["evidence"] or "none", False) for r in reports]),
+        ("certificate", [cell("yes" if r["certificate"] else "no", False) for r in reports]),
+        ("waived", [cell(", ".join(w["obligation"] for w in r["waivers"]) or "–", False) for r in reports]),
+        ("run", [cell(f"{r['run']['mode']}, {r['run']['started'][:10]}", False) for r in reports]),
+    ]
+    levels = [
+        (
+            f"{level.id} {level.title}",
+            [cell(next((x["verdict"] for x in r["levels"] if x["id"] == level.id), "INCOMPLETE")) for r in reports],
+        )
+        for level in LEVELS
+    ]
+    used = {o.requires for o in OBLIGATIONS} - {"nothing"}
+    wanted = [(name, requirement) for name, requirement in REQUIREMENTS.items() if name in used]
+    features = [(requirement.title, [cell(_feature(name, rows)) for rows in by_id]) for name, requirement in wanted]
+    obligations = [
+        (f"{o.id} {o.title}", [cell(rows[o.id]["status"] if o.id in rows else "SKIPPED") for rows in by_id])
+        for o in OBLIGATIONS
+    ]
+    sections = [("Reports", facts), ("Levels", levels), ("Features", features), ("Obligations", obligations)]
+    return {
+        "backends": [{"name": r["backend"]["name"]} for r in reports],
+        "sections": [
+            {"title": title, "rows": [{"title": t, "cells": cells} for t, cells in rows]} for title, rows in sections
+        ],
+    }
+
+
+def _feature(name: str, rows: dict[str, dict[str, Any]]) -> str:
+    """What the obligations that require a feature showed of it."""
+    seen = {rows[o.id]["status"] for o in OBLIGATIONS if o.requires == name and o.id in rows}
+    for status in (*_RED, "BLOCKED", "SKIPPED", "WAIVED", "UNCOVERED", "PASS", "REFUSED"):
+        if status in seen:
+            return status
+    return "SKIPPED"

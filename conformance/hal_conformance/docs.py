@@ -1,0 +1,50 @@
+"""``docs/spec.md``, made from the table, so that what is written and what is tested cannot drift apart."""
+
+from __future__ import annotations
+
+from hal.spec import SPEC_VERSION
+from hal_conformance.limits import DENSE_LSE, DENSE_OUT
+from hal_conformance.requirements import REQUIREMENTS
+from hal_conformance.table import LEVELS, TABLE
+
+_HEAD = f"""<!-- Made by `hal conform spec`; edit conformance/hal_conformance/table.py instead. -->
+# What a backend must do
+
+Specification {SPEC_VERSION}. Each obligation is one sentence, held by the check of the same id in `hal-conformance`. A
+backend climbs the levels in order: a level is not tested while one below it fails.
+
+**Declared or refused.** Each obligation names what it requires a backend to declare. Declared: it must pass. Not
+declared: the suite makes the call all the same, and it must raise `UnsupportedError`. There is no third state.
+
+**Limits.** Against the float64 reference, for every (query, head) row:
+
+| | absolute | or relative | and cosine difference of the row |
+|---|---|---|---|
+| out | {DENSE_OUT.absolute:g} | {DENSE_OUT.relative * 128:g}/128 | {DENSE_OUT.cosine:g} |
+| lse | {DENSE_LSE.absolute:g} | {DENSE_LSE.relative * 65536:g}/65536 | implied by the relative limit of each value |
+
+inf and NaN must be where the reference has them. The absolute limits are for data within ±1: where a row's V (or the
+sum of the absolute products behind its scores) is larger, they grow with it. A vendor may tighten limits, never loosen
+them.
+"""
+
+
+def spec() -> str:
+    """The text of ``docs/spec.md``."""
+    lines = [_HEAD]
+    for level in LEVELS:
+        lines.append(f"## {level.id} — {level.title}\n")
+        if level.after:
+            lines.append(f"Tested once {level.after} holds.\n")
+        if level.coming:
+            lines.append(f"Not in this version of the suite: {level.coming}.\n")
+        rows = [o for o in TABLE if o.level == level.id]
+        if rows:
+            lines.append("| id | obligation | requires |\n|---|---|---|")
+            for o in rows:
+                refusal = "" if o.covered else " *Only that undeclared calls are refused is tested so far.*"
+                title = REQUIREMENTS[o.requires].title
+                lines.append(f"| {o.id} | **{o.title}.** {o.sentence}{refusal} | {title} |")
+            lines.append("")
+    lines.append(f"{len(TABLE)} obligations.")
+    return "\n".join(lines) + "\n"

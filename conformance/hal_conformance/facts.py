@@ -1,0 +1,122 @@
+"""What is known of a backend and of this machine before anything is tested: versions, devices, hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from importlib.metadata import Distribution, EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hal
+from hal import plugins
+from hal_conformance import SUITE_VERSION
+
+
+def facts(backend: str) -> dict[str, Any]:
+    """Capabilities, probe, distribution and environment; every value ready for JSON."""
+    status = plugins.registry().status(backend)
+    probe = status.probe
+    return {
+        "state": status.state,
+        "reason": status.reason,
+        "capabilities": _declared(status),
+        "evidence": probe.evidence if probe is not None else None,
+        "details": dict(probe.details) if probe is not None else {},
+        "distribution": distribution(backend),
+        "environment": environment(),
+    }
+
+
+def _declared(status: plugins.Status) -> dict[str, Any] | None:
+    """The capabilities as data, or None where the backend's answer is not even that."""
+    try:
+        assert status.capabilities is not None
+        declared: dict[str, Any] = json.loads(status.capabilities.to_json())
+        type(status.capabilities).from_dict(declared)
+    except Exception:
+        return None
+    return declared
+
+
+def environment() -> dict[str, str]:
+    """Where this runs. No host name, no user, no path."""
+    return {
+        "hal": hal.__version__,
+        "specification": hal.SPEC_VERSION,
+        "suite": SUITE_VERSION,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": f"{platform.system()} {platform.release()}",
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": str(len(os.sched_getaffinity(0))),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+def distribution(backend: str) -> dict[str, Any]:
+    """Which installed distribution registers a backend, and a hash over its files.
+
+    ``hash`` is over the contents of every file the distribution installed (bytecode and the installer's own records
+    aside); ``editable`` says that it has no fixed files to hash: then the hash is over the package as it is now.
+    """
+    entries = list(entry_points(group=plugins.GROUP, name=backend))
+    if len(entries) != 1 or entries[0].dist is None:
+        return {"name": None, "version": None, "editable": False, "hash": None}
+    entry, dist = entries[0], entries[0].dist
+    editable = _editable(dist)
+    files = _package_files(entry) if editable else _installed_files(dist)
+    return {"name": dist.name, "version": dist.version, "editable": editable, "hash": _hash(files)}
+
+
+def _editable(dist: Distribution) -> bool:
+    text = dist.read_text("direct_url.json")
+    return bool(text and json.loads(text).get("dir_info", {}).get("editable"))
+
+
+def _installed_files(dist: Distribution) -> list[tuple[str, Path]]:
+    skipped = ("RECORD", "INSTALLER", "REQUESTED", "direct_url.json")
+    listed = [f for f in dist.files or [] if f.name not in skipped and f.suffix != ".pyc"]
+    return [(str(f), Path(str(f.locate()))) for f in listed]
+
+
+def _package_files(entry: EntryPoint) -> list[tuple[str, Path]]:
+    spec = find_spec(entry.module.partition(".")[0])
+    found: list[tuple[str, Path]] = []
+    for root in (spec.submodule_search_locations or []) if spec is not None else []:
+        found += [(str(p.relative_to(root)), p) for p in sorted(Path(root).rglob("*")) if p.is_file()]
+    return [(name, path) for name, path in found if path.suffix != ".pyc"]
+
+
+def _hash(files: list[tuple[str, Path]]) -> str | None:
+    digest = hashlib.sha256()
+    present = [(name, path) for name, path in sorted(files) if path.is_file()]
+    for name, path in present:
+        digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest() if present else None
+
+
+def suite_hash() -> str:
+    """A hash over the text of this suite and of the reference and limits it judges by."""
+    here = Path(__file__).parent
+    files = [
+        (f"hal_conformance/{p.relative_to(here)}", p) for p in here.rglob("*") if p.suffix in (".py", ".j2", ".json")
+    ]
+    reference = Path(hal.__file__).parent / "reference"
+    files += [(f"hal/reference/{p.name}", p) for p in reference.glob("*.py")]
+    digest = _hash(files)
+    assert digest is not None
+    return digest

@@ -1,0 +1,148 @@
+"""The other end of a worker's pipe: starts it, asks it, and says how it died or that it hangs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+TAIL = 2000
+"""Characters of a worker's output kept when it dies."""
+
+
+INTERPRETER = [sys.executable, *(["-S"] if sys.flags.no_site else [])]
+"""This interpreter, seeing the same installed distributions as this process."""
+
+
+class WorkerDied(Exception):
+    """The process ended before it answered.
+
+    Attributes
+    ----------
+    how : str
+        Signal or exit code.
+    output : str
+        The end of what it printed, with the stack where the interpreter could still tell.
+    """
+
+    def __init__(self, how: str, output: str) -> None:
+        super().__init__(how)
+        self.how = how
+        self.output = output
+
+
+class WorkerHangs(Exception):
+    """No answer within the time allowed. Attribute ``output`` ends with the stacks of its threads."""
+
+    def __init__(self, seconds: float, output: str) -> None:
+        super().__init__(f"no answer within {seconds:g} s")
+        self.output = output
+
+
+class Worker:
+    """One worker process, started when first asked."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._requests = self._answers = -1
+        self._buffer = b""
+        self._output: Any = None
+
+    def ask(self, request: dict[str, Any], timeout: float) -> dict[str, Any]:
+        """Send a request and wait for its answer.
+
+        Raises
+        ------
+        WorkerDied, WorkerHangs
+            The process is gone; the next request starts another.
+        """
+        if self._process is None:
+            self._start()
+        try:
+            os.write(self._requests, json.dumps(request).encode() + b"\n")
+        except BrokenPipeError:
+            raise self._death() from None
+        deadline = time.monotonic() + timeout
+        while b"\n" not in self._buffer:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise self._hang(timeout)
+            ready, _, _ = select.select([self._answers], [], [], min(left, 1.0))
+            if not ready:
+                continue
+            chunk = os.read(self._answers, 1 << 20)
+            if not chunk:
+                raise self._death()
+            self._buffer += chunk
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _start(self) -> None:
+        request_read, self._requests = os.pipe()
+        self._answers, answer_write = os.pipe()
+        self._buffer = b""
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+        self._process = subprocess.Popen(
+            [*INTERPRETER, "-m", "hal_conformance.worker", str(request_read), str(answer_write)],
+            pass_fds=(request_read, answer_write),
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            # Its own group, so that whatever a backend started dies with it.
+            start_new_session=True,
+        )
+        os.close(request_read)
+        os.close(answer_write)
+
+    def _tail(self) -> str:
+        self._output.seek(0)
+        text: str = self._output.read().decode(errors="replace")
+        return text[-TAIL:]
+
+    def _death(self) -> WorkerDied:
+        assert self._process is not None
+        try:
+            code = self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            code = 0
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        died = WorkerDied(how, self._tail())
+        self.stop()
+        return died
+
+    def _hang(self, timeout: float) -> WorkerHangs:
+        assert self._process is not None
+        # faulthandler writes every thread's stack when told to.
+        self._process.send_signal(signal.SIGUSR1)
+        time.sleep(0.3)
+        hangs = WorkerHangs(timeout, self._tail())
+        self.stop()
+        return hangs
+
+    def stop(self) -> None:
+        """End the process and everything it started."""
+        if self._process is None:
+            return
+        for descriptor in (self._requests, self._answers):
+            os.close(descriptor)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(0.2)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._output.close()
+        self._process = None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()

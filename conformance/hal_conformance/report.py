@@ -1,0 +1,138 @@
+"""``report.json``: everything a run found, in one document of a versioned schema."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hal.spec.errors import SpecError
+from hal_conformance import SUITE_VERSION
+from hal_conformance.certificate import issue, obstacles
+from hal_conformance.facts import environment, suite_hash
+from hal_conformance.schema import SCHEMA_VERSION, schema_errors
+from hal_conformance.session import Result, Session
+from hal_conformance.verdict import levels, overall
+
+_NOBODY = {"name": None, "version": None, "editable": False, "hash": None}
+
+
+def make(session: Session, roofline: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The report of a session that has run."""
+    settings, facts = session.settings, session.facts
+    results = list(session.results.values())
+    rows = levels({r.id: r.status for r in results})
+    problems = session.waiver_problems()
+    verdict, reasons = overall(rows, session.filtered, problems)
+    red_when_filtered = [r for r in results if r.status in ("FAIL", "CRASH", "TIMEOUT", "ERROR")]
+    assert not red_when_filtered or verdict == "FAIL"
+    report: dict[str, Any] = {
+        "schema": SCHEMA_VERSION,
+        "suite": {"version": SUITE_VERSION, "hash": suite_hash()},
+        "run": {
+            "seed": settings.seed,
+            "mode": settings.mode,
+            "tighten": settings.tighten,
+            "patience": settings.patience,
+            "device": settings.device,
+            "started": datetime.datetime.fromtimestamp(session.started, datetime.timezone.utc).isoformat(
+                "T", "seconds"
+            ),
+            "seconds": round(sum(r.seconds for r in results), 1),
+            "filtered": session.filtered,
+            "only": sorted(session.only),
+            "case": session.case,
+            "command": session.command(),
+        },
+        "backend": {
+            "name": settings.backend,
+            "state": facts.get("state", "unknown"),
+            "reason": facts.get("reason", facts.get("error", "")),
+            "evidence": facts.get("evidence")
+            if facts.get("evidence") in ("hardware", "simulation", "compiled")
+            else None,
+            "details": facts.get("details", {}),
+            "distribution": facts.get("distribution", _NOBODY),
+            "capabilities": facts.get("capabilities"),
+        },
+        "environment": facts.get("environment") or environment(),
+        "verdict": verdict,
+        "headline": "",
+        "problems": problems,
+        "levels": rows,
+        "obligations": [_row(result) for result in results],
+        "waivers": [session.waivers[r.id].to_dict() for r in results if r.status == "WAIVED"],
+        "roofline": roofline,
+        "certificate": None,
+    }
+    report["headline"] = headline(report, reasons)
+    report["certificate"] = issue(report)
+    broken = schema_errors(report)
+    assert not broken, broken
+    return report
+
+
+def _row(result: Result) -> dict[str, Any]:
+    obligation = result.obligation
+    return {
+        "id": result.id,
+        "level": obligation.level,
+        "title": obligation.title,
+        "status": result.status,
+        "message": result.message,
+        "planned": result.planned,
+        "executed": result.executed,
+        "calls": result.calls,
+        "seconds": result.seconds,
+        "failures": result.failures,
+        "errors": result.errors,
+        "launches": result.launches,
+        "cases": result.cases,
+    }
+
+
+def headline(report: Mapping[str, Any], reasons: list[str]) -> str:
+    """One sentence a person repeats to another."""
+    name, verdict = report["backend"]["name"], report["verdict"]
+    held = [row["id"] for row in report["levels"] if row["verdict"] in ("PASS", "WAIVED")]
+    if verdict == "FAIL":
+        broken = [o["id"] for o in report["obligations"] if o["status"] in ("FAIL", "CRASH", "TIMEOUT", "ERROR")]
+        what = f"breaks {len(broken)} obligation{'s' * (len(broken) != 1)}" if broken else "; ".join(reasons)
+        named = f" ({', '.join(broken[:5])}{' …' if len(broken) > 5 else ''})" if broken else ""
+        text = f"{name} does not conform: it {what}{named}" if broken else f"{name} does not conform: {what}"
+    elif verdict == "INCOMPLETE":
+        text = f"{name}: nothing broken in what was run, which is not everything; this certifies nothing"
+    else:
+        text = f"{name} conforms: {', '.join(held)}"
+    if report["waivers"]:
+        text += f", with {len(report['waivers'])} waived: {', '.join(w['obligation'] for w in report['waivers'])}"
+    elif verdict == "PASS" and obstacles(dict(report)):
+        text += "; not certified"
+    return text
+
+
+def write(report: dict[str, Any], path: Path) -> None:
+    """Write a report as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read and validate a report.
+
+    Raises
+    ------
+    SpecError
+        The file cannot be read or is no report of this schema.
+    """
+    try:
+        report = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SpecError("report", f"{path}: {error}", "a report.json of hal conform") from error
+    broken = schema_errors(report)
+    if broken:
+        raise SpecError("report", f"{path}: {broken[0]}", f"a report of schema {SCHEMA_VERSION}")
+    assert isinstance(report, dict)
+    return report

@@ -1,0 +1,134 @@
+"""The JSON schema of ``report.json``, version 1."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import jsonschema  # type: ignore[import-untyped]
+
+SCHEMA_VERSION: Final = 1
+
+_TEXT: Final = {"type": "string"}
+_COUNT: Final = {"type": "integer", "minimum": 0}
+_TEXTS: Final = {"type": "object", "additionalProperties": _TEXT}
+_HASH: Final = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+_VERDICTS: Final = ["PASS", "WAIVED", "FAIL", "BLOCKED", "INCOMPLETE", "UNCOVERED", "UNDECLARED", "EMPTY"]
+_STATUSES: Final = [
+    "PASS",
+    "FAIL",
+    "CRASH",
+    "TIMEOUT",
+    "ERROR",
+    "REFUSED",
+    "UNCOVERED",
+    "BLOCKED",
+    "WAIVED",
+    "SKIPPED",
+]
+
+
+def _object(properties: dict[str, Any], *optional: str) -> dict[str, Any]:
+    required = [name for name in properties if name not in optional]
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+
+_WAIVER: Final = _object({"obligation": _TEXT, "reason": _TEXT, "expires": {"type": "string", "format": "date"}})
+
+SCHEMA: Final[dict[str, Any]] = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "title": "Conformance report of a kernel HAL backend",
+    **_object(
+        {
+            "schema": {"const": SCHEMA_VERSION},
+            "suite": _object({"version": _TEXT, "hash": _HASH}),
+            "run": _object(
+                {
+                    "seed": _COUNT,
+                    "mode": {"enum": ["quick", "default", "full"]},
+                    "tighten": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+                    "patience": {"type": "number", "exclusiveMinimum": 0},
+                    "device": _TEXT,
+                    "started": _TEXT,
+                    "seconds": {"type": "number", "minimum": 0},
+                    "filtered": {"type": "boolean"},
+                    "only": {"type": "array", "items": _TEXT},
+                    "case": {"type": ["integer", "null"]},
+                    "command": _TEXT,
+                }
+            ),
+            "backend": _object(
+                {
+                    "name": _TEXT,
+                    "state": _TEXT,
+                    "reason": _TEXT,
+                    "evidence": {"enum": ["hardware", "simulation", "compiled", None]},
+                    "details": _TEXTS,
+                    "distribution": _object(
+                        {
+                            "name": {"type": ["string", "null"]},
+                            "version": {"type": ["string", "null"]},
+                            "editable": {"type": "boolean"},
+                            "hash": {"oneOf": [_HASH, {"type": "null"}]},
+                        }
+                    ),
+                    "capabilities": {"type": ["object", "null"]},
+                }
+            ),
+            "environment": _TEXTS,
+            "verdict": {"enum": ["PASS", "WAIVED", "FAIL", "INCOMPLETE"]},
+            "headline": _TEXT,
+            "problems": {"type": "array", "items": _TEXT},
+            "levels": {
+                "type": "array",
+                "items": _object(
+                    {
+                        "id": _TEXT,
+                        "title": _TEXT,
+                        "verdict": {"enum": _VERDICTS},
+                        "counts": {"type": "object", "additionalProperties": _COUNT},
+                    }
+                ),
+            },
+            "obligations": {
+                "type": "array",
+                "items": _object(
+                    {
+                        "id": _TEXT,
+                        "level": _TEXT,
+                        "title": _TEXT,
+                        "status": {"enum": _STATUSES},
+                        "message": _TEXT,
+                        "planned": _COUNT,
+                        "executed": _COUNT,
+                        "calls": _COUNT,
+                        "seconds": {"type": "number", "minimum": 0},
+                        "failures": {"type": "array", "items": {"type": "object", "required": ["reproduce", "status"]}},
+                        "errors": {"type": "object"},
+                        "launches": {"type": "object", "additionalProperties": _COUNT},
+                        "cases": {
+                            "type": "array",
+                            "items": _object(
+                                {
+                                    "index": _COUNT,
+                                    "calls": _COUNT,
+                                    "launches": {"type": "object", "additionalProperties": _COUNT},
+                                    "seconds": {"type": "number", "minimum": 0},
+                                }
+                            ),
+                        },
+                    }
+                ),
+            },
+            "waivers": {"type": "array", "items": _WAIVER},
+            "roofline": {"type": ["object", "null"]},
+            "certificate": {"type": ["object", "null"]},
+        }
+    ),
+}
+
+
+def schema_errors(report: Any) -> list[str]:
+    """Where a report breaks the schema; empty if nowhere."""
+    validator = jsonschema.Draft202012Validator(SCHEMA)
+    found = sorted(validator.iter_errors(report), key=lambda error: list(map(str, error.path)))
+    return [f"{'/'.join(map(str, error.path)) or 'the whole'}: {error.message[:200]}" for error in found]

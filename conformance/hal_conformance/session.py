@@ -1,0 +1,336 @@
+"""Runs obligations against one backend, level by level, and keeps what became of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+from hal.spec.capability import Capabilities
+from hal_conformance.context import Settings
+from hal_conformance.process import Worker, WorkerDied, WorkerHangs
+from hal_conformance.requirements import REQUIREMENTS
+from hal_conformance.table import BY_ID, LEVELS, OBLIGATIONS, Obligation
+from hal_conformance.waivers import Waiver
+
+Status = Literal["PASS", "FAIL", "CRASH", "TIMEOUT", "ERROR", "REFUSED", "UNCOVERED", "BLOCKED", "WAIVED", "SKIPPED"]
+"""``REFUSED``: not declared, and the call was seen to raise `UnsupportedError`. ``UNCOVERED``: declared, but this suite
+has no check for it. ``ERROR``: the suite itself failed. ``SKIPPED``: filtered out. ``WAIVED``: failed, and a waiver
+says why; never a pass."""
+
+RED: Final = ("FAIL", "CRASH", "TIMEOUT", "ERROR")
+
+STOP_AFTER: Final = 3
+"""Failing cases of an obligation after which the rest of its cases are not run."""
+
+
+@dataclass(slots=True)
+class Result:
+    """What became of one obligation.
+
+    Attributes
+    ----------
+    id : str
+    status : Status
+    message : str
+        One line for people; empty for a pass.
+    planned, executed, calls : int
+        Cases, cases run, calls of the backend.
+    failures : list of dict
+        Each with ``index``, ``status``, ``problems``, ``reproduce``, and what is known of the case.
+    errors : dict
+        Worst values and summed histograms over all compared calls.
+    launches : dict of str to int
+    cases : list of dict
+        For every case its ``index``, how many ``calls`` it made, what they launched, and seconds inside the backend.
+    seconds : float
+        Wall time.
+    """
+
+    id: str
+    status: Status
+    message: str = ""
+    planned: int = 0
+    executed: int = 0
+    calls: int = 0
+    failures: list[dict[str, Any]] = field(default_factory=list)
+    errors: dict[str, Any] = field(default_factory=dict)
+    launches: dict[str, int] = field(default_factory=dict)
+    cases: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def obligation(self) -> Obligation:
+        """Its row of the table."""
+        return BY_ID[self.id]
+
+
+def fresh_seed() -> int:
+    """A seed nobody chose."""
+    return random.SystemRandom().randrange(2**31)
+
+
+class Session:
+    """One run against one backend.
+
+    Parameters
+    ----------
+    settings : Settings
+    only : iterable of str
+        Obligation ids to run; empty for all.
+    case : int or None
+        With exactly one obligation, the one case to run.
+    waivers : mapping of str to Waiver
+        By obligation.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        only: Iterable[str] = (),
+        case: int | None = None,
+        waivers: Mapping[str, Waiver] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.waivers = dict(waivers or {})
+        self.only = frozenset(only)
+        self.case = case
+        self.worker = Worker()
+        self.stop_after = STOP_AFTER
+        self.results: dict[str, Result] = {}
+        self.started = time.time()
+        self.facts: dict[str, Any] = {}
+        self.capabilities: Capabilities | None = None
+
+    @property
+    def filtered(self) -> bool:
+        """Whether this run can never certify, because it leaves something out."""
+        return bool(self.only) or self.case is not None or self.settings.mode == "quick"
+
+    def chosen(self) -> list[Obligation]:
+        """What will run, in order."""
+        return [o for o in OBLIGATIONS if not self.only or o.id in self.only]
+
+    def learn(self) -> None:
+        """Ask the worker what it sees of the backend: capabilities, versions, hashes."""
+        try:
+            self.facts = self.worker.ask(self._request("facts"), 60.0 * self.settings.patience)
+        except (WorkerDied, WorkerHangs) as error:
+            self.facts = {"error": f"asking the backend what it is: {error}\n{error.output}"}
+        declared = self.facts.get("capabilities")
+        self.capabilities = Capabilities.from_dict(declared) if declared else None
+
+    def run(self, progress: Callable[[str, int, int], None] | None = None) -> list[Result]:
+        """Run everything chosen. ``progress`` hears obligation, cases done, cases in all."""
+        for obligation in OBLIGATIONS:
+            self.run_one(obligation, progress)
+        return list(self.results.values())
+
+    def run_one(self, obligation: Obligation, progress: Callable[[str, int, int], None] | None = None) -> Result:
+        """Run one obligation, once."""
+        if obligation.id in self.results:
+            return self.results[obligation.id]
+        if not self.facts:
+            self.learn()
+        started = time.monotonic()
+        result = self._result(obligation, progress or (lambda *_: None))
+        result.seconds = round(time.monotonic() - started, 3)
+        self._waive(result)
+        self.results[obligation.id] = result
+        return result
+
+    def close(self) -> None:
+        """End the worker."""
+        self.worker.stop()
+
+    def _waive(self, result: Result) -> None:
+        """Turn a failure with a waiver in force into a waived one; a failure of the suite itself has no waiver."""
+        waiver = self.waivers.get(result.id)
+        if waiver is not None and not waiver.expired() and result.status in ("FAIL", "CRASH", "TIMEOUT"):
+            result.message = f"{result.status}: {result.message}; waived until {waiver.expires}: {waiver.reason}"
+            result.status = "WAIVED"
+
+    def waiver_problems(self) -> list[str]:
+        """Waivers that are expired, or that nothing needed."""
+        problems = []
+        for waiver in self.waivers.values():
+            result = self.results.get(waiver.obligation)
+            if waiver.expired():
+                problems.append(f"the waiver of {waiver.obligation} expired on {waiver.expires}")
+            elif result is not None and result.status in ("PASS", "REFUSED", "UNCOVERED"):
+                problems.append(f"the waiver of {waiver.obligation} is not used: it is {result.status}; remove it")
+        return problems
+
+    def command(self) -> str:
+        """The shell line that makes this run again."""
+        s = self.settings
+        words = [f"hal conform --backend {s.backend} --seed {s.seed}"]
+        if self.case is not None:
+            words = [f"hal conform --backend {s.backend} --case {next(iter(self.only))}@{s.seed}.{self.case}"]
+        else:
+            words += [f"--only {name}" for name in sorted(self.only)]
+        return " ".join([*words, *self._options()])
+
+    def _options(self) -> list[str]:
+        s = self.settings
+        options = [f"--{s.mode}"] if s.mode != "default" else []
+        options += [f"--tighten {s.tighten:g}"] if s.tighten != 1 else []
+        options += [f"--patience {s.patience:g}"] if s.patience != 1 else []
+        return options + ([f"--device {s.device}"] if s.device else [])
+
+    def _result(self, obligation: Obligation, progress: Callable[[str, int, int], None]) -> Result:
+        if self.only and obligation.id not in self.only:
+            return Result(obligation.id, "SKIPPED", "filtered out")
+        blocked = self._blocked(obligation)
+        if blocked:
+            return Result(obligation.id, "BLOCKED", blocked)
+        requirement = REQUIREMENTS[obligation.requires]
+        capabilities = self.capabilities
+        if capabilities is None and not obligation.gate:
+            return Result(obligation.id, "BLOCKED", "the backend could not be asked what it declares")
+        if capabilities is not None and not requirement.declared(capabilities):
+            return self._cases(obligation, [0], "refusal", progress)
+        if not obligation.covered:
+            return Result(
+                obligation.id, "UNCOVERED", f"{requirement.title}: declared, and not tested by this suite yet"
+            )
+        if self.case is not None:
+            return self._cases(obligation, [self.case], "case", progress)
+        try:
+            answer = self.worker.ask(self._request("count", obligation, 0), 60.0 * self.settings.patience)
+        except (WorkerDied, WorkerHangs) as error:
+            return self._lost(obligation, error)
+        if "error" in answer:
+            return Result(obligation.id, "ERROR", answer["error"])
+        return self._cases(obligation, list(range(answer["count"])), "case", progress)
+
+    def _blocked(self, obligation: Obligation) -> str:
+        """Why an obligation cannot be tested after what failed before it; empty if it can."""
+        for earlier in OBLIGATIONS:
+            if earlier.id == obligation.id:
+                break
+            before = self.results.get(earlier.id)
+            if before is None or before.status not in RED:
+                continue
+            if earlier.level == obligation.level and earlier.gate:
+                return f"{earlier.id} failed, on which all of {earlier.level} stands"
+        level = next(level for level in LEVELS if level.id == obligation.level)
+        below = level.after
+        while below:
+            bad = [r.id for r in self.results.values() if r.obligation.level == below and r.status in RED]
+            if bad:
+                return f"level {below} failed ({', '.join(bad[:4])}{' …' if len(bad) > 4 else ''})"
+            below = next(level for level in LEVELS if level.id == below).after
+        return ""
+
+    def _cases(
+        self, obligation: Obligation, indices: list[int], operation: str, progress: Callable[[str, int, int], None]
+    ) -> Result:
+        result = Result(obligation.id, "PASS", planned=len(indices))
+        totals = _Totals()
+        for done, index in enumerate(indices):
+            progress(obligation.id, done, len(indices))
+            failure = self._one(obligation, index, operation, result, totals)
+            if failure is not None:
+                failure["index"] = index
+                failure["reproduce"] = self.reproduce(obligation, index)
+                result.failures.append(failure)
+            if len(result.failures) >= self.stop_after:
+                break
+        progress(obligation.id, len(indices), len(indices))
+        result.errors = totals.to_dict()
+        if result.failures:
+            result.status = result.failures[0]["status"]
+            result.message = result.failures[0]["problems"][0]
+        elif operation == "refusal":
+            result.status = "REFUSED"
+            result.message = "not declared; the call raises UnsupportedError"
+        elif result.calls == 0:
+            # An obligation that called nothing has shown nothing.
+            result.status, result.message = "ERROR", "nothing was executed"
+        return result
+
+    def _one(
+        self, obligation: Obligation, index: int, operation: str, result: Result, totals: _Totals
+    ) -> dict[str, Any] | None:
+        """Run one case; the failure, or None."""
+        result.executed += 1
+        request = self._request(operation, obligation, index)
+        # Hypotheses are many runs of the reference: one diagnosis an obligation.
+        request["diagnose"] = not result.failures
+        try:
+            answer = self.worker.ask(request, obligation.timeout * self.settings.patience)
+        except WorkerDied as died:
+            return {"status": "CRASH", "problems": [f"the process was {died.how}"], "output": died.output}
+        except WorkerHangs as hangs:
+            return {"status": "TIMEOUT", "problems": [str(hangs)], "output": hangs.output}
+        if "error" in answer:
+            return {
+                "status": "ERROR",
+                "problems": [answer["error"].strip().splitlines()[-1]],
+                "output": answer["error"],
+            }
+        result.calls += answer["calls"]
+        evidence = {"index": index, "calls": answer["calls"], "launches": answer.get("launches", {})}
+        result.cases.append(evidence | {"seconds": round(answer.get("seconds", 0.0), 6)})
+        for name, count in answer.get("launches", {}).items():
+            result.launches[name] = result.launches.get(name, 0) + count
+        totals.add(answer.get("errors", []))
+        if not answer["problems"]:
+            return None
+        kept = {key: answer[key] for key in ("problems", "case", "diagnosis") if answer.get(key)}
+        return {"status": "FAIL", **kept}
+
+    def _lost(self, obligation: Obligation, error: WorkerDied | WorkerHangs) -> Result:
+        status: Status = "CRASH" if isinstance(error, WorkerDied) else "TIMEOUT"
+        failure = {"status": status, "problems": [str(error)], "output": error.output, "index": 0}
+        failure["reproduce"] = self.reproduce(obligation, 0)
+        return Result(obligation.id, status, str(error), executed=1, failures=[failure])
+
+    def reproduce(self, obligation: Obligation, index: int) -> str:
+        """The shell line that runs just this case again."""
+        line = f"hal conform --backend {self.settings.backend} --case {obligation.id}@{self.settings.seed}.{index}"
+        return " ".join([line, *self._options()])
+
+    def _request(self, operation: str, obligation: Obligation | None = None, index: int = 0) -> dict[str, Any]:
+        request: dict[str, Any] = {"op": operation, "settings": dataclasses.asdict(self.settings), "index": index}
+        if obligation is not None:
+            request["obligation"] = obligation.id
+        return request
+
+
+class _Totals:
+    """Worst values and summed histograms of many comparisons."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, dict[str, Any]] = {}
+
+    def add(self, errors: list[dict[str, Any]]) -> None:
+        """Take in the comparisons of one case."""
+        for error in errors:
+            for name, one in error.items():
+                if not one["ratio"]:
+                    continue
+                have = self._sums.setdefault(
+                    name, {"rows": 0, "worst": 0.0, "max_abs": 0.0, "max_cosine": 0.0, "ulp": [], "ratio": []}
+                )
+                have["rows"] += one["rows"]
+                for key in ("worst", "max_abs", "max_cosine"):
+                    have[key] = _larger(have[key], one[key])
+                for key in ("ulp", "ratio"):
+                    old = have[key] or [0] * len(one[key])
+                    have[key] = [a + b for a, b in zip(old, one[key], strict=True)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the report."""
+        return self._sums
+
+
+def _larger(a: float | str, b: float | str) -> float | str:
+    """The larger of two numbers, of which either may be the name of an infinity or NaN."""
+    if isinstance(a, str) or isinstance(b, str):
+        return a if isinstance(a, str) else b
+    return max(a, b)

@@ -1,0 +1,111 @@
+"""The process in which a backend is touched: ``python -m hal_conformance.worker READ_FD WRITE_FD``.
+
+It answers one JSON line with one JSON line. It may crash or hang: the other end of the pipe is `process.Worker`, which
+records that and starts another. Nothing here decides what is tested.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import traceback
+from typing import Any
+
+from hal import plugins
+from hal.spec.capability import Capabilities
+from hal_conformance.checks import Check, load
+from hal_conformance.context import BackendRaised, Context, Settings, Stop
+from hal_conformance.requirements import REQUIREMENTS
+from hal_conformance.table import BY_ID
+
+NOTHING = Capabilities(("cpu",), None, None, None)
+"""Stands for a backend that could not be asked."""
+
+
+def main() -> None:
+    """Serve until the pipe closes."""
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    read, write = (int(text) for text in sys.argv[1:3])
+    with os.fdopen(read) as requests, os.fdopen(write, "w") as answers:
+        for line in requests:
+            answers.write(json.dumps(answer(json.loads(line))) + "\n")
+            answers.flush()
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Do what a request asks; a failure of the suite itself comes back as ``error``."""
+    try:
+        settings = Settings(**request["settings"])
+        operation = request["op"]
+        if operation == "facts":
+            from hal_conformance.facts import facts
+
+            return facts(settings.backend)
+        if operation == "roofline":
+            from hal_conformance.roofline import measure
+
+            return measure(_context(settings, "MLA-01", 0))
+        if operation == "bisect":
+            from hal_conformance.bisect import bisect
+
+            return bisect(_context(settings, request["obligation"], request["index"]))
+        context = _context(settings, request["obligation"], request.get("index", 0))
+        if operation == "count":
+            return {"count": _count(context)}
+        if operation == "refusal":
+            return _refusal(context)
+        assert operation == "case", operation
+        context.wants_diagnosis = request.get("diagnose", True)
+        return _case(context)
+    except Exception:
+        return {"error": traceback.format_exc()}
+
+
+def _context(settings: Settings, obligation: str, index: int) -> Context:
+    status = plugins.registry().status(settings.backend)
+    return Context(settings, status.capabilities or NOTHING, BY_ID[obligation], index)
+
+
+def _check(context: Context) -> Check:
+    return load()[context.obligation.id]
+
+
+def _count(context: Context) -> int:
+    count = _check(context).count
+    return context.obligation.count(context.settings.mode) if count is None else count(context)
+
+
+def _refusal(context: Context) -> dict[str, Any]:
+    requirement = REQUIREMENTS[context.obligation.requires]
+    assert requirement.refusal is not None
+    instead = requirement.refusal(context)
+    problems = [f"{requirement.title}: not declared, but the call {instead}"] if instead else []
+    return {"problems": problems, "calls": 1}
+
+
+def _case(context: Context) -> dict[str, Any]:
+    record = context.record
+    try:
+        _check(context).run(context)
+    except Stop:
+        pass
+    except BackendRaised as raised:
+        record.case = raised.case.to_dict()
+        record.problems.append(str(raised))
+    return {
+        "problems": record.problems,
+        "calls": record.calls,
+        "case": record.case,
+        "diagnosis": record.diagnosis,
+        "errors": record.errors,
+        "launches": record.launches,
+        "seconds": record.seconds,
+    }
+
+
+if __name__ == "__main__":
+    main()

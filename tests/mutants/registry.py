@@ -1,0 +1,63 @@
+"""The list of mutants, and the throw-away distribution that makes them backends like any vendor's."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mutants.sample import Plugin
+
+CATALOGUES = ("l0", "l1", "l2_memory", "l2_numbers", "l2_options", "fatal")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A backend with one bug.
+
+    ``level`` is the one that claims to cover it; ``story`` is the bug as its author would tell it; ``cause`` is a part
+    of what the report must name as the likely cause (or several, with |), empty where no hypothesis covers it.
+    """
+
+    name: str
+    level: str
+    story: str
+    entry: str
+    cause: str = ""
+
+
+MUTANTS: dict[str, Mutant] = {}
+PLUGINS: dict[str, Any] = {}
+
+
+def mutant(level: str, story: str, cause: str = "") -> Callable[[type], type]:
+    """Register a backend class as a mutant under its own name."""
+
+    def register(cls: type) -> type:
+        name = "mutant-" + "".join(f"-{c.lower()}" if c.isupper() else c for c in cls.__name__).lstrip("-")
+        assert name not in MUTANTS, name
+        PLUGINS[name] = Plugin(cls)
+        attribute = name.replace("-", "_")
+        MUTANTS[name] = Mutant(name, level, story, f"mutants.entry:{attribute}", cause)
+        return cls
+
+    return register
+
+
+def load() -> dict[str, Mutant]:
+    """Every mutant of every catalogue."""
+    for catalogue in CATALOGUES:
+        importlib.import_module(f"mutants.{catalogue}")
+    return MUTANTS
+
+
+def install(folder: Path) -> None:
+    """Write the metadata of a distribution that registers the sample and all mutants as backends."""
+    info = folder / "hal_mutants-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: hal-mutants\nVersion: 1.0\n")
+    lines = ["[hal.backends]", "sample = mutants.sample:plugin"]
+    lines += [f"{m.name} = {m.entry}" for m in load().values()]
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")

@@ -1,0 +1,42 @@
+"""Obligations of several processes: own ranks, a hard time limit, and the dead or stuck rank named."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from hal_conformance.ranks import run_ranks
+
+
+@pytest.fixture(autouse=True)
+def _ranks_find_their_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
+
+
+def test_ranks_talk_and_return() -> None:
+    done = run_ranks("conformance_ranks:add_up", 3, {"add": 1}, timeout=60)
+    assert done.message == ""
+    assert done.values == [6.0, 6.0, 6.0]
+    assert [r.state for r in done.ranks] == ["done"] * 3
+
+
+def test_a_dead_rank_is_named_and_the_others_do_not_wait_for_ever() -> None:
+    started = time.monotonic()
+    done = run_ranks("conformance_ranks:one_dies", 2, timeout=100)
+    assert done.culprits == (1,)
+    assert "rank 1 died in phase 'before the exchange' (exit code 7)" in done.message
+    assert time.monotonic() - started < 60
+
+
+def test_a_stuck_rank_is_named_and_not_those_that_wait_for_it() -> None:
+    done = run_ranks("conformance_ranks:one_hangs", 2, timeout=15)
+    assert done.culprits == (0,)
+    assert done.message == "rank 0 is stuck in phase 'prepare' after 15 s"
+
+
+def test_a_rank_that_raises_is_named_with_what_it_raised() -> None:
+    done = run_ranks("conformance_ranks:one_raises", 2, timeout=60)
+    assert done.culprits == (1,)
+    assert "rank 1 raised in phase 'check': ValueError: 17 tokens expected" in done.message
+    assert [r.state for r in done.ranks] == ["stopped", "raised"]

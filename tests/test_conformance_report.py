@@ -1,0 +1,195 @@
+"""Reports, certificates and what is made from many of them; on results made up for the purpose."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hal_conformance import certificate, diff, html, report
+from hal_conformance.cli import app
+from hal_conformance.context import Settings
+from hal_conformance.facts import environment
+from hal_conformance.schema import schema_errors
+from hal_conformance.session import Result, Session
+from hal_conformance.table import OBLIGATIONS
+from hal_conformance.waivers import Waiver
+from typer.testing import CliRunner
+
+import hal
+
+_ERRORS = {
+    "rows": 10,
+    "worst": 0.4,
+    "max_abs": 1e-4,
+    "max_cosine": 1e-7,
+    "ulp": [9, 1, 0, 0, 0, 0, 0, 0, 0, 0],
+    "ratio": [5, 3, 2, 0, 0, 0, 0, 0],
+}
+
+
+def made(*waivers: Waiver, mode: str = "default", **changed: str) -> dict[str, Any]:
+    """A report of a backend that passes, but for the named obligations."""
+    session = Session(Settings("acme", 5, mode), waivers={w.obligation: w for w in waivers})  # type: ignore[arg-type]
+    session.facts = {
+        "state": "available",
+        "reason": "chip 7, <b>rev B</b>",
+        "capabilities": hal.capabilities("cpu").to_dict(),
+        "evidence": "simulation",
+        "details": {"driver": "acme 3"},
+        "distribution": {"name": "hal-acme", "version": "1.0", "editable": False, "hash": "ab" * 32},
+        "environment": environment(),
+    }
+    for o in OBLIGATIONS:
+        status = changed.get(o.id.replace("-", "_"), "PASS" if o.covered else "REFUSED")
+        count = max(o.count("default"), 1)
+        result = Result(o.id, status, "", count, count, count, seconds=0.1)  # type: ignore[arg-type]
+        if status == "FAIL":
+            result.message = "out differs"
+            result.failures = [{"status": "FAIL", "problems": ["out differs"], "reproduce": "hal conform", "index": 0}]
+        if o.id.startswith("MLA"):
+            result.errors = {"out": dict(_ERRORS), "lse": dict(_ERRORS)}
+            result.launches = {"acme:decode@acme0": 3}
+        session._waive(result)
+        session.results[o.id] = result
+    points = [{"name": "b1 h16 s4096", "seconds": 1e-3, "flops": 1e8, "bytes": 5e6}]
+    return report.make(session, {"points": points, "flops": 2e11, "bytes": 1e10, "dtype": "bfloat16"})
+
+
+def test_a_passing_report_certifies_and_verifies() -> None:
+    one = made()
+    assert one["verdict"] == "PASS"
+    assert one["certificate"]["levels"] == {"L0": "PASS", "L1": "PASS", "L2": "PASS"}
+    errors, notes = certificate.verify(json.loads(json.dumps(one)))
+    assert errors == []
+    assert "not installed here" in notes[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: r["obligations"][9].update(status="PASS", executed=0),
+        lambda r: r["obligations"].pop(),
+        lambda r: r["obligations"][9].update(status="FAIL"),
+        lambda r: r["obligations"][9].update(calls=0),
+        lambda r: r["obligations"][9].update(planned=1, executed=1),
+        lambda r: r["levels"][2].update(verdict="UNDECLARED"),
+        lambda r: r["run"].update(seed=6),
+        lambda r: r["run"].update(filtered=True),
+        lambda r: r["run"].update(mode="quick"),
+        lambda r: r["backend"]["distribution"].update(hash="cd" * 32),
+        lambda r: r["certificate"].update(backend="other"),
+        lambda r: r["certificate"]["levels"].update(L3="PASS"),
+        lambda r: r["suite"].update(hash="cd" * 32),
+        lambda r: r.update(certificate=None),
+        lambda r: r.update(schema=2),
+        lambda r: r.pop("environment"),
+    ],
+)
+def test_a_report_that_was_changed_does_not_verify(change: Any) -> None:
+    one = made()
+    change(one)
+    assert certificate.verify(one)[0]
+
+
+def test_quick_filtered_editable_and_failing_runs_have_no_certificate() -> None:
+    assert made(mode="quick")["certificate"] is None
+    failing = made(MLA_07="FAIL")
+    assert (failing["verdict"], failing["certificate"]) == ("FAIL", None)
+    assert "breaks 1 obligation (MLA-07)" in failing["headline"]
+    editable = copy.deepcopy(made())
+    editable["backend"]["distribution"]["editable"] = True
+    assert certificate.issue(editable) is None
+    compiled = copy.deepcopy(made())
+    compiled["backend"]["evidence"] = "compiled"
+    assert certificate.issue(compiled) is None
+
+
+def test_a_waiver_stands_in_headline_and_certificate_and_ends_with_its_day() -> None:
+    last = datetime.date.today() + datetime.timedelta(days=3)
+    one = made(Waiver("MLA-32", "due in 2.1", last), MLA_32="FAIL")
+    assert one["verdict"] == "WAIVED"
+    assert "1 waived: MLA-32" in one["headline"]
+    assert one["certificate"]["waivers"] == [
+        {"obligation": "MLA-32", "reason": "due in 2.1", "expires": last.isoformat()}
+    ]
+    assert certificate.verify(one)[0] == []
+    assert "expired" in certificate.verify(one, today=last + datetime.timedelta(days=1))[0][0]
+
+
+def test_the_schema_refuses_what_it_does_not_know() -> None:
+    one = made()
+    assert schema_errors(one) == []
+    assert schema_errors({**one, "bonus": 1})
+    assert schema_errors({**one, "verdict": "GREAT"})
+    assert schema_errors([])
+
+
+def test_a_diff_names_what_broke_and_what_got_worse() -> None:
+    old, new = made(MLA_08="FAIL"), made(MLA_07="FAIL")
+    next(o for o in new["obligations"] if o["id"] == "MLA-01")["errors"]["out"]["worst"] = 0.95
+    kinds = {row["what"].split()[0]: row["kind"] for row in diff.diff(old, new)}
+    assert kinds["MLA-07"] == "broken"
+    assert kinds["MLA-08"] == "fixed"
+    assert kinds["MLA-01"] == "worse"
+    assert diff.diff(new, new) == []
+
+
+class _Page(HTMLParser):
+    """Collects tags; complains of those that need the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.outside: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "br", "link"):
+            self.open.append(tag)
+        self.outside += [str(v) for k, v in attrs if k in ("src", "href") and v and not v.startswith("#")]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.open:
+            assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("one", [made(), made(MLA_07="FAIL")], ids=["passing", "failing"])
+def test_the_page_is_whole_self_contained_and_escaped(one: dict[str, Any]) -> None:
+    text = html.render(one, diff.diff(made(), one))
+    page = _Page()
+    page.feed(text)
+    assert page.open == []
+    assert page.outside == []
+    assert "<b>rev B</b>" not in text
+    assert "prefers-color-scheme: dark" in text
+    assert text.count("<svg") == 5
+    assert one["headline"].split("(")[0].strip() in text
+
+
+def test_a_matrix_is_made_from_results(tmp_path: Path) -> None:
+    report.write(made(), tmp_path / "a.json")
+    report.write(made(MLA_07="FAIL"), tmp_path / "b.json")
+    page = tmp_path / "matrix.html"
+    done = CliRunner().invoke(app, ["matrix", str(tmp_path / "a.json"), str(tmp_path / "b.json"), "--out", str(page)])
+    assert done.exit_code == 0, done.output
+    table = diff.matrix([made(), made(MLA_07="FAIL")])
+    features = {row["title"]: [c["text"] for c in row["cells"]] for row in table["sections"][2]["rows"]}
+    assert features["causal dense decode"] == ["PASS", "FAIL"]
+    assert features["sparse decode"] == ["REFUSED", "REFUSED"]
+    assert "FAIL" in page.read_text()
+
+
+def test_verify_on_the_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    report.write(made(), path)
+    done = CliRunner().invoke(app, ["verify", str(path)])
+    assert done.exit_code == 0, done.output
+    assert "the certificate holds: hal-acme 1.0, levels L0, L1, L2" in done.output
+    report.write(made(mode="quick"), path)
+    done = CliRunner().invoke(app, ["verify", str(path)])
+    assert done.exit_code == 1
+    assert "there is no certificate: quick mode" in done.output

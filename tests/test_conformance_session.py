@@ -1,0 +1,236 @@
+"""Runs of the suite: what becomes of crashes, hangs, refusals, waivers and filters, and of wrong requests."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hal_conformance import report, verdict
+from hal_conformance.cli import app
+from hal_conformance.context import Settings
+from hal_conformance.process import Worker
+from hal_conformance.session import RED, Session
+from hal_conformance.table import OBLIGATIONS
+from hal_conformance.waivers import Waiver, read
+from mutants.runner import installed
+from typer.testing import CliRunner
+
+import hal
+
+TODAY = datetime.date.today()
+LATER, BEFORE = TODAY + datetime.timedelta(days=30), TODAY - datetime.timedelta(days=1)
+
+
+@pytest.fixture(autouse=True)
+def _mutants_are_installed() -> Iterator[None]:
+    with installed():
+        yield
+
+
+def run(backend: str, *only: str, patience: float = 1.0, **waivers: Waiver) -> Session:
+    named = {name.replace("_", "-"): waiver for name, waiver in waivers.items()}
+    session = Session(Settings(backend, 11, "quick", patience=patience), only, None, named)
+    session.stop_after = 1
+    try:
+        session.run()
+    finally:
+        session.close()
+    return session
+
+
+def statuses(session: Session) -> dict[str, str]:
+    return {r.id: r.status for r in session.results.values() if r.status != "SKIPPED"}
+
+
+def test_a_correct_backend_passes_and_what_it_lacks_is_seen_refused() -> None:
+    session = run("sample", "CAP-01", "CAP-05", "MLA-07", "MLA-22", "SPA-01", "SNK-01", "FP8-01", "FP8-02", "XTR-01")
+    assert statuses(session) == {
+        "CAP-01": "PASS",
+        "CAP-05": "PASS",
+        "MLA-07": "PASS",
+        "MLA-22": "PASS",
+        "SPA-01": "REFUSED",
+        "SNK-01": "REFUSED",
+        "FP8-01": "REFUSED",
+        "FP8-02": "REFUSED",
+        "XTR-01": "REFUSED",
+    }
+    assert all(r.calls for r in session.results.values() if r.status in ("PASS", "REFUSED"))
+
+
+def test_a_failure_blocks_the_levels_above_and_names_its_cause_and_one_line_that_repeats_it() -> None:
+    session = run("mutant-causal-one-more", "CAP-01", "MLA-07", "MLA-22")
+    assert statuses(session) == {"CAP-01": "PASS", "MLA-07": "FAIL", "MLA-22": "BLOCKED"}
+    failure = session.results["MLA-07"].failures[0]
+    assert failure["diagnosis"]["cause"] == "causal is off by one: a query sees one key too many"
+    line = failure["reproduce"]
+    assert line.startswith("hal conform --backend mutant-causal-one-more --case MLA-07@11.")
+    again = Session(Settings("mutant-causal-one-more", 11, "quick"), ["MLA-07"], failure["index"])
+    try:
+        again.run()
+    finally:
+        again.close()
+    assert again.results["MLA-07"].failures[0]["problems"] == failure["problems"]
+
+
+def test_a_crash_is_recorded_and_the_run_goes_on() -> None:
+    session = run("mutant-crash-on-empty", "MLA-20", "MLA-22")
+    assert statuses(session) == {"MLA-20": "CRASH", "MLA-22": "PASS"}
+    assert "SIGSEGV" in session.results["MLA-20"].message
+    assert "ctypes" in session.results["MLA-20"].failures[0]["output"]
+
+
+def test_a_hang_is_recorded_with_the_stack_and_the_run_goes_on() -> None:
+    session = run("mutant-hangs-on-long", "MLA-33", "MLA-35", patience=0.2)
+    assert statuses(session) == {"MLA-33": "TIMEOUT", "MLA-35": "PASS"}
+    assert "mla_decode" in session.results["MLA-33"].failures[0]["output"]
+
+
+def test_a_plugin_that_cannot_load_fails_at_the_gate() -> None:
+    session = run("mutant-exits-at-load")
+    seen = statuses(session)
+    assert seen.pop("CAP-01") == "FAIL"
+    assert set(seen.values()) == {"BLOCKED"}
+
+
+def test_a_wrong_result_is_bisected_from_outside_where_no_partial_results_are_exposed() -> None:
+    session = run("mutant-token-after-boundary-lost", "MLA-23")
+    index = session.results["MLA-23"].failures[0]["index"]
+    settings = dataclasses.asdict(session.settings)
+    request = {"op": "bisect", "settings": settings, "obligation": "MLA-23", "index": index}
+    with Worker() as worker:
+        found = worker.ask(request, 120.0)
+    assert "exposes no partial results" in found["verdict"]
+    page = found["case"].get("page", 64)
+    first = next(row for row in found["rows"] if not row["ok"])
+    assert first["where"].endswith(f"first {page + 1} keys")
+
+
+def test_a_fallback_is_seen_where_it_happens() -> None:
+    session = run("mutant-falls-back-for-long", "CAP-07", "MLA-09")
+    assert statuses(session) == {"CAP-07": "PASS", "MLA-09": "FAIL"}
+    assert "no kernel of this backend was launched" in session.results["MLA-09"].message
+    cases = run("sample", "MLA-09").results["MLA-09"].cases
+    assert [c["launches"] for c in cases] == [{"torch:attend@cpu": 1}] * 4
+
+
+def test_an_obligation_that_calls_nothing_is_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session(Settings("sample", 1, "quick"), ["MLA-01"])
+    answers = {"facts": {}, "count": {"count": 2}, "case": {"problems": [], "calls": 0}}
+    monkeypatch.setattr(session.worker, "ask", lambda request, timeout: answers[request["op"]])
+    session.facts = {"state": "available"}
+    session.capabilities = hal.capabilities("cpu")
+    session.run()
+    assert session.results["MLA-01"].status == "ERROR"
+    assert session.results["MLA-01"].message == "nothing was executed"
+
+
+def test_waivers_never_pass_and_must_be_needed_and_in_force() -> None:
+    mine = {"MLA_07": Waiver("MLA-07", "due in 2.1", LATER), "MLA_08": Waiver("MLA-08", "not needed", LATER)}
+    session = run("mutant-causal-one-more", "CAP-01", "MLA-07", "MLA-08", "MLA-22", **mine)
+    assert statuses(session) == {"CAP-01": "PASS", "MLA-07": "WAIVED", "MLA-08": "PASS", "MLA-22": "PASS"}
+    assert session.waiver_problems() == ["the waiver of MLA-08 is not used: it is PASS; remove it"]
+    made = report.make(session)
+    assert made["verdict"] == "FAIL"
+    assert "1 waived: MLA-07" in made["headline"]
+    expired = run("mutant-causal-one-more", "MLA-07", MLA_07=Waiver("MLA-07", "was due", BEFORE))
+    assert statuses(expired) == {"MLA-07": "FAIL"}
+    assert "expired" in expired.waiver_problems()[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[[waiver]]\nobligation='MLA-99'\nreason='x'\nexpires=2030-01-01", "MLA-99"),
+        ("[[waiver]]\nobligation='MLA-07'\nreason=' '\nexpires=2030-01-01", "reason"),
+        ("[[waiver]]\nobligation='MLA-07'\nreason='x'\nexpires='soon'", "expires"),
+        ("[[waiver]]\nobligation='MLA-07'\nreason='x'", "exactly"),
+        ("[[waiver]", "TOML"),
+        ("waive_all = true", "nothing else"),
+    ],
+)
+def test_a_waiver_file_that_is_wrong_is_a_wrong_request(tmp_path: Path, text: str, complaint: str) -> None:
+    path = tmp_path / "waivers.toml"
+    path.write_text(text)
+    with pytest.raises(hal.SpecError, match=complaint):
+        read(path)
+    done = CliRunner().invoke(app, ["--backend", "cpu", "--waivers", str(path)])
+    assert done.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--backend", "nope"],
+        ["--backend", ""],
+        ["--backend", "cpu", "--only", "MLA-99"],
+        ["--backend", "cpu", "--only", "L9"],
+        ["--backend", "cpu", "--case", "MLA-07"],
+        ["--backend", "cpu", "--case", "MLA-99@1.1"],
+        ["--backend", "cpu", "--tighten", "2"],
+        ["--backend", "cpu", "--quick", "--full"],
+        ["--backend", "cpu", "--against", "/nowhere.json"],
+        ["verify", "/nowhere.json"],
+        ["matrix", "/nowhere.json"],
+        ["bisect", "MLA-07", "--backend", "cpu"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_requests_exit_with_2(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HAL_BACKEND", raising=False)
+    assert CliRunner().invoke(app, arguments).exit_code == 2
+
+
+def test_levels_follow_from_their_obligations() -> None:
+    assert verdict.level_verdict([]) == "EMPTY"
+    assert verdict.level_verdict(["PASS", "REFUSED"]) == "PASS"
+    assert verdict.level_verdict(["REFUSED"]) == "UNDECLARED"
+    assert verdict.level_verdict(["PASS", "WAIVED"]) == "WAIVED"
+    assert verdict.level_verdict(["PASS", "UNCOVERED"]) == "UNCOVERED"
+    assert verdict.level_verdict(["PASS", "SKIPPED"]) == "INCOMPLETE"
+    assert verdict.level_verdict(["WAIVED", "BLOCKED"]) == "BLOCKED"
+    for red in RED:
+        assert verdict.level_verdict(["PASS", "WAIVED", red, "BLOCKED"]) == "FAIL"
+
+
+def test_nothing_executed_is_a_failure() -> None:
+    rows = verdict.levels({o.id: "REFUSED" for o in OBLIGATIONS})
+    assert verdict.overall(rows, False, []) == ("FAIL", ["nothing was executed"])
+
+
+def test_a_filter_is_never_a_pass() -> None:
+    rows = verdict.levels({o.id: "PASS" for o in OBLIGATIONS})
+    assert verdict.overall(rows, False, [])[0] == "PASS"
+    assert verdict.overall(rows, True, [])[0] == "INCOMPLETE"
+
+
+def test_the_pytest_plugin_runs_obligations_and_refuses_wrong_requests(pytester_run: object) -> None:
+    code, text = pytester_run(
+        "--hal-backend", "sample", "--hal-mode", "quick", "--hal-only", "CAP-01", "--hal-only", "MLA-21"
+    )  # type: ignore[operator]
+    assert code == 0, text
+    assert "2 passed" in text
+    for arguments in (["--hal-backend", "nope"], ["--hal-backend", "sample", "--hal-only", "XYZ-1"]):
+        code, text = pytester_run(*arguments)  # type: ignore[operator]
+        assert code == 2, text
+    code, text = pytester_run()  # type: ignore[operator]
+    assert code == 1
+    assert "--hal-backend NAME" in text
+
+
+@pytest.fixture
+def pytester_run(tmp_path: Path) -> object:
+    import subprocess
+    import sys
+
+    def execute(*arguments: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--pyargs", "hal_conformance"]
+        done = subprocess.run(
+            [*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    return execute
