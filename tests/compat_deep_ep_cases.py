@@ -206,6 +206,23 @@ def geometries(rank: int) -> None:
     assert opened[0] == opened[1]
 
 
+def told(rank: int) -> str:
+    """What `hal.EpBuffer` finds wrong with one rank's call, the others are told; experts need not divide by ranks."""
+    buffer = deep_ep.Buffer(dist.group.WORLD)
+    x, idx = torch.ones(3, 64).bfloat16(), torch.tensor([[0, 4], [2, -1], [3, 0]])
+    per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, 5)
+    passed = {"num_tokens_per_rank": per_rank, "is_token_in_rank": in_rank, "num_tokens_per_expert": per_expert}
+    sent = buffer.dispatch(x, expert_alignment=4, **passed)
+    assert sent[3] == ([4, 0, 4], [4, 4, 0])[rank]
+    with pytest.raises(hal.UnsupportedError) as refused:
+        buffer.combine(sent[0], sent[4], topk_weights=torch.ones(len(sent[0]), 2))
+    assert refused.value.argument == "topk_weights"
+    assert torch.equal(buffer.combine(sent[0], sent[4])[0], x * in_rank.sum(1, keepdim=True))
+    with pytest.raises(hal.SpecError) as caught:
+        buffer.combine(sent[0], sent[4], bias=x[:1] if rank else None)
+    return caught.value.argument
+
+
 def nodes(rank: int) -> None:
     """Over several nodes normal mode is the same; low-latency mode is refused as the backend declares."""
     os.environ["HAL_EP_RANKS_PER_NODE"] = "1"

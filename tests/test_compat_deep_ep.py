@@ -296,6 +296,7 @@ def test_several_nodes() -> None:
 
 def test_ranks_that_disagree_are_told() -> None:
     assert [outcome.value for outcome in run_ranks(2, cases.disagreement)] == ["x", "x"]
+    assert [outcome.value for outcome in run_ranks(2, cases.told)] == ["bias", "bias"]
 
 
 def test_a_rank_that_dies_is_named_or_masked() -> None:
