@@ -274,6 +274,27 @@ def test_events() -> None:
         deep_ep.EventOverlap(3)  # type: ignore[arg-type]
 
 
+def test_an_event_marks_the_stream_of_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written for accelerators, and shown here with a stand-in for one."""
+    calls = []
+
+    class Event:
+        def __init__(self, device: torch.device) -> None:
+            calls.append(("made", str(device)))
+
+        def record(self) -> None:
+            calls.append("recorded")
+
+        def wait(self) -> None:
+            calls.append("waited")
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    monkeypatch.setattr(torch, "Event", Event)
+    deep_ep.Buffer.capture().current_stream_wait()
+    assert calls == [("made", "meta"), "recorded", "waited"]
+
+
 def test_a_buffer_needs_a_group() -> None:
     with pytest.raises(ValueError, match="group"):
         deep_ep.Buffer(None)
