@@ -16,12 +16,12 @@ constexpr int kMergeRows = 16;  // rows one merge task folds
 
 size_t state_floats(int rows, int head_dim_v) {
   const size_t padded = (rows + 15) / 16 * 16;
-  return padded * (2 + (head_dim_v + 15) / 16 * 16);
+  return padded * (2 + (head_dim_v + 31) / 32 * 32);
 }
 
 State state_at(float* memory, int rows, int head_dim_v) {
   const size_t padded = (rows + 15) / 16 * 16;
-  return {memory, memory + padded, memory + 2 * padded, (head_dim_v + 15) / 16 * 16};
+  return {memory, memory + padded, memory + 2 * padded, (head_dim_v + 31) / 32 * 32};
 }
 
 // Cache-line aligned floats that only ever grow, so that the steady state allocates nothing.
