@@ -30,7 +30,7 @@ conform: $(VENV)/.installed
 
 # The suite against its planted bugs: every one must die, in the level that claims it.
 mutants: $(VENV)/.installed
-	cd tests && ../$(BIN)/python -m mutants
+	PYTHONPATH=tests $(BIN)/python -m mutants
 
 bench: $(VENV)/.installed
 	$(BIN)/hal bench mla --quick

@@ -9,7 +9,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+
+from hal.spec.errors import SpecError
 
 if TYPE_CHECKING:
     from hal.ep.engine import EpEngine
@@ -45,6 +47,13 @@ class Probe:
     fix: str = ""
     evidence: Evidence = "hardware"
     details: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        texts = isinstance(self.reason, str) and isinstance(self.fix, str)
+        known = self.evidence in get_args(Evidence) and isinstance(self.available, bool)
+        if not (texts and known and isinstance(self.details, Mapping)):
+            legal = "Probe(bool, str, fix=str, evidence=hardware|simulation|compiled, details=mapping)"
+            raise SpecError("probe", self, legal)
 
 
 class Backend(ABC):

@@ -268,7 +268,7 @@ def _check_parts(outs: list[Tensor], lses: list[Tensor]) -> None:
     for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
         require_tensor(f"outs[{i}]", out, _FLOATS if i == 0 else (outs[0].dtype,), rank, "like outs[0]")
         require_shape(f"outs[{i}]", out, outs[0].shape, "the shape of outs[0]")
-        require_device(f"outs[{i}]", out, outs[0].device)
+        require_device(f"outs[{i}]", out, outs[0].device, "outs[0]")
         require_tensor(f"lses[{i}]", lse, _LSE_FLOATS if i == 0 else (lses[0].dtype,), rank - 1, "like out's rows")
         require_shape(f"lses[{i}]", lse, (*out.shape[:-3], out.shape[-2], out.shape[-3]), "rows of out, heads first")
-        require_device(f"lses[{i}]", lse, outs[0].device)
+        require_device(f"lses[{i}]", lse, outs[0].device, "outs[0]")

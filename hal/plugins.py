@@ -299,11 +299,15 @@ def select(name: str | None = None) -> Selected:
     BackendUnavailable
         See `Registry.select`.
     """
-    if name is not None and not isinstance(name, str):
-        raise SpecError("backend", repr(name), "the name of a backend, or None")
+    _require_name("backend", name)
     chosen = name if name is not None else _used or os.environ.get(ENV) or None
     selected = registry().selected(chosen)
     return selected if selected is not None else registry().select(chosen, _source(name))
+
+
+def _require_name(argument: str, name: object) -> None:
+    if name is not None and not isinstance(name, str):
+        raise SpecError(argument, repr(name), "the name of a backend, or None")
 
 
 def _source(name: str | None) -> str:
@@ -317,10 +321,13 @@ def use(name: str | None) -> None:
 
     Raises
     ------
+    SpecError
+        ``name`` is not a string.
     BackendUnavailable
         The backend cannot be used; the earlier choice stays.
     """
     global _used, _env_before_use
+    _require_name("name", name)
     with _lock:
         if name is not None:
             registry().select(name, "hal.use")

@@ -309,6 +309,8 @@ CARELESS = {
     "undeclared": changed("return Capabilities(", "Capabilities("),
     "misdeclared": changed("return Capabilities(", "return dict("),
     "unprobed": changed("return Probe(", "return 'yes'\n        Probe("),
+    "untyped": changed("device_types=", "device_types=None and "),
+    "undetailed": changed("return Probe(", "return Probe(details=None, *(True, 'x')) or Probe("),
 }
 
 

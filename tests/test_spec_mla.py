@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -144,12 +145,23 @@ def other_device(data: st.DataObject, call: dict[str, Any]) -> set[str]:
     return {name} if name != "q" else set(TENSORS)
 
 
+def without_memory(data: st.DataObject, call: dict[str, Any]) -> set[str]:
+    name = data.draw(st.sampled_from(TENSORS))
+    call[name] = call[name].clone()
+    call[name].untyped_storage().resize_(0)
+    return {name}
+
+
 def overlapping_out(data: st.DataObject, call: dict[str, Any]) -> set[str]:
-    which = data.draw(st.sampled_from(["itself", "q", "kv_cache"]))
+    which = data.draw(st.sampled_from(["itself", "q", "kv_cache", "block_table"]))
     if which == "itself":
         call["out"] = torch.empty(1, 1, 1, D_V, dtype=torch.bfloat16).expand(B, S_Q, H_Q, D_V)
     elif which == "q":
         call["out"] = call["q"][..., :D_V]
+    elif which == "block_table":
+        memory = torch.zeros(B * S_Q * H_Q * D_V // 2, dtype=torch.int32)
+        call["block_table"] = memory[: B * MAX_BLOCKS].view(B, MAX_BLOCKS)
+        call["out"] = memory.view(torch.bfloat16).view(B, S_Q, H_Q, D_V)
     else:
         call["out"] = call["kv_cache"].flatten()[: B * S_Q * H_Q * D_V].view(B, S_Q, H_Q, D_V)
     return {"out"}
@@ -159,11 +171,11 @@ def bad_scalar(data: st.DataObject, call: dict[str, Any]) -> set[str]:
     junk = [None, "x", 1.5, [], torch.ones(2)]
     bad: dict[str, list[Any]] = {
         "head_dim_v": [*junk, 0, -1, D + 1, True, 2**70],
-        "softmax_scale": ["1", math.nan, math.inf, -math.inf, True, [], torch.ones(2)],
+        "softmax_scale": ["1", 10**400, 1e31, -1e300, math.nan, math.inf, -math.inf, True, [], torch.ones(2)],
         "causal": [*junk, 0, 1, "true"],
         "batch_invariant": [*junk, 0, 2],
-        "lse_base": [2, "10", None, "E", 2.718],
-        "kv_format": ["fp8", 656, "PLAIN", ["plain"]],
+        "lse_base": [torch.ones(2), numpy.array(["e", "2"]), 2, "10", None, "E", 2.718],
+        "kv_format": [torch.ones(2), 0, "", [], numpy.array(["plain"]), "fp8", 656, "PLAIN", ["plain"]],
         "plan": [object(), "plan", 7, {}],
         "backend": [3, ["cpu"], b"cpu", 0.5],
     }
@@ -252,6 +264,7 @@ MUTATIONS: list[Mutation] = [
     last_dim_strided,
     odd_layout,
     other_device,
+    without_memory,
     overlapping_out,
     bad_scalar,
     bad_ragged,
@@ -412,6 +425,8 @@ def test_plan_sees_a_change_made_behind_torch() -> None:
         ("page_size", 257),
         ("dtype", torch.int8),
         ("dtype", "bfloat16"),
+        ("dtype", numpy.array([1, 2])),
+        ("kv_format", numpy.array(["plain"])),
         ("kv_format", "fp8"),
         ("causal", 1),
         ("batch_invariant", None),

@@ -106,6 +106,9 @@ def headline(report: Mapping[str, Any], reasons: list[str]) -> str:
         text = f"{name}: nothing broken in what was run, which is not everything; this certifies nothing"
     else:
         text = f"{name} conforms: {', '.join(held)}"
+    untested = [row["id"] for row in report["levels"] if row["verdict"] == "UNCOVERED"]
+    if untested and verdict in ("PASS", "WAIVED"):
+        text += f"; declared, and not tested by this suite: {', '.join(untested)}"
     if report["waivers"]:
         text += f", with {len(report['waivers'])} waived: {', '.join(w['obligation'] for w in report['waivers'])}"
     elif verdict == "PASS" and obstacles(dict(report)):

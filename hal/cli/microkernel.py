@@ -62,8 +62,12 @@ def devices(capabilities: Capabilities) -> list[str]:
     for kind in capabilities.device_types:
         if kind == "cpu":
             found.append(kind)
-        else:
-            found += [f"{kind}:{i}" for i in range(torch.get_device_module(kind).device_count())]
+            continue
+        try:
+            module = torch.get_device_module(kind)
+        except RuntimeError:
+            continue  # a type this torch has no support for has no device either
+        found += [f"{kind}:{i}" for i in range(module.device_count())]
     return found
 
 

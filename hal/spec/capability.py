@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,18 @@ def only(*values: int) -> Ints:
     return Ints(only=values)
 
 
+def _strings(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+
+
+def _require_types(section: Any) -> None:
+    """Refuse a declaration whose fields are not what their annotations say: it comes from outside, as data."""
+    for item in dataclasses.fields(section):
+        value = getattr(section, item.name)
+        if not _KINDS[str(item.type)](value):
+            raise SpecError(f"{type(section).__name__}.{item.name}", repr(value), item.type)
+
+
 @dataclass(frozen=True, slots=True)
 class MlaCapabilities:
     """What one kind of MLA decode (dense or sparse) accepts.
@@ -98,6 +111,9 @@ class MlaCapabilities:
     attn_sink: bool
     extra_kv_cache: bool
     topk: Ints | None
+
+    def __post_init__(self) -> None:
+        _require_types(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +165,9 @@ class EpCapabilities:
     pre_reduce: bool
     across_nodes: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        _require_types(self)
+
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
@@ -168,6 +187,9 @@ class Capabilities:
     mla_dense: MlaCapabilities | None
     mla_sparse: MlaCapabilities | None
     ep: EpCapabilities | None
+
+    def __post_init__(self) -> None:
+        _require_types(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers; `from_dict` is the inverse."""
@@ -195,6 +217,16 @@ class Capabilities:
             mla_sparse=_section(MlaCapabilities, data["mla_sparse"]),
             ep=_section(EpCapabilities, data["ep"]),
         )
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "tuple[str, ...]": _strings,
+    "bool": lambda value: isinstance(value, bool),
+    "Ints": lambda value: isinstance(value, Ints),
+    "Ints | None": lambda value: value is None or isinstance(value, Ints),
+    "MlaCapabilities | None": lambda value: value is None or isinstance(value, MlaCapabilities),
+    "EpCapabilities | None": lambda value: value is None or isinstance(value, EpCapabilities),
+}
 
 
 def _section(cls: type[Any], data: dict[str, Any] | None) -> Any:

@@ -7,7 +7,6 @@ checks again. How much it reads is set by `hal.spec.validation`.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -42,6 +41,9 @@ PACKED_DTYPES: Final = (torch.uint8, torch.int8, torch.float8_e4m3fn)
 """Element types under which packed bytes may be passed."""
 
 LSE_BASES: Final = ("e", "2")
+
+MAX_SCALE: Final = 1e30
+"""Largest magnitude of softmax_scale: float32 scores of data of ordinary size stay finite."""
 
 _INT32: Final = (torch.int32,)
 _FLOAT32: Final = (torch.float32,)
@@ -171,7 +173,7 @@ def check_decode(
         An argument of the wrong type, shape, dtype, device or layout; at level ``full`` also a value out of range.
     """
     level = validation_level()
-    kv_format = kv_format or "plain"
+    kv_format = "plain" if kv_format is None else kv_format
     if level:
         _check_scalars(head_dim_v, softmax_scale, causal, kv_format, lse_base, batch_invariant)
         _check_q(q, cu_seqlens_q)
@@ -205,7 +207,8 @@ def check_decode(
             require_tensor("out", out, (q.dtype,), len(out_shape), "like q with last dimension head_dim_v")
             require_shape("out", out, out_shape, "like q with last dimension head_dim_v")
             require_device("out", out, q.device)
-            require_writable("out", out, {"q": q, "kv_cache": kv_cache})
+            inputs = {"q": q, "kv_cache": kv_cache, "block_table": block_table, "cache_seqlens": cache_seqlens}
+            require_writable("out", out, inputs | {"cu_seqlens_q": cu_seqlens_q, "indices": indices})
     args = MlaDecodeArgs(
         q,
         kv_cache,
@@ -246,12 +249,11 @@ def _check_scalars(
     head_dim_v: Any, softmax_scale: Any, causal: Any, kv_format: Any, lse_base: Any, batch_invariant: Any
 ) -> None:
     require_int("head_dim_v", head_dim_v, 1)
-    if softmax_scale is not None and (
-        isinstance(softmax_scale, bool)
-        or not isinstance(softmax_scale, (int, float))
-        or not math.isfinite(softmax_scale)
-    ):
-        raise SpecError("softmax_scale", repr(softmax_scale), "a finite float, or None for d ** -0.5")
+    if softmax_scale is not None:
+        number = isinstance(softmax_scale, (int, float)) and not isinstance(softmax_scale, bool)
+        if not number or not -MAX_SCALE <= softmax_scale <= MAX_SCALE:
+            legal = f"a float within ±{MAX_SCALE:g}, or None for d ** -0.5"
+            raise SpecError("softmax_scale", repr(softmax_scale), legal)
     require_bool("causal", causal)
     require_bool("batch_invariant", batch_invariant)
     require_choice("kv_format", kv_format, KV_FORMATS)

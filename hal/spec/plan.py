@@ -69,7 +69,7 @@ def check_plan(
     require_int("head_dim", head_dim, 1, _MAX_INT32)
     require_int("head_dim_v", head_dim_v, 1, head_dim)
     require_int("page_size", page_size, 1, _MAX_INT32)
-    if dtype not in QUERY_DTYPES:
+    if not isinstance(dtype, torch.dtype) or dtype not in QUERY_DTYPES:
         raise SpecError("dtype", dtype, " or ".join(map(dtype_name, QUERY_DTYPES)))
     require_choice("kv_format", kv_format, KV_FORMATS)
     require_bool("causal", causal)

@@ -25,6 +25,9 @@ def require_tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], ndim:
     if value.layout is not torch.strided or value.is_nested or value.is_neg():
         kind = "a nested tensor" if value.is_nested else f"a lazily negated or {value.layout} tensor"
         raise SpecError(name, kind, f"a plain strided tensor {layout}")
+    if value.data_ptr() == 0 and value.numel() > 0:
+        # Freed storage, meta tensors, and wrappers whose elements live elsewhere or nowhere.
+        raise SpecError(name, "a tensor without memory", f"a tensor with memory of its own {layout}")
     if value.dtype not in dtypes:
         legal = " or ".join(map(dtype_name, dtypes))
         raise SpecError(name, f"dtype {dtype_name(value.dtype)}", f"dtype {legal}")
@@ -62,7 +65,7 @@ def require_bool(name: str, value: Any) -> None:
 
 def require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """One of a few strings."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise SpecError(name, repr(value), " or ".join(map(repr, choices)))
 
 
@@ -73,12 +76,14 @@ def require_values(name: str, bad: Tensor, values: Tensor, legal: str) -> None:
         raise SpecError(name, f"{values[tuple(index)].item()} at {index}", legal)
 
 
-def require_writable(name: str, value: Tensor, inputs: dict[str, Tensor]) -> None:
+def require_writable(name: str, value: Tensor, inputs: dict[str, Tensor | None]) -> None:
     """Every element has memory of its own, and none of it lies within an input's byte range."""
     if not value.is_contiguous():
         _require_no_self_overlap(name, value)
     start, end = _storage_range(value)
     for other, tensor in inputs.items():
+        if tensor is None:
+            continue
         first, last = _storage_range(tensor)
         if start < last and first < end and tensor.device == value.device:
             _require_disjoint(name, value, other, tensor)

@@ -82,8 +82,9 @@ class CpuBackend(Backend):
             details = self._kernel.details()
         except SpecError as error:
             return Probe(False, str(error), f"unset {error.argument}")
+        fix = details.pop("fix", "")
         reason = f"{platform.machine()}, {details['isa']}, {details['threads']} threads"
-        return Probe(True, reason, details.get("fix", ""), details=details)
+        return Probe(True, reason, fix, details=details)
 
     def capabilities(self) -> Capabilities:
         """Everything of dense decode but sinks and extra caches; expert-parallel calls where compiled."""

@@ -94,7 +94,7 @@ _PACKED_COMBINE_FIELDS: Final = (("handle", "the one of operation {}".format),)
 def missing() -> str | None:
     """Why there is no compiled engine, or None if there is one."""
     if importlib.util.find_spec("hal_cpu._ep") is None:
-        return "no compiler was found when hal-cpu was built"
+        return "hal-cpu was installed without compiled kernels: no C++17 compiler, or the build failed"
     try:
         import hal_cpu._ep  # noqa: F401  (whether it loads is the question)
     except ImportError as error:

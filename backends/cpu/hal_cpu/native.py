@@ -35,7 +35,7 @@ _PLAN: Final = 4
 def missing() -> str | None:
     """Why there is no compiled kernel, or None if there is one."""
     if importlib.util.find_spec("hal_cpu._native") is None:
-        return "no compiler was found when hal-cpu was built"
+        return "hal-cpu was installed without compiled kernels: no C++17 compiler, or the build failed"
     try:
         import hal_cpu._native  # noqa: F401  (whether it loads is the question)
     except ImportError as error:

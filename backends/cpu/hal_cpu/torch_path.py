@@ -51,6 +51,7 @@ class TorchKernel:
             check_cu_seqlens(args.cu_seqlens_q, None)
         return None
 
+    @torch.no_grad()
     def decode(self, args: MlaDecodeArgs) -> None:
         """Attend one sequence at a time."""
         assert args.block_table is not None and args.cache_seqlens is not None

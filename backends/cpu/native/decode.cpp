@@ -16,12 +16,12 @@ constexpr int kMergeRows = 16;  // rows one merge task folds
 
 size_t state_floats(int rows, int head_dim_v) {
   const size_t padded = (rows + 15) / 16 * 16;
-  return padded * (2 + (head_dim_v + 15) / 16 * 16);
+  return padded * (2 + (head_dim_v + 31) / 32 * 32);
 }
 
 State state_at(float* memory, int rows, int head_dim_v) {
   const size_t padded = (rows + 15) / 16 * 16;
-  return {memory, memory + padded, memory + 2 * padded, (head_dim_v + 15) / 16 * 16};
+  return {memory, memory + padded, memory + 2 * padded, (head_dim_v + 31) / 32 * 32};
 }
 
 // Cache-line aligned floats that only ever grow, so that the steady state allocates nothing.
@@ -152,17 +152,43 @@ void run_merge(void* context, int task) {
   run.kernels.finish(run.call.problem, block_of(run, u), into, first, rows);
 }
 
-Fault check_table(const Call& call) {
-  const Problem& p = call.problem;
+// The caller's index tensors as they were when the call began. Another thread, or an out that shares their memory, may
+// change them while the kernel runs: what was checked must be what is followed.
+struct Snapshot {
+  std::vector<int32_t> lengths, first_query, table;
+};
+thread_local Snapshot snapshot;
+
+void copy_lengths(Call& call) {
+  snapshot.lengths.assign(call.lengths, call.lengths + call.shape.batch);
+  call.lengths = snapshot.lengths.data();
+  if (!call.shape.ragged) return;
+  snapshot.first_query.assign(call.first_query, call.first_query + call.shape.batch + 1);
+  call.first_query = snapshot.first_query.data();
+}
+
+// Copies the table entries in use, each checked as copied.
+Fault copy_table(Call& call) {
+  Problem& p = call.problem;
   const int64_t most = (int64_t)call.max_blocks * p.page_size;
+  int64_t longest = 0;
   for (int i = 0; i < call.shape.batch; ++i) {
-    const int64_t length = call.lengths[i];
-    if (length > most) return {Fault::kLengths, i, 0, length};
-    const int32_t* row = p.table + i * p.table_row;
-    const int pages = (int)((length + p.page_size - 1) / p.page_size);
-    for (int j = 0; j < pages; ++j)
-      if ((uint32_t)row[j] >= (uint32_t)call.num_blocks) return {Fault::kTable, i, j, row[j]};
+    if (call.lengths[i] > most) return {Fault::kLengths, i, 0, call.lengths[i]};
+    longest = std::max<int64_t>(longest, call.lengths[i]);
   }
+  const ptrdiff_t width = (longest + p.page_size - 1) / p.page_size;
+  if (snapshot.table.size() < (size_t)width * call.shape.batch) snapshot.table.resize((size_t)width * call.shape.batch);
+  for (int i = 0; i < call.shape.batch; ++i) {
+    const int32_t* row = p.table + i * p.table_row;
+    int32_t* copy = snapshot.table.data() + i * width;
+    const int pages = (int)(((int64_t)call.lengths[i] + p.page_size - 1) / p.page_size);
+    for (int j = 0; j < pages; ++j) {
+      copy[j] = row[j];
+      if ((uint32_t)copy[j] >= (uint32_t)call.num_blocks) return {Fault::kTable, i, j, copy[j]};
+    }
+  }
+  p.table = snapshot.table.data();
+  p.table_row = width;
   return {};
 }
 
@@ -191,9 +217,11 @@ Fault check_lengths(const Shape& shape, const int32_t* lengths, const int32_t* f
   return {};
 }
 
-Fault decode(const Call& call, const Schedule* plan) {
+Fault decode(const Call& asked, const Schedule* plan) {
+  Call call = asked;
+  copy_lengths(call);
   Fault fault = check_lengths(call.shape, call.lengths, call.first_query, call.total_queries);
-  if (!fault.kind) fault = check_table(call);
+  if (!fault.kind) fault = copy_table(call);
   if (!fault.kind && plan && !made_for(*plan, call)) fault.kind = Fault::kPlan;
   if (fault.kind) return fault;
   if (!plan) {

@@ -18,7 +18,7 @@ bool always() { return true; }
 
 #if defined(__x86_64__)
 
-extern const Kernels kernels_avx2, kernels_avx512;
+extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512bf16;
 
 namespace {
 
@@ -35,7 +35,12 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-Isa isas[] = {{&kernels_avx512, has_avx512}, {&kernels_avx2, has_avx2}, {&kernels_baseline, always}};
+bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+Isa isas[] = {{&kernels_avx512bf16, has_avx512bf16},
+              {&kernels_avx512, has_avx512},
+              {&kernels_avx2, has_avx2},
+              {&kernels_baseline, always}};
 
 }  // namespace
 

@@ -11,7 +11,7 @@ enum Dtype : int { kBfloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
 
 constexpr int kMaxDim = 576;
 constexpr int kTile = 64;       // tokens converted and attended at a time
-constexpr int kFewTile = 16;   // the same for few rows, whose tile then stays in the first-level cache
+constexpr int kFewTile = 16;    // the same for few rows, whose tile then stays in the first-level cache
 constexpr int kRowBlock = 128;  // query rows a task carries at most
 
 // Strides are compile-time constants so that the microkernels address with immediates. Both are an odd number of cache

@@ -31,12 +31,30 @@ inline V exponent(V z) { return (V)(((VI)z << 23) + (127u << 23)); }
 
 inline float sum_lanes(V v) { return (v[0] + v[1]) + (v[2] + v[3]); }
 
+inline float max_lanes(V v) {
+  const float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
+  return a > b ? a : b;
+}
+
+// to[i] = sum_lanes of the i-th.
+inline void sum_lanes4(V a, V b, V c, V d, float* to) {
+  to[0] = sum_lanes(a), to[1] = sum_lanes(b), to[2] = sum_lanes(c), to[3] = sum_lanes(d);
+}
+
+// a0 b0 a1 b1 of the lower or upper halves.
+inline V interleave_low(V a, V b) { return V{a[0], b[0], a[1], b[1]}; }
+inline V interleave_high(V a, V b) { return V{a[2], b[2], a[3], b[3]}; }
+
 inline VI widen(const uint16_t* p) { return VI{p[0], p[1], p[2], p[3]}; }
 inline void narrow(uint16_t* p, VI v) {
   for (int i = 0; i < kLanes; ++i) p[i] = (uint16_t)v[i];
 }
 
-inline V load_bf16(const uint16_t* p) { return (V)(widen(p) << 16); }
+// The first four elements, then the next.
+inline void load_bf16(const uint16_t* p, V x[2]) {
+  x[0] = (V)(widen(p) << 16);
+  x[1] = (V)(widen(p + kLanes) << 16);
+}
 
 // A half's bits moved up and scaled by 2^112 are its value, subnormals included; infinity and NaN need their exponent.
 inline V load_f16(const uint16_t* p) {
@@ -48,10 +66,14 @@ inline V load_f16(const uint16_t* p) {
   return (V)(((bits & 0x7c00) == 0x7c00 ? special : finite) | sign);
 }
 
-inline void store_bf16(uint16_t* p, V v) {
+inline VI round_bf16(V v) {
   const VI bits = (VI)v;
   const VI rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  narrow(p, (v == v ? rounded : bits | 0x400000) >> 16);
+  return (v == v ? rounded : bits | 0x400000) >> 16;
+}
+inline void store_bf16(uint16_t* p, V first, V second) {
+  narrow(p, round_bf16(first));
+  narrow(p + kLanes, round_bf16(second));
 }
 
 inline void store_f16(uint16_t* p, V v) {

@@ -90,10 +90,10 @@ def test_launches_are_counted_by_isa(isa: Kernel) -> None:
 
 def test_the_torch_path_is_named_and_declares_less() -> None:
     backend = CpuBackend()
-    backend.__dict__["_kernel"] = TorchKernel("no compiler was found when hal-cpu was built")
+    backend.__dict__["_kernel"] = TorchKernel("no compiler")
     probe = backend.probe()
     assert probe.available
-    assert probe.details["kernel"] == "torch path: no compiler was found when hal-cpu was built"
+    assert probe.details["kernel"] == "torch path: no compiler"
     assert "compiler" in probe.fix
     dense = backend.capabilities().mla_dense
     assert dense is not None and not dense.batch_invariant
@@ -105,7 +105,7 @@ def test_expert_parallel_is_declared_where_it_was_compiled(monkeypatch: pytest.M
     backend = CpuBackend()
     declared = backend.capabilities().ep
     assert (declared is None) == (ep.missing() is not None)
-    monkeypatch.setattr(ep, "missing", lambda: "no compiler was found when hal-cpu was built")
+    monkeypatch.setattr(ep, "missing", lambda: "no compiler")
     assert backend.capabilities().ep is None
 
 
@@ -187,11 +187,15 @@ def test_the_steady_state_keeps_its_memory(native: Kernel) -> None:
     for _ in range(5):
         for args in arguments:
             native.decode(args)
-    before = resident()
-    for _ in range(50):
-        for args in arguments:
-            native.decode(args)
-    assert resident() - before < 1 << 20
+    growth = []
+    for _ in range(5):
+        before = resident()
+        for _ in range(10):
+            for args in arguments:
+                native.decode(args)
+        growth.append(resident() - before)
+    # A worker that wakes late makes its workspace once; what leaks grows in every window.
+    assert min(growth) < 1 << 20, growth
 
 
 def test_it_installs_without_a_compiler(tmp_path: Path) -> None:

@@ -1,0 +1,71 @@
+// Which rows a task reads: its queries, the tokens of its sequence, and how many of those each query sees.
+#pragma once
+
+#include "problem.h"
+
+namespace hal_cpu {
+namespace {
+
+template <class T>
+inline const T* query_row(const Problem& p, const Block& b, int r) {
+  const int row = b.first_row + r;
+  return (const T*)b.q + row / p.group * p.q_token + row % p.group * p.q_head;
+}
+
+// How many of the tile's tokens each row attends to; true if that is all of them for every row. Rows past the block's
+// own attend to all.
+inline bool count_seen(const Problem& p, const Block& b, int begin, int count, int rows, float* seen) {
+  bool all = true;
+  for (int r = 0; r < rows; ++r) {
+    int n = count;
+    if (r < b.rows) {
+      n = visible(p, b, b.first_row + r) - begin;
+      n = n < 0 ? 0 : n > count ? count : n;
+    }
+    seen[r] = (float)n;
+    all &= n == count;
+  }
+  return all;
+}
+
+// Asks memory for what the next tile needs while this one is computed with: into the second-level cache, which can wait
+// for many more lines than the first, and a line at a time between multiplications, because a burst holds up the work.
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// Walks over the rows of a sequence.
+class Cursor {
+ public:
+  // The table is only looked at for a page that has a token in use.
+  Cursor(const Problem& p, const Block& b, int begin, int end)
+      : p_(p), b_(b), size_(p.dtype == kFloat32 ? 4 : 2), left_(end - begin) {
+    page_ = begin / p.page_size;
+    offset_ = begin % p.page_size;
+    if (left_ > 0) rows_ = b.kv + b.pages[page_] * p.kv_page * size_;
+  }
+
+  const char* next() {
+    const char* row = rows_ + offset_ * p_.kv_token * size_;
+    if (++offset_ == p_.page_size && left_ > 1) {
+      offset_ = 0;
+      rows_ = b_.kv + b_.pages[++page_] * p_.kv_page * size_;
+    }
+    --left_;
+    return row;
+  }
+
+  // Where the next n rows lie.
+  template <class T>
+  void find(int n, const T** rows) {
+    for (int i = 0; i < n; ++i) rows[i] = (const T*)next();
+  }
+
+ private:
+  const Problem& p_;
+  const Block& b_;
+  const ptrdiff_t size_;
+  int left_, page_, offset_;
+  const char* rows_ = nullptr;
+};
+
+}  // namespace
+}  // namespace hal_cpu
