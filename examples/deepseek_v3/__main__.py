@@ -149,7 +149,8 @@ def _print_run(out: Any, title: str, job: ranks.Job, summaries: list[Summary]) -
     out.print(
         f"{title}: {new} tokens in {seconds:.3g} s, {new / seconds:.4g} tokens/s, beside {read} tokens of prompts; "
         f"{summaries[0].steps} steps; {sum(s.pages for s in summaries)} pages, "
-        f"{sum(s.recycled for s in summaries)} times one was used again"
+        f"{sum(s.recycled for s in summaries)} times one was used again",
+        soft_wrap=True,
     )
     if not all(summary.batch_invariant for summary in summaries):
         out.print("this backend declares no batch-invariant decode, so other processes may give other bits")

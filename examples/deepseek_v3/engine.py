@@ -199,9 +199,11 @@ class Engine:
                 batch_invariant=self.batch_invariant,
                 backend=self._backend,
             )
-        step = Step(live, torch.tensor(slots, dtype=torch.int64, device=self._device), table, lengths, offsets, plan)
-        made = (torch.tensor(one + empty, dtype=torch.int64, device=self._device) for one in (tokens, positions))
-        return *made, step
+        step = Step(live, self._int64(slots), table, lengths, offsets, plan)
+        return self._int64(tokens + empty), self._int64(positions + empty), step
+
+    def _int64(self, values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
 
     def _int32(self, values: Sequence[Any]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self._device)

@@ -19,7 +19,8 @@ TILE = 8
 def most_rows(config: Any, ranks: int, tokens: int) -> int:
     """Rows that may arrive at a rank in one step of so many tokens a rank, every expert's rounded up to a tile."""
     share = -(-config.n_routed_experts // ranks)
-    return ranks * tokens * min(config.num_experts_per_tok, share) + share * (TILE - 1)
+    most: int = ranks * tokens * min(config.num_experts_per_tok, share) + share * (TILE - 1)
+    return most
 
 
 class LocalExperts(nn.Module):

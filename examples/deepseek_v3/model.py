@@ -76,7 +76,8 @@ def build_model(name: str, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         config = make_config(name)
-        model = (DeepseekV3ForCausalLM if name == "v3" else DeepseekV2ForCausalLM)(config).eval()
+        model: Any = (DeepseekV3ForCausalLM if name == "v3" else DeepseekV2ForCausalLM)(config)
+        model.eval()
         with torch.no_grad():
             for part in model.modules():
                 if type(part).__name__.endswith("RMSNorm"):
@@ -86,18 +87,22 @@ def build_model(name: str, seed: int) -> PreTrainedModel:
                     bias.normal_(0.0, 0.05)
             for tensor in model.state_dict().values():
                 tensor.copy_(tensor.bfloat16())
-    return model.requires_grad_(False)
+    model.requires_grad_(False)
+    untouched: PreTrainedModel = model
+    return untouched
 
 
 def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A copy of a float32 model in another dtype, as ``from_pretrained(dtype=…)`` would have loaded it."""
-    made = copy.deepcopy(model).to(dtype)
+    original: Any = model
+    made: Any = copy.deepcopy(original).to(dtype)
     # What transformers keeps in float32 whatever the model's dtype: the rotary frequencies and the router's bias.
-    made.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
-    for part, original in zip(made.modules(), model.modules(), strict=True):
+    made.model.rotary_emb = copy.deepcopy(original.model.rotary_emb)
+    for part, exact in zip(made.modules(), original.modules(), strict=True):
         if hasattr(part, "e_score_correction_bias"):
-            part.e_score_correction_bias = nn.Buffer(original.e_score_correction_bias.clone())
-    return made
+            part.e_score_correction_bias = nn.Buffer(exact.e_score_correction_bias.clone())
+    converted: PreTrainedModel = made
+    return converted
 
 
 def make_prompts(count: int, vocabulary: int, seed: int, longest: int = 90) -> list[list[int]]:

@@ -89,7 +89,7 @@ class _Failure:
     message: str
     details: str
     order: int
-    """Causes come before what they caused: 0 an error of its own, 1 a death, 2 the failure of another rank."""
+    """Causes come before what they caused: 0 a death, 1 an error of its own, 2 word of another rank's failure."""
 
 
 def run(job: Job) -> Iterator[Progress | Summary]:
@@ -162,8 +162,8 @@ def _departed(rank: int, process: Any) -> _Failure | None:
     if code == 0:
         return None
     if code is not None and code < 0:
-        return _Failure(rank, f"ended by {signal.Signals(-code).name}", "", 1)
-    return _Failure(rank, f"ended with exit code {code}", "", 1)
+        return _Failure(rank, f"ended by {signal.Signals(-code).name}", "", 0)
+    return _Failure(rank, f"ended with exit code {code}", "", 0)
 
 
 def _rank(rank: int, job: Job, store: str, pipe: Connection) -> None:
@@ -174,7 +174,8 @@ def _rank(rank: int, job: Job, store: str, pipe: Connection) -> None:
     except (BrokenPipeError, ConnectionResetError):
         os._exit(1)  # nobody listens any more
     except BaseException as error:
-        order = 2 if isinstance(error, RankFailure) else 0
+        # gloo has no error type of its own; what it says of a lost connection is another rank's doing.
+        order = 2 if isinstance(error, RankFailure) or "gloo" in str(error) else 1
         said = plain(f"{type(error).__name__}: {error}")
         with contextlib.suppress(OSError):
             pipe.send(_Failure(rank, said, traceback.format_exc(), order))
@@ -190,7 +191,7 @@ def _work(rank: int, job: Job, store: str, pipe: Connection) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
         "gloo",
-        store=dist.FileStore(store, job.processes),
+        init_method=f"file://{store}",
         rank=rank,
         world_size=job.processes,
         timeout=timedelta(seconds=job.timeout),

@@ -87,7 +87,7 @@ class Stream:
     def _print(self, number: int, joined: int, step: Stepped) -> None:
         length = len(self._requests[number].prompt)
         head = f"prompt {number}, {length} tokens, rank {step.rank}, steps {joined} to {step.step}:"
-        self._out.print(Text.assemble((head, "dim"), " ", " ".join(map(str, self._tokens[number]))))
+        self._out.print(Text.assemble((head, "dim"), " ", " ".join(map(str, self._tokens[number]))), soft_wrap=True)
 
     def _tails(self) -> Table:
         grid = Table.grid(padding=(0, 2))
@@ -117,5 +117,5 @@ def print_verdicts(out: Console, verdicts: Iterable[Verdict]) -> bool:
         for verdict in verdicts:
             passed &= verdict.passed
             mark = ("PASS", "bold green") if verdict.passed else ("FAIL", "bold red")
-            out.print(Text.assemble(mark, f"  {verdict.demand} ", (f"({verdict.found})", "dim")))
+            out.print(Text.assemble(mark, f"  {verdict.demand} ", (f"({verdict.found})", "dim")), soft_wrap=True)
     return passed

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedModel
-
 import hal
 from examples.deepseek_v3.attention import AbsorbedAttention, Step
 from examples.deepseek_v3.cache import LatentCache
@@ -17,8 +15,8 @@ class HalModel:
 
     Parameters
     ----------
-    model : PreTrainedModel
-        ``DeepseekV3ForCausalLM`` or ``DeepseekV2ForCausalLM``; changed in place.
+    model : DeepseekV3ForCausalLM or DeepseekV2ForCausalLM
+        Changed in place.
     cache : LatentCache
     buffer : hal.EpBuffer
     backend : str
@@ -27,9 +25,9 @@ class HalModel:
     """
 
     def __init__(
-        self, model: PreTrainedModel, cache: LatentCache, buffer: hal.EpBuffer, backend: str, batch_invariant: bool
+        self, model: Any, cache: LatentCache, buffer: hal.EpBuffer, backend: str, batch_invariant: bool
     ) -> None:
-        self._model: Any = model
+        self._model = model
         self._attentions: list[AbsorbedAttention] = []
         self._experts: list[HalExperts] = []
         for layer in self._model.model.layers:
@@ -38,7 +36,7 @@ class HalModel:
             if hasattr(layer.mlp, "experts"):
                 layer.mlp.experts = HalExperts(layer.mlp.experts, buffer)
                 self._experts.append(layer.mlp.experts)
-        self._model.to(buffer.args.device)
+        self._model.to(device=buffer.args.device)
 
     def forward(self, tokens: Any, positions: Any, step: Step) -> Any:
         """Logits [rows, vocabulary] of a step of token rows; collective if the model has experts."""
