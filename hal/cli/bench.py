@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import enum
+import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -55,6 +56,12 @@ MLA_HELP: Final = (
 OVERHEAD_HELP: Final = (
     "Measure what hal.mla_decode adds to the backend's own call, the validation alone at each level, and what import "
     "hal adds to import torch.\n\nExits with 0 when measured, 2 if the request is wrong."
+)
+
+EP_HELP: Final = (
+    "Time expert-parallel dispatch and combine between processes of this machine, in turns with gloo's "
+    "all_to_all_single and, where mpi4py is installed, MPI's Alltoallv.\n\n"
+    "Exits with 0 when measured, 2 if the request is wrong."
 )
 
 ROUNDS: Final = 15
@@ -159,6 +166,25 @@ def overhead(
         found = costs.run(chosen.selected, rounds, imports, watcher(progress))
     show(out, costs.lines(found))
     write(json_file, costs.document(found))
+
+
+@app.command("ep", help=EP_HELP)
+def ep(
+    ranks: Annotated[list[int] | None, typer.Option(min=1, max=64, help="Group size; may be repeated; 2.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few cases, within a minute.")] = False,
+    seconds: Annotated[float, typer.Option(min=0.2, max=600.0, help="For each case, all sides together.")] = 2.0,
+    json_file: JsonOption = None,
+) -> None:
+    """Time expert-parallel calls."""
+    from hal.bench import ep as instrument
+
+    require_writable(json=json_file)
+    reports = []
+    for count in ranks or [2]:
+        reports += instrument.run(count, instrument.QUICK if quick else instrument.FULL, seconds)
+    typer.echo(instrument.table(reports))
+    if json_file is not None:
+        json_file.write_text(json.dumps(instrument.document(reports), indent=1) + "\n")
 
 
 def _cases(names: Sequence[str], quick: bool, threads: int) -> Sequence[MlaCase]:

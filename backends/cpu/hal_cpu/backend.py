@@ -110,5 +110,8 @@ class CpuBackend(Backend):
         return ep.open_engine(args)
 
     def launches(self) -> Mapping[str, int]:
-        """Calls of each kernel in this process, as ``cpu:mla_decode_<isa>@cpu``."""
-        return {f"cpu:mla_decode_{name}@cpu": count for name, count in self._kernel.launches().items()}
+        """Calls of each kernel in this process, as ``cpu:mla_decode_<isa>@cpu`` and ``cpu:ep_<call>_<isa>@cpu``."""
+        from hal_cpu import ep
+
+        decoded = {f"cpu:mla_decode_{name}@cpu": count for name, count in self._kernel.launches().items()}
+        return decoded | {f"cpu:ep_{name}@cpu": count for name, count in ep.launches.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import secrets
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -63,6 +64,9 @@ CAPABILITIES: Final = EpCapabilities(
 
 _TYPES: Final = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _BYTES, _INT32, _INT64 = 3, 4, 5
+launches: Counter[str] = Counter()
+"""Calls of this process, by name and instruction set."""
+
 _WINDOW_FROM: Final = 1 << 20
 _KINDS: Final = ("", "dispatch", "combine", "low_latency_dispatch", "low_latency_combine")
 _CAST_OF: Final = {name: i for i, name in enumerate(CASTS)}
@@ -211,6 +215,7 @@ class CpuEpEngine(NodeEngine):
             0 if handle is None else _routes(handle).id,
         ]
         try:
+            launches[f"dispatch_{self._native.isa}"] += 1
             op = self._engine.dispatch(
                 x.data_ptr(),
                 n,
@@ -271,6 +276,7 @@ class CpuEpEngine(NodeEngine):
         kind = _TYPES[x.dtype]
         routes = _routes(handle)
         try:
+            launches[f"combine_{self._native.isa}"] += 1
             op = self._engine.combine(
                 x.data_ptr(),
                 x.shape[1] * x.itemsize,
@@ -323,6 +329,7 @@ class CpuEpEngine(NodeEngine):
         stats, waits = args.cumulative_local_expert_recv_stats, args.dispatch_wait_recv_cost_stats
         cast = _CAST_OF[args.cast]
         try:
+            launches[f"low_latency_dispatch_{self._native.isa}"] += 1
             op = self._engine.packed_dispatch(
                 x.data_ptr(),
                 len(x),
@@ -376,6 +383,7 @@ class CpuEpEngine(NodeEngine):
                 error = SpecError("x", "other memory", "with zero_copy, the tensor low_latency_combine_buffer returned")
                 raise self.refuse("low_latency_combine", error)
         try:
+            launches[f"low_latency_combine_{self._native.isa}"] += 1
             op = self._engine.packed_combine(
                 x.data_ptr(),
                 buffer.hidden,
@@ -518,4 +526,4 @@ def _state(handle: EpLowLatencyHandle) -> _Packed:
     return handle.state
 
 
-__all__ = ["CAPABILITIES", "CpuEpEngine", "missing", "open_engine"]
+__all__ = ["CAPABILITIES", "CpuEpEngine", "launches", "missing", "open_engine"]

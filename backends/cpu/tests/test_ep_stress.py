@@ -15,7 +15,7 @@ NATIVE = Path(__file__).parents[1] / "native" / "ep"
 pytestmark = pytest.mark.long
 PARTS = ("stress", "engine", "mail", "dispatch", "combine", "packed", "window", "kernels")
 SOURCES = [str(NATIVE / f"{part}.cpp") for part in PARTS]
-FLAGS = ["-std=c++17", "-O1", "-g", "-ffp-contract=off", "-pthread", "-DHAL_EP_BASELINE"]
+FLAGS = ["-std=c++17", "-O0", "-g1", "-ffp-contract=off", "-pthread", "-DHAL_EP_BASELINE"]
 
 
 def build(folder: Path, *flags: str, sources: list[str] = SOURCES) -> str:
