@@ -11,6 +11,7 @@ INPUTS := constraints.txt $(wildcard pyproject.toml */pyproject.toml backends/*/
 
 demo: $(VENV)/.installed
 	$(BIN)/hal demo
+	$(BIN)/python -m examples.deepseek_v3
 
 test: lint
 	$(BIN)/pytest -n 2 --dist loadgroup
@@ -19,6 +20,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy --strict hal conformance/hal_conformance
+	$(BIN)/mypy --strict -p examples.deepseek_v3
 
 # Every case of the published sweep; about half an hour on two cores.
 sweep: $(VENV)/.installed

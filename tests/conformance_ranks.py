@@ -41,3 +41,11 @@ def one_raises(rank: Rank) -> None:
     if rank.rank == 1:
         raise ValueError("17 tokens expected")
     time.sleep(600)
+
+
+def answers_and_falls(rank: Rank) -> str:
+    """What a process group may do to an interpreter that ends after its peers."""
+    import atexit
+
+    atexit.register(os._exit, 3)
+    return "fine"

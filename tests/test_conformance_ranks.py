@@ -40,3 +40,8 @@ def test_a_rank_that_raises_is_named_with_what_it_raised() -> None:
     assert done.culprits == (1,)
     assert "rank 1 raised in phase 'check': ValueError: 17 tokens expected" in done.message
     assert [r.state for r in done.ranks] == ["stopped", "raised"]
+
+
+def test_an_answer_counts_whatever_the_interpreter_does_as_it_ends() -> None:
+    done = run_ranks("conformance_ranks:answers_and_falls", 2, timeout=60)
+    assert done.values == ["fine", "fine"], done.message

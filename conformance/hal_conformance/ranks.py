@@ -176,8 +176,8 @@ def _judge(
         elif running[rank]:
             state: State = "stopped" if in_time else "stuck"
             ranks.append(RankResult(rank, state, phase, tail))
-        elif answer.exists():
-            ranks.append(RankResult(rank, "raised", phase, json.loads(answer.read_text())["raised"]))
+        elif answer.exists() and isinstance(found := json.loads(answer.read_text()), dict) and "raised" in found:
+            ranks.append(RankResult(rank, "raised", phase, found["raised"]))
         else:
             code = process.returncode
             how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
