@@ -24,7 +24,7 @@ lint: $(VENV)/.installed
 
 # Every case of the published sweep; about half an hour on two cores.
 sweep: $(VENV)/.installed
-	HAL_SWEEP=all $(BIN)/pytest tests/test_mla_sweep.py -q
+	HAL_SWEEP=all $(BIN)/pytest -n 2 tests/test_mla_sweep.py -q
 
 # The suite against the backend in force, with a report; see hal conform --help.
 conform: $(VENV)/.installed
