@@ -81,11 +81,9 @@ class _Sdpa(_Gathering):
         return out.squeeze(1)[..., : self._data.case.d_v]
 
 
-class TorchEager(Peer):
-    """Page gather, two matrix products and a softmax in float32."""
+class _TorchPeer(Peer):
+    """What both ways through torch have in common."""
 
-    name = "torch-eager"
-    summary = "torch eager in float32: page gather, upcast, matmul, softmax, matmul"
     lacks = ("lse",)
 
     def presence(self) -> Presence:
@@ -99,30 +97,24 @@ class TorchEager(Peer):
     def cannot(self, case: MlaCase) -> str:
         """Nothing."""
         return ""
+
+
+class TorchEager(_TorchPeer):
+    """Page gather, two matrix products and a softmax in float32."""
+
+    name = "torch-eager"
+    summary = "torch eager in float32: page gather, upcast, matmul, softmax, matmul"
 
     def prepare(self, data: MlaData, threads: int) -> Prepared:
         """Page indices and masks."""
         return _Eager(data)
 
 
-class TorchSdpa(Peer):
+class TorchSdpa(_TorchPeer):
     """scaled_dot_product_attention with K shared over heads."""
 
     name = "torch-sdpa"
     summary = "torch scaled_dot_product_attention in q's dtype: page gather, K shared over heads, V = K"
-    lacks = ("lse",)
-
-    def presence(self) -> Presence:
-        """Always there."""
-        return Presence(True, f"torch {torch.__version__}")
-
-    def elsewhere(self, device: torch.device) -> str:
-        """Nowhere: torch runs wherever its tensors are."""
-        return ""
-
-    def cannot(self, case: MlaCase) -> str:
-        """Nothing."""
-        return ""
 
     def prepare(self, data: MlaData, threads: int) -> Prepared:
         """Page indices and masks."""
