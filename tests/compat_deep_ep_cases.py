@@ -232,14 +232,68 @@ def nodes(rank: int) -> None:
     assert torch.equal(per_rank, per_node)
     passed = {"num_tokens_per_rank": per_rank, "num_tokens_per_rdma_rank": per_node, "is_token_in_rank": in_rank}
     sent = buffer.internode_dispatch(x, num_tokens_per_expert=per_expert, topk_idx=idx, **passed)
-    tokens = [0, 2] if rank == 0 else [0, 1]
-    assert sent[4][3].tolist() == tokens + tokens
+    assert [part.dtype for part in sent[4]] == [torch.bool, *[torch.int32] * 6, torch.uint8, torch.int32, torch.int32]
+    assert torch.equal(sent[4][0], in_rank)
+    assert sent[4][1].tolist() == sent[4][2].tolist() == sent[4][3].tolist() == [[2], [2]]
+    assert sent[4][4].tolist() == sent[4][6].tolist() == [2, 4]
+    assert sent[4][5].tolist() == [[0], [2]]
+    assert sent[4][7].view(torch.int32).tolist() == [[0, 1], [0, 1], [1, 1], [1, 1]]
+    assert sent[4][8].tolist() == [[0, 0], [-1, 1], [1, -1]]
+    assert sent[4][9].tolist() == [[0], [1], [2], [3]]
+    again = buffer.internode_dispatch(x, handle=sent[4])
+    assert torch.equal(again[0], sent[0])
+    assert again[1:5] == (None,) * 4
     sums = buffer.internode_combine(sent[0], sent[4])[0]
     torch.testing.assert_close(sums, x * in_rank.sum(1, keepdim=True))
     with pytest.raises(hal.UnsupportedError) as caught:
         buffer.low_latency_dispatch(x, idx, 4, 4)
     assert caught.value.argument == "low_latency_mode"
     assert deep_ep.ElasticBuffer(dist.group.WORLD, 1 << 21).get_physical_domain_size() == (2, 1)
+
+
+def two_a_node(rank: int, per_node: int) -> None:
+    """The ten tensors of a handle between nodes of several ranks, as DeepEP's own check of a dispatch reads them."""
+    os.environ["HAL_EP_RANKS_PER_NODE"] = str(per_node)
+    size, experts = dist.get_world_size(), 2 * dist.get_world_size()
+    nodes = -(-size // per_node)
+    buffer = deep_ep.Buffer(dist.group.WORLD)
+    number = 4 + rank
+    x = torch.full((number, 64), float(rank)).bfloat16()
+    idx = torch.rand(number, experts, generator=torch.Generator().manual_seed(rank)).topk(3).indices
+    per_rank, to_nodes, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, experts)
+    passed = {"num_tokens_per_rank": per_rank, "num_tokens_per_rdma_rank": to_nodes, "is_token_in_rank": in_rank}
+    sent = buffer.dispatch(
+        x,
+        num_tokens_per_expert=per_expert,
+        topk_idx=idx,
+        topk_weights=torch.ones(idx.shape),
+        config=deep_ep.Buffer.get_dispatch_config(size),
+        previous_event=buffer.capture(),
+        async_finish=True,
+        allocate_on_comm_stream=True,
+        **passed,
+    )
+    sent[5].current_stream_wait()
+    received, handle = sent[0], sent[4]
+    rows = len(received)
+    ends = handle[-4]
+    start = 0
+    for source, end in enumerate(ends.tolist()):
+        assert (received[start:end] == source).all()
+        assert (handle[7][start:end].view(torch.int32)[:, 0] == source // per_node).all()
+        start = end
+    assert start == rows == handle[7].shape[0] == handle[9].shape[0]
+    assert torch.equal(handle[1][:, 0], to_nodes)
+    assert torch.equal(handle[2][:, 0], per_rank)
+    assert handle[4].tolist() == [ends[min((n + 1) * per_node, size) - 1].item() for n in range(nodes)]
+    assert handle[8].shape == (number, nodes)
+    assert torch.equal((handle[8] >= 0).sum(0), to_nodes)
+    assert torch.equal(handle[5][:, 0], ends - ends.diff(prepend=ends.new_zeros(1)))
+    again = buffer.dispatch(x * 2, handle=handle, config=deep_ep.Buffer.get_dispatch_config(size))
+    assert torch.equal(again[0], received * 2)
+    out = buffer.combine(received, handle, topk_weights=sent[2], config=deep_ep.Buffer.get_combine_config(size))
+    assert torch.equal(out[0], x * in_rank.sum(1, keepdim=True))
+    assert torch.equal(out[1], torch.ones(idx.shape))
 
 
 def disagreement(rank: int) -> str:

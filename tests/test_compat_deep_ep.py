@@ -315,6 +315,11 @@ def test_several_nodes() -> None:
     run_ranks(2, cases.nodes)
 
 
+@pytest.mark.parametrize(("ranks", "per_node"), [(4, 2), (3, 1)])
+def test_the_handle_between_nodes_is_the_published_one(ranks: int, per_node: int) -> None:
+    run_ranks(ranks, cases.two_a_node, per_node, limit=60)
+
+
 def test_ranks_that_disagree_are_told() -> None:
     assert [outcome.value for outcome in run_ranks(2, cases.disagreement)] == ["x", "x"]
     assert [outcome.value for outcome in run_ranks(2, cases.told)] == ["bias", "bias"]

@@ -10,6 +10,7 @@ from torch import Tensor
 from hal.compat.deep_ep.config import Config, combine_config, dispatch_config, low_latency_size, round_up
 from hal.compat.deep_ep.event import Completion, EventHandle, EventOverlap, overlap, wait_for
 from hal.compat.deep_ep.handle import Route, attach, attached
+from hal.compat.deep_ep.internode import Internode
 from hal.compat.deep_ep.low_latency import LowLatency
 from hal.compat.deep_ep.pool import Pool, published, unsupported
 from hal.compat.deep_ep.rows import Rows, given_rows
@@ -270,8 +271,8 @@ class Buffer(LowLatency):
             Empty with ``num_worst_tokens``.
         handle : tuple or None
             ``(rank_prefix_matrix [R, R], channel_prefix_matrix [R, 1], recv_channel_prefix_matrix [R, 1],
-            recv_src_idx [rows], is_token_in_rank [n, R], send_head [n, R])``: there is one channel, and the form is the
-            same over several nodes.
+            recv_src_idx [rows], is_token_in_rank [n, R], send_head [n, R])``, with one channel; between nodes the ten
+            of `hal.compat.deep_ep.internode`.
         event : EventOverlap
         """
         self._pool.require_open()
@@ -322,6 +323,8 @@ class Buffer(LowLatency):
             to_ranks = is_token_in_rank.sum(0, dtype=torch.int32)
             counts = to_ranks if topk_idx is not None else torch.cat([to_ranks, num_tokens_per_expert])
             tell = exchange(self._pool, size, to_rank, counts)
+        route = Route(buffer, sent.handle, has_topk=topk_idx is not None)
+        between = Internode(self.rank, size, buffer.args.ranks_per_node) if buffer.args.num_nodes > 1 else None
         prefix = torch.zeros(size, size, dtype=torch.int32, device=to_rank.device)
         position = prefix.new_full((sent.handle.num_recv_tokens,), -1)
         per_expert: list[int] = list(sent.num_recv_tokens_per_expert)
@@ -331,23 +334,29 @@ class Buffer(LowLatency):
             found = tell()
             prefix.copy_(found.counts[:, :size].cumsum(0))
             position[: len(found.position)] = found.position
+            if between is not None:
+                between.fill(made, found.counts[:, self.rank])
             if topk_idx is None and not num_worst_tokens:
                 local = -(-(found.counts.shape[1] - size) // size)
                 mine = found.counts[:, size:].sum(0)[self.rank * local : (self.rank + 1) * local].tolist()
                 per_expert = [round_up(int(one), expert_alignment) for one in mine + [0] * (local - len(mine))]
 
+        made: tuple[Tensor, ...]
+        if between is not None:
+            made = between.handle(is_token_in_rank, len(position), route)
+        else:
+            order = is_token_in_rank.cumsum(0, dtype=torch.int32) - 1
+            made = (
+                prefix,
+                to_ranks.view(size, 1),
+                prefix.new_zeros(size, 1),
+                attach(position, route),
+                is_token_in_rank,
+                order.where(is_token_in_rank, -1),
+            )
         finish = Completion(sent.event.wait, learn)
         if topk_idx is None and not num_worst_tokens:
             finish()  # the list is the host's, so the host waits for it
-        order = is_token_in_rank.cumsum(0, dtype=torch.int32) - 1
-        made = (
-            prefix,
-            to_ranks.view(size, 1),
-            prefix.new_zeros(size, 1),
-            attach(position, Route(buffer, sent.handle, has_topk=topk_idx is not None)),
-            is_token_in_rank,
-            order.where(is_token_in_rank, -1),
-        )
         with published(_NAMES):
             event = overlap(finish, async_finish)
         recv_idx = None if topk_idx is None else sent.recv_topk_idx
