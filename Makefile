@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DISTRIBUTIONS := . backends/cpu conformance
+DISTRIBUTIONS := . backends/cpu conformance integrations/vllm integrations/sglang
 # Whatever decides what is installed; Python sources are live in an editable install and need no reinstall.
-INPUTS := constraints.txt $(wildcard pyproject.toml */pyproject.toml backends/*/pyproject.toml) \
+INPUTS := constraints.txt $(wildcard pyproject.toml */pyproject.toml backends/*/pyproject.toml integrations/*/pyproject.toml) \
           $(wildcard backends/*/CMakeLists.txt backends/*/native/* backends/*/native/*/*)
 
 .PHONY: demo test lint sweep bench conform mutants clean
@@ -21,6 +21,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy --strict hal conformance/hal_conformance
 	$(BIN)/mypy --strict -p examples.deepseek_v3
+	$(BIN)/mypy --strict integrations/recorded.py integrations/vllm/hal_vllm integrations/sglang/hal_sglang
 
 # Every case of the published sweep; about half an hour on two cores.
 sweep: $(VENV)/.installed

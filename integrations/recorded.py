@@ -1,8 +1,8 @@
 """An engine's interface as data: taken from a release, held against a release, and stood in for where there is none.
 
 A record is a JSON file next to the tests of an integration. It holds names, signatures, abstract methods and fields of
-what the integration uses of the engine, with the release they were read from; no code. ``python -m integrations.recorded
-RECORD`` reads the installed release again and rewrites the record.
+what the integration uses of the engine, with the release they were read from; no code.
+``python -m integrations.recorded RECORD`` reads the installed release again and rewrites the record.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def load(path: Path) -> Described:
 
 def package(record: Described) -> str:
     """The engine's top-level package."""
-    return next(iter(record["objects"])).split(":")[0].split(".")[0]
+    first: str = next(iter(record["objects"]))
+    return first.partition(".")[0]
 
 
 def installed(record: Described) -> bool:
@@ -76,7 +77,8 @@ def describe(name: str, like: Described) -> Described:
         names = [member for member in like["names"] if member in thing.__members__]
         return {"kind": "enum", "names": names, "strings": issubclass(thing, str)}
     if issubclass(thing, tuple):
-        made: Any = thing(*[None] * len(thing._fields))  # type: ignore[attr-defined]
+        named: Any = thing
+        made = named(*[None] * len(named._fields))
         found = getattr(made, "format", None)
         shown = None if found is None else [f"{type(found).__module__}:{type(found).__name__}", found.name]
         return {"kind": "namedtuple", "fields": list(made._fields), "format": shown}
@@ -92,9 +94,8 @@ def describe(name: str, like: Described) -> Described:
 def engine(path: Path) -> Iterator[bool]:
     """The engine of a record, importable: its release where one is installed, else what the record describes.
 
-    Yields whether it is the release. Calls of functions that are stood in for are kept in `CALLS`; the ``__init__`` of a
-    class that is stood in for keeps its arguments as attributes, as both engines' classes do, and every other method
-    raises NotImplementedError.
+    Yields whether it is the release. Of what stands in, the ``__init__`` of a class keeps its arguments as attributes,
+    as both engines' classes do; all else raises NotImplementedError, and a test that needs it puts its own there.
     """
     record = load(path)
     if installed(record):
@@ -113,11 +114,6 @@ def engine(path: Path) -> Iterator[bool]:
         for name in set(sys.modules) - before:
             if name.split(".")[0] in (package(record), f"hal_{package(record)}"):
                 del sys.modules[name]
-        CALLS.clear()
-
-
-CALLS: list[tuple[str, tuple[Any, ...]]] = []
-"""Calls of functions and classmethods of an engine that is stood in for."""
 
 
 def _module(name: str) -> ModuleType:
@@ -135,10 +131,10 @@ def _make(name: str, attribute: str, described: Described, made: Described) -> A
     where: dict[str, Any] = {"__module__": name.partition(":")[0]}
     kind = described["kind"]
     if kind == "function":
-        return _function(name, described["signature"], keep=True)
+        return _function(name, described["signature"])
     if kind == "enum":
         members = [(member, member.lower()) for member in described["names"]]
-        return enum.Enum(attribute, members, type=str if described["strings"] else None, **{"module": where["__module__"]})
+        return enum.Enum(attribute, members, type=str if described["strings"] else None, module=where["__module__"])
     if kind == "namedtuple":
         base = namedtuple(attribute, described["fields"])  # type: ignore[misc]
         if described["format"] is None:
@@ -149,7 +145,9 @@ def _make(name: str, attribute: str, described: Described, made: Described) -> A
     # Parameters of generic classes are written where they are used, and mean nothing here.
     where["__class_getitem__"] = classmethod(lambda cls, parameters: cls)
     if kind == "dataclass":
-        inherited = {field.name for base in bases if dataclasses.is_dataclass(base) for field in dataclasses.fields(base)}
+        inherited = {
+            field.name for base in bases if dataclasses.is_dataclass(base) for field in dataclasses.fields(base)
+        }
         fields = [
             (field, Any, dataclasses.field(default=None)) if has_default else (field, Any)
             for field, has_default in described["fields"]
@@ -165,26 +163,22 @@ def _make(name: str, attribute: str, described: Described, made: Described) -> A
 
 
 def _method(name: str, described: Described, is_abstract: bool) -> Any:
-    is_init = name.endswith(".__init__")
-    made = _function(name, described["signature"], keep=described["kind"] == "classmethod", attributes=is_init)
+    made = _function(name, described["signature"], attributes=name.endswith(".__init__"))
     if is_abstract:
         made.__isabstractmethod__ = True
     return {"staticmethod": staticmethod, "classmethod": classmethod}.get(described["kind"], lambda f: f)(made)
 
 
-def _function(name: str, parameters: list[str], keep: bool, attributes: bool = False) -> Any:
+def _function(name: str, parameters: list[str], attributes: bool = False) -> Any:
     signature = inspect.Signature([_parameter(one) for one in parameters])
 
     def call(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         given = dict(bound.arguments)
-        if keep:
-            CALLS.append((name, tuple(given.values())))
-        elif attributes:
-            vars(given.pop("self")).update(given)
-        else:
+        if not attributes:
             raise NotImplementedError(f"{name} is the engine's own")
+        vars(given.pop("self")).update(given)
 
     call.__name__ = name.rpartition(":")[2].rpartition(".")[2]
     call.__signature__ = signature  # type: ignore[attr-defined]
@@ -193,17 +187,17 @@ def _function(name: str, parameters: list[str], keep: bool, attributes: bool = F
 
 def _parameter(text: str) -> inspect.Parameter:
     name, _, default = text.partition("=")
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     if name.startswith("**"):
         return inspect.Parameter(name[2:], inspect.Parameter.VAR_KEYWORD)
+    shown = inspect.Parameter.empty if not default else None
     if name.startswith("*"):
-        name, kind = name[1:], inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(name, kind, default=None if default else inspect.Parameter.empty)
+        return inspect.Parameter(name[1:], inspect.Parameter.KEYWORD_ONLY, default=shown)
+    return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=shown)
 
 
 def _signature(thing: Any) -> list[str]:
     """Names in order; ``*name`` for keyword-only ones, ``**name`` for the rest, ``=`` behind what has a default."""
-    marks = {inspect.Parameter.KEYWORD_ONLY: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    marks: dict[Any, str] = {inspect.Parameter.KEYWORD_ONLY: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     parameters = inspect.signature(thing).parameters.values()
     return [
         f"{marks.get(one.kind, '')}{one.name}{'' if one.default is one.empty else '=…'}"

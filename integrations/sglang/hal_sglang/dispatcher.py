@@ -63,11 +63,11 @@ class Registration:
             self._hooks.remove(self)
 
 
-class HalDispatcher(BaseDispatcher):  # type: ignore[misc]
+class HalDispatcher(BaseDispatcher):
     """Sends tokens to their experts and brings them back, over `hal.EpBuffer`.
 
-    ``dispatch`` is ``dispatch_a`` and ``dispatch_b``, ``combine`` likewise; what is placed between costs nothing. All four
-    are collective.
+    ``dispatch`` is ``dispatch_a`` and ``dispatch_b``, ``combine`` likewise; what is placed between costs nothing.
+    All are collective.
 
     Parameters
     ----------
@@ -243,7 +243,9 @@ class HalDispatcher(BaseDispatcher):  # type: ignore[misc]
         UnsupportedError
             Always.
         """
-        raise UnsupportedError(select().name, "combine_overlap_args", "combining unfinished rows", "dispatch_a … combine_b")
+        raise UnsupportedError(
+            select().name, "combine_overlap_args", "combining unfinished rows", "dispatch_a … combine_b"
+        )
 
     def register_deepep_dispatch_hook(self, hook: Callable[[HalDispatcher], None]) -> Registration:
         """Have something run between ``dispatch_a`` and ``dispatch_b`` of every `dispatch`; the handle removes it."""

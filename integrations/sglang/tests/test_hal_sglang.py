@@ -6,11 +6,11 @@ import inspect
 from importlib.metadata import entry_points
 from typing import Any
 
+import hal_sglang
 import pytest
 from ep_ranks import run_ranks
 
 import hal
-import hal_sglang
 from integrations.recorded import drift, engine, installed, load
 from integrations.sglang.tests import dispatch_cases as cases
 
@@ -31,9 +31,9 @@ def test_it_takes_the_place_of_sglangs_dispatcher() -> None:
 
         assert issubclass(HalDispatcher, BaseDispatcher)
         assert not HalDispatcher.__abstractmethods__
-        members = load(cases.INTERFACE)["objects"][
-            "sglang.srt.layers.moe.token_dispatcher.deepep:DeepEPDispatcher"
-        ]["members"]
+        members = load(cases.INTERFACE)["objects"]["sglang.srt.layers.moe.token_dispatcher.deepep:DeepEPDispatcher"][
+            "members"
+        ]
         assert {"dispatch_a", "dispatch_b", "combine_a", "combine_b"} <= set(members)
         for name in members:
             mine, theirs = getattr(HalDispatcher, name), getattr(DeepEPDispatcher, name)

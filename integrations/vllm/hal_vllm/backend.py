@@ -59,7 +59,7 @@ class HalMLABackend(MLACommonBackend):
 
     @classmethod
     def is_mla(cls) -> bool:
-        """This is an MLA backend and no other."""
+        """Whether it serves MLA; it serves nothing else."""
         return True
 
     @staticmethod
@@ -240,8 +240,7 @@ class HalMLAImpl(MLACommonImpl[MLACommonMetadata[HalMLADecodeMetadata]]):
 
     def _plan(self, query: Tensor, page: int, attn_metadata: MLACommonMetadata[HalMLADecodeMetadata]) -> hal.MlaPlan:
         """The schedule of this kind of layer: made by the first of a step, the same for the others."""
-        step = attn_metadata.decode
-        assert step is not None
+        step: HalMLADecodeMetadata = attn_metadata.decode
         kind = query.shape[1:], query.dtype, page, self.kv_lora_rank
         if kind not in step.plans:
             step.plans[kind] = hal.mla_plan(

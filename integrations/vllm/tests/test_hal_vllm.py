@@ -9,13 +9,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import hal_vllm
 import pytest
 import torch
 from seeds import SEED
 from torch import Tensor
 
 import hal
-import hal_vllm
 from hal.reference import mla as reference
 from integrations.recorded import drift, installed, load
 
@@ -276,7 +276,13 @@ def test_a_context_split_over_ranks_merges_by_its_lse(backend: ModuleType) -> No
     def part(table: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         decode = engine.builder._build_decode(table, lengths, 70, starts, starts, 2, 1, None)
         fields = {"num_reqs": 2, "max_query_len": 1, "max_seq_len": 70, "num_actual_tokens": 2, "num_decodes": 2}
-        fields |= {"query_start_loc": starts, "slot_mapping": starts, "num_decode_tokens": 2, "num_prefills": 0, "causal": True}
+        fields |= {
+            "query_start_loc": starts,
+            "slot_mapping": starts,
+            "num_decode_tokens": 2,
+            "num_prefills": 0,
+            "causal": True,
+        }
         out, lse = impl.forward_mqa(q, cache, backend.MLACommonMetadata(**fields, decode=decode), None)
         assert lse.shape == (2, HEADS)
         return out.unsqueeze(1), lse.unsqueeze(-1)
