@@ -181,7 +181,7 @@ class NodesEngine(EpEngine):
         weights = args.topk_weights
         fields = [_KIND["combine"], int(weights is not None), topk, 0, 0, 0, int(handle.expand), 0, 0, 0]
         self._agree(fields, [len(one) for one in state.chosen])
-        total = torch.zeros(n, self._args.hidden, device=args.x.device)
+        total = torch.zeros(n, self._args.hidden, dtype=torch.float32, device=args.x.device)
         for bias in args.bias:
             total += bias.float()
         first = self._first_rows(handle)
@@ -199,7 +199,7 @@ class NodesEngine(EpEngine):
             if handle.expand:
                 sums = self._spread(sent[:, :, 0], handle.topk_idx, first)
             else:
-                sums = torch.zeros(n, topk, device=args.x.device)
+                sums = torch.zeros(n, topk, dtype=torch.float32, device=args.x.device)
                 for k in range(topk):
                     sums += sent[:, k].where(first[:, k, None], 0.0)
         return EpCombined(total.to(args.x.dtype), sums, lambda: None)

@@ -316,7 +316,7 @@ def combine(
     for source, given in enumerate(inputs):
         n, topk = given.topk_idx.shape
         out = outputs[source].new_zeros(n, outputs[source].shape[1])
-        weights = None if topk_weights is None else torch.zeros(n, topk)
+        weights = None if topk_weights is None else torch.zeros(n, topk, dtype=torch.float32)
         for token in range(n if source not in absent else 0):
             total = torch.zeros(out.shape[1], dtype=torch.float32)
             for one in bias[source] if bias is not None else ():
@@ -369,11 +369,11 @@ def fp8_cast(x: Tensor, cast: str) -> tuple[Tensor, Tensor]:
     """
     n, hidden = x.shape
     groups = -(-hidden // SCALE_GROUP)
-    padded = torch.zeros(n, groups * SCALE_GROUP)
+    padded = torch.zeros(n, groups * SCALE_GROUP, dtype=torch.float32)
     padded[:, :hidden] = x.float()
     tiles = padded.view(n, groups, SCALE_GROUP)
     amax = tiles.abs().amax(2).clamp(min=AMAX_FLOOR)
-    scale = amax * (torch.tensor(1.0) / FP8_MAX)
+    scale = amax * (torch.tensor(1.0, dtype=torch.float32) / FP8_MAX)
     inverse = torch.full_like(amax, FP8_MAX) / amax  # a scalar numerator would be rounded twice
     if cast != "fp8":
         mantissa, exponent = torch.frexp(scale)

@@ -271,7 +271,9 @@ class CpuEpEngine(NodeEngine):
         """Stage the rows where peers can read them; the finish fetches and sums."""
         handle, x = args.handle, args.x if args.x.is_contiguous() else args.x.contiguous()
         out = self._empty(handle.num_tokens, x.dtype)
-        weights = None if args.topk_weights is None else torch.empty(handle.num_tokens, handle.topk)
+        weights = (
+            None if args.topk_weights is None else torch.empty(handle.num_tokens, handle.topk, dtype=torch.float32)
+        )
         bias = [(one.data_ptr(), one.stride(0) * one.itemsize) for one in args.bias] + [(0, 0)] * 2
         kind = _TYPES[x.dtype]
         routes = _routes(handle)
@@ -306,7 +308,7 @@ class CpuEpEngine(NodeEngine):
 
     def partial(self, x: Tensor, handle: EpHandle) -> Tensor:
         """The sum of `combine`, left in float32."""
-        out = torch.empty(handle.num_tokens, x.shape[1])
+        out = torch.empty(handle.num_tokens, x.shape[1], dtype=torch.float32)
         self._fetch(x.contiguous(), handle, out, x.shape[1] * 4, _TYPES[torch.float32], False)
         return out
 
