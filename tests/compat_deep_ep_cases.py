@@ -36,7 +36,7 @@ V1: list[tuple[str, dict[str, Any], str]] = [
     ("dispatch", {"num_worst_tokens": 1}, "num_worst_tokens"),
     ("dispatch", {"config": 24}, "config"),
     ("dispatch", {"previous_event": 3}, "previous_event"),
-    ("dispatch", {"async_finish": 1}, "async_finish"),
+    ("dispatch", {"async_finish": 2}, "async_finish"),
     ("dispatch", {"allocate_on_comm_stream": True}, "allocate_on_comm_stream"),
     ("dispatch", {"handle": (1, 2)}, "topk_idx"),
     ("dispatch", {"handle": (1, 2), "topk_idx": None, "topk_weights": None}, "handle"),
@@ -82,7 +82,7 @@ V2: list[tuple[str, dict[str, Any], str]] = [
     ("dispatch", {"expert_alignment": 0}, "expert_alignment"),
     ("dispatch", {"cumulative_local_expert_recv_stats": torch.zeros(3)}, "cumulative_local_expert_recv_stats"),
     ("dispatch", {"num_sms": -1}, "num_sms"),
-    ("dispatch", {"do_cpu_sync": 1}, "do_cpu_sync"),
+    ("dispatch", {"do_cpu_sync": 2}, "do_cpu_sync"),
     ("dispatch", {"do_zero_padding": True}, "do_zero_padding"),
     ("dispatch", {"previous_event": "now", "allocate_on_comm_stream": True}, "previous_event"),
     ("dispatch", {"previous_event": deep_ep.EventHandle()}, "allocate_on_comm_stream"),
@@ -175,7 +175,7 @@ def refused_elastic(rank: int) -> int:
         ({"num_bytes": 3}, "num_bytes"),
         ({"hidden": 0}, "hidden"),
         ({"num_cpu_bytes": 1 << 21, "num_bytes": 1 << 22}, "num_cpu_bytes"),
-        ({"deterministic": 1}, "deterministic"),
+        ({"deterministic": 2}, "deterministic"),
     ):
         given = {"num_max_tokens_per_rank": 8, "hidden": 128, **change}
         with pytest.raises((hal.SpecError, hal.UnsupportedError)) as caught:
@@ -184,6 +184,30 @@ def refused_elastic(rank: int) -> int:
     buffer.destroy()
     buffer.destroy()
     return len(V2)
+
+
+def flags(rank: int) -> None:
+    """Scripts pass flags as their command line gives them; the published code takes 0 and 1 for False and True."""
+    elastic = deep_ep.ElasticBuffer(
+        dist.group.WORLD,
+        num_max_tokens_per_rank=8,
+        hidden=128,
+        deterministic=0,
+        allow_hybrid_mode=1,
+        allow_multiple_reduction=1,
+        explicitly_destroy=1,
+    )
+    assert elastic.allow_hybrid_mode is True
+    sent = elastic.dispatch(X, IDX, WEIGHTS, num_experts=4, do_cpu_sync=1, do_expand=0)
+    sent[3].deterministic_sort(True, False, sent[0], None, sent[1], sent[2], None)
+    assert torch.equal(elastic.combine(sent[0], sent[3])[0], X)
+    elastic.destroy()
+    buffer = deep_ep.Buffer(dist.group.WORLD, 0, 0, 1, explicitly_destroy=1)
+    packed, _, handle, _, hook = buffer.low_latency_dispatch(X, IDX, 8, 4, use_fp8=0, return_recv_hook=1)
+    assert hook is not None
+    hook()
+    buffer.low_latency_combine(packed, IDX, WEIGHTS, handle, 0, 0, 0)
+    buffer.destroy()
 
 
 def geometries(rank: int) -> None:
@@ -249,6 +273,8 @@ def nodes(rank: int) -> None:
         buffer.low_latency_dispatch(x, idx, 4, 4)
     assert caught.value.argument == "low_latency_mode"
     assert deep_ep.ElasticBuffer(dist.group.WORLD, 1 << 21).get_physical_domain_size() == (2, 1)
+    assert deep_ep.get_physical_domain_size(dist.group.WORLD) == (2, 1)
+    assert deep_ep.get_logical_domain_size(dist.group.WORLD, allow_hybrid_mode=1) == (1, 2)
 
 
 def two_a_node(rank: int, per_node: int) -> None:

@@ -16,6 +16,8 @@ from hal.reference import mla as reference
 
 CASE = Case(b=3, s_q=2, s_k=130, h_q=8, h_kv=1, causal=True, varlen=True, seed=SEED)
 
+_VARLEN = ["dropout_p=0.0", "softmax_scale=None", "causal=False", "deterministic=False", "is_varlen=True"]
+
 PUBLISHED = {
     "flash_mla_with_kvcache": [
         "q",
@@ -45,7 +47,33 @@ PUBLISHED = {
         "topk_length=None",
         "indexer_topk=0",
     ],
+    "flash_attn_varlen_func": [
+        *("q", "k", "v", "cu_seqlens_qo", "cu_seqlens_kv", "max_seqlen_qo", "max_seqlen_kv"),
+        *_VARLEN,
+    ],
+    "flash_attn_varlen_qkvpacked_func": ["qkv", "cu_seqlens", "max_seqlen", "head_dim_qk", *_VARLEN],
+    "flash_attn_varlen_kvpacked_func": [
+        *("q", "kv", "cu_seqlens_qo", "cu_seqlens_kv", "max_seqlen_qo", "max_seqlen_kv", "head_dim_qk"),
+        *_VARLEN,
+    ],
 }
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "flash_mla_with_kvcache"])
+def test_places_that_are_kept_refuse_by_name(name: str) -> None:
+    needed = sum("=" not in one for one in PUBLISHED[name])
+    with pytest.raises(hal.UnsupportedError, match="decode only"):
+        getattr(flash_mla, name)(*[None] * needed)
+
+
+def test_flags_may_be_zero_or_one() -> None:
+    inputs = make(CASE)
+    made, splits = flash_mla.get_mla_metadata()
+    want = reference.mla_decode(*inputs.tensors(), causal=True)
+    got = flash_mla.flash_mla_with_kvcache(*inputs.tensors(), 512, made, splits, causal=1, is_fp8_kvcache=0)
+    assert_close(*got, *want, "flags")
+    with pytest.raises(hal.SpecError, match="causal"):
+        flash_mla.flash_mla_with_kvcache(*inputs.tensors(), 512, made, splits, causal=2)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

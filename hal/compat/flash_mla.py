@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hal import mla
+from hal.compat.flags import zero_or_one
 from hal.plugins import select
 from hal.spec.errors import SpecError, UnsupportedError
 from hal.spec.plan import MlaPlan
@@ -72,6 +73,7 @@ class FlashMLASchedMeta:
     plan: MlaPlan | None = None
 
 
+@zero_or_one
 def get_mla_metadata(
     cache_seqlens: Tensor | None = None,
     num_q_tokens_per_head_k: int | None = None,
@@ -119,6 +121,7 @@ def get_mla_metadata(
     return metadata, torch.arange(batch + 1, dtype=torch.int32, device=cache_seqlens.device)
 
 
+@zero_or_one
 def flash_mla_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -298,3 +301,76 @@ def flash_mla_sparse_fwd(
         Always, naming the backend in force.
     """
     raise UnsupportedError(select().name, "indices", "sparse prefill", "decode only (flash_mla_with_kvcache)")
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_qo: Tensor,
+    cu_seqlens_kv: Tensor,
+    max_seqlen_qo: int,
+    max_seqlen_kv: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    deterministic: bool = False,
+    is_varlen: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Dense attention over whole sequences, for prefill and training; its place is kept, the HAL decodes.
+
+    Raises
+    ------
+    UnsupportedError
+        Always, naming the backend in force.
+    """
+    raise _no_prefill("q")
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    head_dim_qk: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    deterministic: bool = False,
+    is_varlen: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """As `flash_attn_varlen_func`.
+
+    Raises
+    ------
+    UnsupportedError
+        Always, naming the backend in force.
+    """
+    raise _no_prefill("qkv")
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_qo: Tensor,
+    cu_seqlens_kv: Tensor,
+    max_seqlen_qo: int,
+    max_seqlen_kv: int,
+    head_dim_qk: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    deterministic: bool = False,
+    is_varlen: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """As `flash_attn_varlen_func`.
+
+    Raises
+    ------
+    UnsupportedError
+        Always, naming the backend in force.
+    """
+    raise _no_prefill("q")
+
+
+def _no_prefill(argument: str) -> UnsupportedError:
+    return UnsupportedError(select().name, argument, "dense prefill", "decode only (flash_mla_with_kvcache)")

@@ -21,6 +21,7 @@ import torch
 
 from hal.compat.deep_ep.buffer import Buffer
 from hal.compat.deep_ep.config import Config
+from hal.compat.deep_ep.domains import get_logical_domain_size, get_physical_domain_size
 from hal.compat.deep_ep.elastic import ElasticBuffer
 from hal.compat.deep_ep.event import EventHandle, EventOverlap
 from hal.compat.deep_ep.handle import EPHandle
@@ -31,4 +32,14 @@ topk_idx_t = torch.int64
 __version__ = "2.1.0"
 """The version of the published interface that this one follows."""
 
-__all__ = ["Buffer", "Config", "EPHandle", "ElasticBuffer", "EventHandle", "EventOverlap", "topk_idx_t"]
+__all__ = [
+    "Buffer",
+    "Config",
+    "EPHandle",
+    "ElasticBuffer",
+    "EventHandle",
+    "EventOverlap",
+    "get_logical_domain_size",
+    "get_physical_domain_size",
+    "topk_idx_t",
+]

@@ -15,6 +15,7 @@ from hal.compat.deep_ep.low_latency import LowLatency
 from hal.compat.deep_ep.pool import Pool, published, unsupported
 from hal.compat.deep_ep.rows import Rows, given_rows
 from hal.compat.deep_ep.sources import exchange
+from hal.compat.flags import zero_or_one_methods
 from hal.ep.buffer import _launched_ranks_per_node
 from hal.ep.layout import count_layout
 from hal.plugins import select
@@ -27,6 +28,7 @@ _NAMES: Final = {"scales": "x", "hidden": "x", "dtype": "x", "topk": "topk_idx",
 _INT32: Final = (torch.int32,)
 
 
+@zero_or_one_methods
 class Buffer(LowLatency):
     """Expert-parallel communication between the ranks of a group, as V1 of the published interface has it.
 

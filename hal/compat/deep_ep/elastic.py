@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hal.compat.deep_ep import domains
 from hal.compat.deep_ep.config import round_up
 from hal.compat.deep_ep.elsewhere import Elsewhere
 from hal.compat.deep_ep.event import Completion, EventHandle, EventOverlap, overlap, wait_for
@@ -17,7 +18,8 @@ from hal.compat.deep_ep.metadata import Metadata
 from hal.compat.deep_ep.pool import Pool, published, unsupported
 from hal.compat.deep_ep.rows import Rows, given_rows, padded, tma_aligned
 from hal.compat.deep_ep.sources import exchange
-from hal.ep.buffer import EpBuffer, _launched_ranks_per_node
+from hal.compat.flags import zero_or_one_methods
+from hal.ep.buffer import EpBuffer
 from hal.plugins import select
 from hal.spec.errors import SpecError
 from hal.spec.tensors import require_bool, require_device, require_int, require_shape, require_tensor
@@ -35,6 +37,7 @@ _MOST_TOPK: Final = 32
 _SMS: Final = 20
 
 
+@zero_or_one_methods
 class ElasticBuffer(Elsewhere):
     """Expert-parallel communication between the ranks of a group, as V2 of the published interface has it.
 
@@ -179,12 +182,11 @@ class ElasticBuffer(Elsewhere):
 
     def get_physical_domain_size(self) -> tuple[int, int]:
         """Nodes, and ranks of a node."""
-        per_node = _launched_ranks_per_node(self.num_ranks) or self.num_ranks
-        return -(-self.num_ranks // per_node), min(per_node, self.num_ranks)
+        return domains.get_physical_domain_size(self.group)
 
     def get_logical_domain_size(self) -> tuple[int, int]:
         """One domain of all ranks: crossing nodes is the buffer's own business."""
-        return 1, self.num_ranks
+        return domains.get_logical_domain_size(self.group)
 
     def get_theoretical_num_sms(
         self,

@@ -124,3 +124,15 @@ class EPHandle:
         self.token_metadata_at_forward = token_metadata_at_forward
         self.channel_linked_list = channel_linked_list
         self._route: Route | None = None
+
+    def deterministic_sort(
+        self,
+        do_cpu_sync: bool,
+        is_cached_dispatch: bool,
+        recv_x: Tensor,
+        recv_sf: Tensor | None,
+        recv_topk_idx: Tensor,
+        recv_topk_weights: Tensor,
+        channel_linked_list: Tensor | None,
+    ) -> None:
+        """Nothing is left to sort: rows come by source rank and source position, on every run."""

@@ -12,6 +12,7 @@ from hal.compat.deep_ep.config import low_latency_size
 from hal.compat.deep_ep.event import Completion, EventOverlap, overlap
 from hal.compat.deep_ep.handle import Route, attach, attached
 from hal.compat.deep_ep.pool import Pool, published, unsupported
+from hal.compat.flags import zero_or_one_methods
 from hal.spec.ep import PLAIN_DTYPES, EpLowLatencyHandle
 from hal.spec.errors import SpecError
 from hal.spec.tensors import require_bool, require_int, require_shape, require_tensor
@@ -31,6 +32,7 @@ Hook = Callable[[], None]
 PackedHandle = tuple[Tensor, Tensor, int, int, int]
 
 
+@zero_or_one_methods
 class LowLatency:
     """Dispatch and combine for decoding: packed slots of fixed capacity, hooks, masks."""
 
