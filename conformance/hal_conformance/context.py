@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 import hal
-from hal.spec.capability import Capabilities, MlaCapabilities
+from hal.spec.capability import Capabilities, EpCapabilities, MlaCapabilities
 from hal.spec.errors import HalError
 from hal_conformance.case import MlaCase
 from hal_conformance.decode import Expected, Outcome, Verdict, call, expect, judge
@@ -116,6 +116,12 @@ class Context:
         """What is declared for dense decode; only for checks that require it."""
         assert self.capabilities.mla_dense is not None
         return self.capabilities.mla_dense
+
+    @property
+    def ep(self) -> EpCapabilities:
+        """What is declared for expert-parallel calls; only for checks that require it."""
+        assert self.capabilities.ep is not None
+        return self.capabilities.ep
 
     def draw(self) -> Draw:
         """The source of declared sizes."""
