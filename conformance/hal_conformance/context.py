@@ -13,11 +13,11 @@ from torch import Tensor
 import hal
 from hal.spec.capability import Capabilities, EpCapabilities, MlaCapabilities
 from hal.spec.errors import HalError
+from hal.spec.limits import DENSE_LSE, DENSE_OUT, Limits
 from hal_conformance.case import MlaCase
 from hal_conformance.decode import Expected, Outcome, Verdict, call, expect, judge
 from hal_conformance.draw import Draw
 from hal_conformance.inputs import Inputs, build
-from hal_conformance.limits import DENSE_LSE, DENSE_OUT, Limits
 from hal_conformance.table import Mode, Obligation
 from hal_conformance.threads import few_threads, is_small
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hal.spec import SPEC_VERSION
-from hal_conformance.limits import DENSE_LSE, DENSE_OUT
+from hal.spec.limits import DENSE_LSE, DENSE_OUT
 from hal_conformance.requirements import REQUIREMENTS
 from hal_conformance.table import LEVELS, TABLE
 

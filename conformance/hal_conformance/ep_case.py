@@ -252,7 +252,7 @@ class EpDraw:
         usual = [n for n in members(declared, rows) if n % 16 == 0 and n % itemsize == 0]
         if fp8:
             # An FP8 row of so many bytes has so many columns, and the same columns unquantised must be legal too.
-            usual = [n * itemsize for n in members(declared, (256, 272, 144, 16)) if n % 16 == 0]
+            usual = [n * itemsize for n in members(declared, (272, 656, 144)) if n % 16 == 0]
             usual = [n for n in usual if n in declared] or [self._smallest() * itemsize]
         row = self.rng.choice(usual or [self._smallest()])
         return case.but(hidden=row // itemsize)

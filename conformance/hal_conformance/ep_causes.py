@@ -180,10 +180,10 @@ def _counts(case: EpCase, counts: list[int], want: RankReceived, wants: Sequence
             -(-c // case.alignment) * case.alignment == r for c, r in zip(counts, right, strict=True)
         ):
             return "counts are not rounded up to expert_alignment"
-        if counts == [r + case.alignment for r in right]:
-            return "alignment padding is counted twice"
         if counts == [r + (case.alignment if r == 0 else 0) for r in right]:
             return "experts without tokens get a group of padding"
+        if counts == [r + case.alignment for r in right]:
+            return "alignment padding is counted twice"
     return ""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -13,7 +13,7 @@ from hal_conformance.ep_case import EpCase
 from hal_conformance.ranks import GroupResult, Team
 
 _TEAMS: Final[dict[int, Team]] = {}
-_LIMIT: Final = 40.0
+_LIMIT: Final = 25.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,7 @@ def play(
     raising: Collection[str] = (),
     mortal: Collection[int] = (),
     timeout: float = _LIMIT,
+    first: Callable[[Played], None] | None = None,
 ) -> Played:
     """Play one script a rank.
 
@@ -77,6 +78,8 @@ def play(
         Ranks that are meant to die or to stop.
     timeout : float
         Seconds for the whole.
+    first : callable, optional
+        Judges what was returned before a call raised, which may tell why.
 
     Raises
     ------
@@ -106,6 +109,8 @@ def play(
             if done.raised is not None and done.name not in raising:
                 wrong = True
                 said.setdefault(f"{done.name} raised {done.raised['type']}: {done.raised['text']}", []).append(rank)
+    if wrong and first is not None:
+        first(played)
     for text, ranks in said.items():
         context.problem(f"{_ranks(ranks)}: {text}")
     if wrong:

@@ -123,6 +123,8 @@ class Round:
         """Compare every rank's dispatch; ``step`` is where its result was taken, if not there."""
         for rank in range(self.case.ranks) if ranks is None else ranks:
             got = played.result(rank, step or name)
+            if not got:
+                continue  # It raised, which is noted already.
             ep_judge.received(
                 self.context, self.case, self.inputs, rank, got, self.wants, name, earlier=earlier, weights=True
             )
@@ -188,6 +190,8 @@ class PackedRound:
         """Compare every rank's dispatch."""
         for rank in range(self.case.ranks) if ranks is None else ranks:
             got = played.result(rank, step or name)
+            if not got:
+                continue  # It raised, which is noted already.
             ep_judge.packed(self.context, self.case, self.inputs, rank, got, self.wants, name)
 
     def judge_combine(
@@ -209,7 +213,8 @@ def scripts(case: EpCase, steps: Any, mode: Any = "normal", **buffer: Any) -> li
 def normal(context: Context, case: EpCase, **flags: Any) -> Round:
     """Play and judge one normal round."""
     made = Round(context, case)
-    played = play(context, case, scripts(case, lambda r: [made.dispatch(r, **flags), made.combine(r, **flags)]))
+    steps = scripts(case, lambda r: [made.dispatch(r, **flags), made.combine(r, **flags)])
+    played = play(context, case, steps, first=made.judge_dispatch)
     made.judge_dispatch(played)
     made.judge_combine(played)
     return made
@@ -219,7 +224,7 @@ def low_latency(context: Context, case: EpCase, **flags: Any) -> PackedRound:
     """Play and judge one low-latency round."""
     made = PackedRound(context, case)
     steps = scripts(case, lambda r: [made.dispatch(r, **flags), made.combine(r, **flags)], "low_latency")
-    played = play(context, case, steps)
+    played = play(context, case, steps, first=made.judge_dispatch)
     made.judge_dispatch(played)
     made.judge_combine(played)
     return made

@@ -471,7 +471,7 @@ TABLE: Final = (
         "dispatch sends a token to the ranks of its experts, once to each however many live there; rows lie by "
         "source rank, then source position; recv_topk_idx holds local ids, -1 elsewhere, and weights travel along.",
         "ep_normal",
-        (2, 8, 80),
+        (4, 24, 160),
         gate=True,
         needs="EpBuffer",
     ),
@@ -481,7 +481,7 @@ TABLE: Final = (
         "skewed routing",
         "All tokens to one expert or one rank, none to a rank, or most to a few: the same rules.",
         "ep_normal",
-        (2, 8, 60),
+        (4, 24, 120),
         needs="EpBuffer",
     ),
     Obligation(
@@ -491,7 +491,7 @@ TABLE: Final = (
         "An expert chosen twice counts once, for its rank and its count; -1 is no expert, and a token without any "
         "goes nowhere and comes back as its bias, or 0.",
         "ep_normal",
-        (2, 8, 60),
+        (4, 24, 120),
         needs="EpBuffer",
     ),
     Obligation(
@@ -500,7 +500,7 @@ TABLE: Final = (
         "no tokens",
         "A rank may send nothing, or receive nothing; all may at once.",
         "ep_normal",
-        (2, 6, 40),
+        (4, 18, 80),
         needs="EpBuffer",
     ),
     Obligation(
@@ -510,7 +510,7 @@ TABLE: Final = (
         "Any hidden whose row is a multiple of 16 bytes, any top-k, expert and rank count works, whether or not one "
         "divides the other; expert e lives on rank e // ceil(E / R).",
         "ep_normal",
-        (3, 10, 120),
+        (6, 30, 240),
         needs="EpBuffer",
     ),
     Obligation(
@@ -520,7 +520,7 @@ TABLE: Final = (
         "num_recv_tokens_per_expert is rounded up to expert_alignment, 0 to 0; with num_worst_tokens there are "
         "exactly that many rows, -1 in recv_topk_idx past the received ones, and no counts.",
         "ep_normal",
-        (2, 8, 40),
+        (4, 24, 80),
         needs="EpBuffer",
     ),
     Obligation(
@@ -530,7 +530,7 @@ TABLE: Final = (
         "With expand there is a row for every token and local expert, grouped by expert, a group padded with zero "
         "rows and -1 to the alignment; its weight is the sum of the token's weights for that expert.",
         "ep_expand",
-        (2, 10, 60),
+        (4, 30, 120),
         needs="EpBuffer",
     ),
     Obligation(
@@ -539,7 +539,7 @@ TABLE: Final = (
         "FP8 rows with scales",
         "FP8 rows travel with their scales, float32 or packed int32, bit for bit.",
         "ep_fp8",
-        (2, 6, 40),
+        (4, 18, 80),
         needs="EpBuffer",
     ),
     Obligation(
@@ -548,7 +548,7 @@ TABLE: Final = (
         "element types",
         "Rows of every declared dtype are moved bit for bit, and summed in float32.",
         "ep_normal",
-        (2, 6, 40),
+        (4, 18, 80),
         needs="EpBuffer",
     ),
     Obligation(
@@ -558,7 +558,7 @@ TABLE: Final = (
         "combine adds in float32 in the order in which ranks (in the expand layout experts) first appear in the "
         "token's top-k, and rounds once.",
         "ep_normal",
-        (2, 8, 80),
+        (4, 24, 160),
         needs="EpBuffer",
     ),
     Obligation(
@@ -568,7 +568,7 @@ TABLE: Final = (
         "combine is unweighted; it starts from the bias, the second added to the first; weights sent back are summed "
         "per choice.",
         "ep_normal",
-        (2, 6, 60),
+        (4, 18, 120),
         needs="EpBuffer",
     ),
     Obligation(
@@ -578,7 +578,7 @@ TABLE: Final = (
         "Rows sent back as they came are the token times the number of its ranks; over all ranks rows and counts are "
         "what was chosen.",
         "ep_normal",
-        (2, 6, 40),
+        (4, 18, 80),
         needs="EpBuffer",
     ),
     Obligation(
@@ -587,7 +587,7 @@ TABLE: Final = (
         "layout",
         "layout counts tokens per rank and per expert and tells which token goes to which rank, as dispatch then does.",
         "ep_normal",
-        (1, 4, 20),
+        (2, 12, 40),
         needs="EpBuffer",
     ),
     Obligation(
@@ -596,7 +596,7 @@ TABLE: Final = (
         "strided inputs",
         "Rows may be padded in memory; what lies between them is not read.",
         "ep_normal",
-        (1, 3, 20),
+        (2, 9, 40),
         needs="EpBuffer",
     ),
     Obligation(
@@ -606,7 +606,7 @@ TABLE: Final = (
         "A dispatch with a handle sends other rows over the same routes, whatever was dispatched in between; every "
         "handle combines its own dispatch.",
         "ep_cached",
-        (2, 6, 40),
+        (4, 18, 80),
         needs="EpBuffer",
     ),
     Obligation(
@@ -615,7 +615,7 @@ TABLE: Final = (
         "backward",
         "The gradient of combine is a dispatch with its handle, the gradient of dispatch a combine.",
         "ep_cached",
-        (1, 3, 20),
+        (2, 9, 40),
         needs="EpBuffer",
     ),
     Obligation(
@@ -633,7 +633,7 @@ TABLE: Final = (
         "previous events",
         "Rows are read only after previous_event was waited for.",
         "ep_normal",
-        (1, 4, 20),
+        (2, 12, 40),
         needs="EpBuffer",
     ),
     Obligation(
@@ -643,7 +643,7 @@ TABLE: Final = (
         "With async_finish results are complete once their event was waited for; several calls may be under way and "
         "be waited for in any order.",
         "ep_async",
-        (1, 4, 30),
+        (2, 12, 60),
         needs="EpBuffer",
     ),
     Obligation(
@@ -652,7 +652,7 @@ TABLE: Final = (
         "results stay",
         "What a call returned keeps its bits through later calls and after close.",
         "ep_normal",
-        (1, 3, 20),
+        (2, 9, 40),
         needs="EpBuffer",
     ),
     Obligation(
@@ -670,7 +670,7 @@ TABLE: Final = (
         "overflow: error",
         "More rows than max_recv_tokens raise the same SpecError on all ranks at once; the next call works.",
         "ep_normal",
-        (1, 3, 20),
+        (2, 9, 40),
         needs="EpBuffer",
     ),
     Obligation(
@@ -680,7 +680,7 @@ TABLE: Final = (
         "With overflow drop the rows that come last, by source rank and position, are left out and counted; sums go "
         "without them.",
         "ep_drop",
-        (1, 6, 40),
+        (2, 18, 80),
         needs="EpBuffer",
     ),
     Obligation(
@@ -689,7 +689,7 @@ TABLE: Final = (
         "overflow: grow",
         "With overflow grow a call that needs more room gets it; results of before stay.",
         "ep_grow",
-        (1, 3, 20),
+        (2, 9, 40),
         needs="EpBuffer",
     ),
     Obligation(
@@ -699,7 +699,7 @@ TABLE: Final = (
         "A wrong call on one rank, calls that differ between ranks, and a handle of another dispatch raise the same "
         "SpecError, naming the argument, on all ranks at once; the next call is right.",
         "ep_normal",
-        (1, 4, 20),
+        (2, 12, 40),
         90.0,
         needs="EpBuffer",
     ),
@@ -709,7 +709,7 @@ TABLE: Final = (
         "foreign handles",
         "A handle of another or a closed buffer is refused with SpecError on all ranks.",
         "ep_normal",
-        (1, 2, 10),
+        (2, 6, 20),
         needs="EpBuffer",
     ),
     Obligation(
@@ -719,7 +719,7 @@ TABLE: Final = (
         "Arguments of a buffer that are wrong or differ between ranks raise the same SpecError on all of them; a "
         "later buffer works.",
         "ep_normal",
-        (1, 3, 10),
+        (2, 9, 20),
         90.0,
         needs="EpBuffer",
     ),
@@ -730,7 +730,7 @@ TABLE: Final = (
         "low_latency_dispatch gives every local expert its rows from 0 on, by source rank, then source position; "
         "recv_count, src_info and layout_range tell how many, from where.",
         "ep_low_latency",
-        (2, 8, 80),
+        (4, 24, 160),
         gate=True,
         needs="EpBuffer",
     ),
@@ -741,7 +741,7 @@ TABLE: Final = (
         "Every slot in use, one expert chosen twice (one row), holes, ranks without tokens, none at all: the same "
         "rules.",
         "ep_low_latency",
-        (3, 8, 64),
+        (6, 24, 128),
         needs="EpBuffer",
     ),
     Obligation(
@@ -751,7 +751,7 @@ TABLE: Final = (
         "The scale of 128 columns is amax / 448, amax at least 1e-4; values are multiplied by 448 / amax and rounded "
         "to float8_e4m3.",
         "ep_cast_fp8",
-        (2, 6, 60),
+        (4, 18, 120),
         needs="EpBuffer",
     ),
     Obligation(
@@ -760,7 +760,7 @@ TABLE: Final = (
         "power-of-two scales",
         "With round_scale scales are rounded up to powers of two, exact ones staying as they are.",
         "ep_cast_pow2",
-        (2, 6, 60),
+        (4, 18, 120),
         needs="EpBuffer",
     ),
     Obligation(
@@ -769,7 +769,7 @@ TABLE: Final = (
         "UE8M0 scales",
         "With use_ue8m0 the exponents of the same scales come packed, four a little-endian int32.",
         "ep_cast_ue8m0",
-        (2, 6, 60),
+        (4, 18, 120),
         needs="EpBuffer",
     ),
     Obligation(
@@ -779,7 +779,7 @@ TABLE: Final = (
         "low_latency_combine sums rows times weights in float32 in top-k order, product and sum rounded apart, an "
         "expert chosen twice taken twice; a given out is written and returned.",
         "ep_low_latency",
-        (3, 9, 90),
+        (6, 27, 180),
         needs="EpBuffer",
     ),
     Obligation(
@@ -788,7 +788,7 @@ TABLE: Final = (
         "any sizes",
         "Any hidden, dtype, top-k, expert and rank count works in this mode too.",
         "ep_low_latency",
-        (2, 8, 80),
+        (4, 24, 160),
         needs="EpBuffer",
     ),
     Obligation(
@@ -797,7 +797,7 @@ TABLE: Final = (
         "zero copy",
         "With zero_copy rows are taken from the memory low_latency_combine_buffer lent.",
         "ep_zero_copy",
-        (1, 4, 20),
+        (2, 12, 40),
         needs="EpBuffer",
     ),
     Obligation(
@@ -826,7 +826,7 @@ TABLE: Final = (
         "Two results may be live, combined in any order; a third is refused on all ranks; a result let go is no "
         "longer live.",
         "ep_low_latency",
-        (1, 3, 20),
+        (2, 9, 40),
         needs="EpBuffer",
     ),
     Obligation(
@@ -853,7 +853,7 @@ TABLE: Final = (
         "asynchronous calls",
         "With async_finish results are complete once their event was waited for.",
         "ep_ll_async",
-        (1, 3, 20),
+        (2, 9, 40),
         needs="EpBuffer",
     ),
     Obligation(
@@ -863,7 +863,7 @@ TABLE: Final = (
         "A wrong call on one rank, or calls that differ, raise the same SpecError on all ranks at once; the next "
         "call is right.",
         "ep_low_latency",
-        (1, 4, 20),
+        (2, 12, 40),
         90.0,
         needs="EpBuffer",
     ),
@@ -873,7 +873,7 @@ TABLE: Final = (
         "both modes",
         "Calls of both modes follow each other on one buffer.",
         "ep_both",
-        (1, 3, 20),
+        (2, 9, 40),
         needs="EpBuffer",
     ),
     Obligation(
@@ -883,7 +883,7 @@ TABLE: Final = (
         "Rows sent back as they came, weighted to a power of two, are the token; counts over all ranks are what was "
         "chosen.",
         "ep_no_cast",
-        (1, 4, 30),
+        (2, 12, 60),
         needs="EpBuffer",
     ),
     Obligation(

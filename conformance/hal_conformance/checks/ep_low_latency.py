@@ -110,11 +110,11 @@ def any_sizes(context: Context) -> None:
 def zero_copy(context: Context) -> None:
     """Rows written into lent memory."""
     case = base(context)
-    made = PackedRound(context, case)
+    turns = [PackedRound(context, case) for _ in range(2)]
 
     def steps(rank: int) -> list[Step]:
         found = []
-        for turn in range(2):
+        for turn, made in enumerate(turns):
             lend = Step("low_latency_combine_buffer", f"lent {turn}", {"handle": Ref(f"dispatch {turn}")})
             fill = Step("fill", args={"into": f"lent {turn}", "value": made.outputs[rank]})
             combine = made.combine(rank, f"combine {turn}", of=f"dispatch {turn}", zero_copy=True)
@@ -123,7 +123,7 @@ def zero_copy(context: Context) -> None:
         return found
 
     played = play(context, case, scripts(case, steps, "low_latency"))
-    for turn in range(2):
+    for turn, made in enumerate(turns):
         made.judge_dispatch(played, f"dispatch {turn}")
         made.judge_combine(played, f"combine {turn}")
 
