@@ -24,6 +24,10 @@ RANKS: Final = (3, 2, 4, 1)
 ROWS: Final = (128, 48, 272, 16, 528, 1040)
 """Bytes of a row; all but the first are an odd multiple of 16."""
 
+_LARGE: Final = 2.0**15
+_SMALL: Final = 2.0**-11
+"""Representable in every dtype of rows; their sum is not, in float32."""
+
 TOPK: Final = (3, 2, 5, 1, 8)
 EXPERTS: Final = (8, 9, 7, 16, 12, 5, 64)
 
@@ -142,8 +146,12 @@ class EpCase:
                 else:
                     scales = torch.rand(n, groups, generator=rng) + 0.5
             idx = self._routes(n, rng)
-            weights = torch.rand(n, self.topk, generator=rng) + 0.05 if self.weights else None
-            made.append(RankInput(x if self.scales else x.to(self.torch_dtype), idx, weights, scales))
+            weights = torch.rand(n, self.topk, generator=rng) + 0.05
+            if self.data == "order":
+                # Powers of two, so that weighted rows cancel too.
+                weights = torch.exp2(-torch.randint(0, 2, (n, self.topk), generator=rng).float())
+            rows = x if self.scales else x.to(self.torch_dtype)
+            made.append(RankInput(rows, idx, weights if self.weights else None, scales))
         return made
 
     def _rows(self, n: int, rng: torch.Generator) -> Tensor:
@@ -196,20 +204,19 @@ class EpCase:
     def outputs(self, rows: list[int], seed: int) -> list[Tensor]:
         """What the experts of every rank make of so many rows: sums of them depend on their order."""
         rng = torch.Generator().manual_seed(seed % 2**63)
-        sizes = torch.tensor([4096.0, 1.0, 0.03])
-        made = []
-        for count in rows:
-            size = sizes[torch.randint(3, (count, 1), generator=rng)]
-            made.append((torch.randn(count, self.hidden, generator=rng) * size).to(self.torch_dtype))
-        return made
+        return [self._cancelling(count, rng) for count in rows]
 
     def biases(self, seed: int) -> list[list[Tensor]]:
         """``bias`` tensors of every rank."""
         rng = torch.Generator().manual_seed(seed % 2**63)
-        return [
-            [torch.randn(n, self.hidden, generator=rng).mul(7).to(self.torch_dtype) for _ in range(self.bias)]
-            for n in self.tokens
-        ]
+        return [[self._cancelling(n, rng) for _ in range(self.bias)] for n in self.tokens]
+
+    def _cancelling(self, rows: int, rng: torch.Generator) -> Tensor:
+        """Numbers of which the large ones cancel, and swallow in float32 the small ones added before they do."""
+        shape = (rows, self.hidden)
+        signs = torch.randint(0, 2, shape, generator=rng) * 2 - 1
+        large = torch.rand(shape, generator=rng) < 0.4
+        return torch.where(large, signs * _LARGE, torch.randn(shape, generator=rng) * _SMALL).to(self.torch_dtype)
 
 
 @dataclass(slots=True)

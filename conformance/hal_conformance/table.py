@@ -469,7 +469,8 @@ TABLE: Final = (
         "E1",
         "rows, routes and order",
         "dispatch sends a token to the ranks of its experts, once to each however many live there; rows lie by "
-        "source rank, then source position; recv_topk_idx holds local ids, -1 elsewhere, and weights travel along.",
+        "source rank, then source position; recv_topk_idx holds local ids, -1 elsewhere, and weights travel along. "
+        "Every call is counted in launches().",
         "ep_normal",
         (4, 24, 160),
         gate=True,

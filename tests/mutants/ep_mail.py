@@ -59,9 +59,10 @@ class Mail:
 
     def close(self) -> None:
         """The last one to leave takes the folder along."""
-        if not self.folder.exists():
+        try:
+            (self.folder / f"closed.{self.rank}").touch()
+        except FileNotFoundError:
             return
-        (self.folder / f"closed.{self.rank}").touch()
         others = [r for r in range(self.ranks) if r != self.rank]
         if all((self.folder / f"closed.{r}").exists() or not self.alive(r) for r in others):
             shutil.rmtree(self.folder, ignore_errors=True)

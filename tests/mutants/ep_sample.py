@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hal.backend import Backend, Probe
 from hal.ep.engine import EpCombined, EpDispatched, EpEngine, EpLowLatencyCombined, EpLowLatencyDispatched
-from hal.spec.capability import Capabilities, EpCapabilities, Ints
+from hal.spec.capability import Capabilities, EpCapabilities, Ints, only
 from hal.spec.ep import (
     CASTS,
     FP8,
@@ -619,4 +619,30 @@ class EpSample(Backend):
         return {f"files:{name}@cpu": count for name, count in self.launched.items()}
 
 
+class Modest(EpSample):
+    """Correct, and declares as little as an engine may."""
+
+    def declared(self) -> EpCapabilities:
+        return communicates(
+            modes=("normal",),
+            layouts=("rank",),
+            dtypes=("bfloat16",),
+            casts=("none",),
+            overflow=("error",),
+            ranks=only(2),
+            nodes=only(1),
+            topk=only(2),
+            num_experts=only(6),
+            row_bytes=only(512),
+            recv_hook=False,
+            async_finish=False,
+            cached_handle=False,
+            mask_ranks=False,
+            zero_copy_combine=False,
+            pre_reduce=False,
+            across_nodes=(),
+        )
+
+
 plugin = Plugin(EpSample)
+modest = Plugin(Modest)

@@ -74,7 +74,11 @@ def cast_ue8m0(context: Context) -> None:
 @holds("EPL-06")
 def weighted_sums(context: Context) -> None:
     """Weights, duplicates and order; out given and not."""
-    case = base(context, (3, 2, 4), routing=("distinct", "same", "mixed")[context.index % 3])
+    kind = ("order", "same", "mixed")[context.index % 3]
+    case = base(context, (3, 2, 4), routing="distinct" if kind == "order" else kind)
+    if kind == "order":
+        topk = [n for n in (6, 5, 4, 3, 8, 2, 1) if n in context.ep.topk and n <= case.experts]
+        case = case.but(data="order", topk=topk[0] if topk else case.topk)
     made = PackedRound(context, case)
 
     def steps(rank: int) -> list[Step]:
