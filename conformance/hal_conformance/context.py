@@ -107,9 +107,16 @@ class Context:
         self.index = index
         self.record = Record()
         self.wants_diagnosis = True
-        self.rng = random.Random(f"{settings.seed}/{obligation.id}/{index}")
+        self.rng = random.Random()
         self.device = settings.device or capabilities.device_types[0]
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what went wrong and draw everything again as before."""
+        self.rng.seed(f"{self.settings.seed}/{self.obligation.id}/{self.index}")
         self._built = 0
+        self.record.problems.clear()
+        self.record.diagnosis = None
 
     @property
     def dense(self) -> MlaCapabilities:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -119,6 +120,21 @@ def play(
     if called and any(case.tokens) and not mortal and not any(value["launches"] for value in values):
         context.problem("no kernel of this backend was launched: something else moved these rows")
     return played
+
+
+def patiently(check: Callable[[Context, float], None]) -> Callable[[Context], None]:
+    """Give a check that goes by the clock a second chance with longer times, for machines that are busy."""
+
+    def run(context: Context) -> None:
+        for scale in (1.0, 3.0):
+            context.restart()
+            with contextlib.suppress(Stop):
+                check(context, scale)
+            if not context.record.problems:
+                return
+
+    run.__doc__ = check.__doc__
+    return run
 
 
 def _by_name(steps: Sequence[Done]) -> dict[str, Done]:

@@ -144,6 +144,7 @@ class Sums:
 
 
 _SUMS: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
+    ("rows are summed flat although pre_reduce is True", {}),
     ("weights are applied twice", {"power": 2}),
     ("weights are applied, in a sum that has none", {"power": 1}),
     ("weights are missing", {"power": 0}),
@@ -158,7 +159,7 @@ _SUMS: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
     ("a rank's own rows are lost", {"own": False}),
     ("nodes are summed by number, not in top-k order", {"nodes": "rank"}),
     ("nodes are summed in the reverse of top-k order", {"nodes": "reverse"}),
-    ("nodes are summed apart although pre_reduce is False, or not apart although it is True", {"nodes": "top-k"}),
+    ("nodes are summed apart although pre_reduce is False", {"nodes": "top-k"}),
     *(
         (
             f"order of summation is {name}, not top-k" + (", in the element type" if short else ""),

@@ -904,7 +904,7 @@ TABLE: Final = (
         "With pre_reduce the rows of a node are summed in top-k order from 0, and node sums are added in the order "
         "in which nodes first appear.",
         "ep_pre_reduce",
-        (1, 4, 30),
+        (4, 12, 60),
         needs="EpBuffer",
     ),
     Obligation(
@@ -925,7 +925,7 @@ TABLE: Final = (
         "the timeout, and again at every later call.",
         "ep",
         (2, 6, 60),
-        90.0,
+        240.0,
         needs="EpBuffer",
     ),
     Obligation(
@@ -935,7 +935,7 @@ TABLE: Final = (
         "A rank that lives and does not answer is named within the timeout.",
         "ep",
         (1, 3, 20),
-        90.0,
+        240.0,
         needs="EpBuffer",
     ),
     Obligation(
@@ -945,7 +945,7 @@ TABLE: Final = (
         "A rank that is late by less than the timeout is waited for.",
         "ep",
         (1, 2, 10),
-        90.0,
+        240.0,
         needs="EpBuffer",
     ),
     Obligation(
@@ -955,7 +955,7 @@ TABLE: Final = (
         "A rank that closes its buffer while others call is named.",
         "ep",
         (1, 2, 10),
-        90.0,
+        240.0,
         needs="EpBuffer",
     ),
     Obligation(
@@ -966,7 +966,7 @@ TABLE: Final = (
         "nothing.",
         "ep_mask",
         (2, 4, 20),
-        90.0,
+        240.0,
         needs="EpBuffer",
     ),
     Obligation(
@@ -976,7 +976,7 @@ TABLE: Final = (
         "It is named on all nodes, by its number in the whole group.",
         "ep_nodes",
         (1, 2, 20),
-        90.0,
+        240.0,
         needs="EpBuffer",
     ),
     Obligation(
@@ -986,7 +986,7 @@ TABLE: Final = (
         "Once the ranks are gone, however they ended, no memory with a name is left.",
         "ep",
         (2, 4, 20),
-        90.0,
+        240.0,
         needs="EpBuffer",
     ),
     Obligation(
@@ -996,7 +996,7 @@ TABLE: Final = (
         "After a failure all ranks outlived, and after refused calls, a later buffer of the same group works.",
         "ep",
         (1, 2, 10),
-        90.0,
+        240.0,
         needs="EpBuffer",
     ),
 )

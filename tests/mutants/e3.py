@@ -22,7 +22,7 @@ class NodesByNumber(Engine):
         return sorted(set(nodes))
 
 
-@engine("E3", "pre_reduce is ignored: the sum is flat")
+@engine("E3", "pre_reduce is ignored: the sum is flat", "flat")
 class PreReduceIgnored(Engine):
     def nodes(self, nodes: list[int]) -> list[int]:
         return []

@@ -11,12 +11,15 @@ from hal_conformance.checks.ep_normal import draw
 from hal_conformance.context import Context
 from hal_conformance.ep import CALLS, Step
 from hal_conformance.ep_case import EpCase
-from hal_conformance.ep_play import Played, play
+from hal_conformance.ep_play import Played, patiently, play
 from hal_conformance.ep_refused import refused_alike
 from hal_conformance.ep_round import PackedRound, Round, scripts
 
 PATIENCE = 2.0
 """``timeout`` of buffers whose ranks fail."""
+
+LATE = 4.0
+"""The same where a rank is only late."""
 
 SLACK = 3.0
 """Seconds a busy machine may be late with a RankFailure."""
@@ -59,11 +62,11 @@ def nodes_like_one(context: Context) -> None:
 
 @holds("EPX-02")
 def pre_reduced(context: Context) -> None:
-    """Sums of each node first, then the nodes in top-k order."""
-    case = _nodes(
-        context, pre_reduce=True, routing="distinct", topk=4 if 4 in context.ep.topk else 3, bias=context.index % 2
-    )
-    case = case.but(weights=False, per_node=2 if case.ranks == 4 else 1)
+    """Sums of each node first, then the nodes in top-k order: seen with three addends or more, the bias one of them."""
+    topk = [n for n in (5, 4, 6, 3) if n in context.ep.topk]
+    case = draw(context).base((4,), pre_reduce=True, routing="distinct", weights=False, bias=1 + context.index // 2 % 2)
+    alone = context.index % 2 == 1 and 4 in context.ep.nodes
+    case = case.but(per_node=1 if alone else 2, topk=topk[0] if topk else case.topk)
     made = Round(context, case)
     played = play(context, case, scripts(case, lambda r: [made.dispatch(r), made.combine(r)]))
     made.judge_dispatch(played)
@@ -166,7 +169,7 @@ def _calls(steps: list[Step]) -> list[str]:
     return [step.name for step in steps if step.op in CALLS]
 
 
-def _fatal(context: Context, case: EpCase, dying: list[Step], within: float = PATIENCE, **buffer: object) -> None:
+def _fatal(context: Context, case: EpCase, dying: list[Step], scale: float) -> None:
     """One rank does ``dying`` between two rounds, or while they go on."""
     made, packed = _rounds(context, case)
     culprit = context.rng.randrange(case.ranks)
@@ -179,10 +182,10 @@ def _fatal(context: Context, case: EpCase, dying: list[Step], within: float = PA
             work = work[:at] + dying + work[at:]
         return work
 
-    whole = scripts(case, steps, _modes(packed), timeout=PATIENCE, **buffer)
+    whole = scripts(case, steps, _modes(packed), timeout=PATIENCE * scale)
     names = _calls(_work(made, packed, 0, turns))
-    played = play(context, case, whole, raising=names, mortal=(culprit,), timeout=30.0)
-    _named(context, played, culprit, within, names)
+    played = play(context, case, whole, raising=names, mortal=(culprit,), timeout=30.0 * scale)
+    _named(context, played, culprit, PATIENCE * scale, names)
     first = _calls(_work(made, packed, 0, turns))[0]
     if after and "dispatch 0" in played.steps[(culprit + 1) % case.ranks] and first == "dispatch 0":
         others = [r for r in range(case.ranks) if r != culprit and played[r, first].raised is None]
@@ -190,7 +193,8 @@ def _fatal(context: Context, case: EpCase, dying: list[Step], within: float = PA
 
 
 @holds("EPX-10")
-def killed(context: Context) -> None:
+@patiently
+def killed(context: Context, scale: float) -> None:
     """Killed between calls, or at any moment while calls go on."""
     case = draw(context).base((3, 2, 4))
     sudden = [Step("die_after", args={"seconds": context.rng.random() * 0.01})]
@@ -198,54 +202,58 @@ def killed(context: Context) -> None:
         # Enough work that it does not end before.
         sudden.append(Step("sleep", args={"seconds": 0.002}))
         sudden = [*sudden, Step("sleep", args={"seconds": 0.02})]
-    _fatal(context, case, sudden if context.index % 2 else [Step("die")])
+    _fatal(context, case, sudden if context.index % 2 else [Step("die")], scale)
 
 
 @holds("EPX-11")
-def stopped(context: Context) -> None:
+@patiently
+def stopped(context: Context, scale: float) -> None:
     """Stopped, as by a debugger: it lives, and does not answer."""
     case = draw(context).base((2, 3))
-    _fatal(context, case, [Step("stop")])
+    _fatal(context, case, [Step("stop")], scale)
 
 
 @holds("EPX-12")
-def slow(context: Context) -> None:
+@patiently
+def slow(context: Context, scale: float) -> None:
     """Late by less than the timeout: waited for, and nobody is named."""
     case = draw(context).base((2, 3))
     made, packed = _rounds(context, case)
-    late = context.rng.randrange(case.ranks)
+    late, at = context.rng.randrange(case.ranks), context.rng.randrange(1, 5)
 
     def steps(rank: int) -> list[Step]:
         work = _work(made, packed, rank, 2)
-        pause = Step("sleep", args={"seconds": 0.3 * PATIENCE})
-        return [work[0], pause, *work[1:3], pause, *work[3:]] if rank == late else work
+        pause = Step("sleep", args={"seconds": 0.4 * LATE * scale})
+        return [*work[:at], pause, *work[at:]] if rank == late else work
 
-    played = play(context, case, scripts(case, steps, _modes(packed), timeout=PATIENCE))
+    played = play(context, case, scripts(case, steps, _modes(packed), timeout=LATE * scale))
     for turn in range(2):
         made.judge_dispatch(played, f"dispatch {turn}")
         made.judge_combine(played, f"combine {turn}")
 
 
 @holds("EPX-13")
-def left(context: Context) -> None:
+@patiently
+def left(context: Context, scale: float) -> None:
     """A rank that closes its buffer while the others go on is named."""
     case = draw(context).base((2, 3))
     made, packed = _rounds(context, case)
     culprit = context.rng.randrange(case.ranks)
-    quiet = [Step("close"), Step("sleep", args={"seconds": PATIENCE + 1})]
+    quiet = [Step("close"), Step("sleep", args={"seconds": PATIENCE * scale + 1})]
 
     def steps(rank: int) -> list[Step]:
         work = _work(made, packed, rank, 2)
         return work[: len(work) // 2] + quiet if rank == culprit else work
 
     names = _calls(_work(made, packed, 0, 2))
-    whole = scripts(case, steps, _modes(packed), timeout=PATIENCE)
+    whole = scripts(case, steps, _modes(packed), timeout=PATIENCE * scale)
     played = play(context, case, whole, raising=names)
-    _named(context, played, culprit, PATIENCE, names)
+    _named(context, played, culprit, PATIENCE * scale, names)
 
 
 @holds("EPX-14")
-def masked(context: Context) -> None:
+@patiently
+def masked(context: Context, scale: float) -> None:
     """The others carry on without a dead rank, as if it had never been there; and without one masked by hand."""
     case = draw(context).base((3, 4), routing="distinct")
     if case.ranks < 3:
@@ -270,7 +278,7 @@ def masked(context: Context) -> None:
         renamed = [Step(s.op, f"{s.name} without" if s.name else "", _renamed(s), s.on) for s in again]
         return [*start, *mask, *lost, *renamed, Step("masked", "masks")]
 
-    script = scripts(case, steps, _modes(packed), timeout=PATIENCE, mask_ranks=True)
+    script = scripts(case, steps, _modes(packed), timeout=PATIENCE * scale, mask_ranks=True)
     played = play(context, case, script, raising=("under way",), mortal=(culprit,))
     rest = [rank for rank in range(case.ranks) if rank != culprit]
     for turn in range(2):
@@ -294,14 +302,16 @@ def _renamed(step: Step) -> dict[str, object]:
 
 
 @holds("EPX-15")
-def killed_across_nodes(context: Context) -> None:
+@patiently
+def killed_across_nodes(context: Context, scale: float) -> None:
     """A rank killed on one node is named, by its number in the whole group, on all nodes."""
     case = draw(context).base((4,)).but(per_node=2)
-    _fatal(context, case, [Step("die")])
+    _fatal(context, case, [Step("die")], scale)
 
 
 @holds("EPX-16")
-def nothing_left(context: Context) -> None:
+@patiently
+def nothing_left(context: Context, scale: float) -> None:
     """No memory, no file with a name is left, however the ranks ended."""
     case = draw(context).base((2, 3))
     made, packed = _rounds(context, case)
@@ -310,7 +320,7 @@ def nothing_left(context: Context) -> None:
     names = _calls(_work(made, packed, 0, 2))
 
     def script(rank: int) -> list[Step]:
-        opened = Step("open", "buffer", case.buffer(_modes(packed), timeout=PATIENCE))
+        opened = Step("open", "buffer", case.buffer(_modes(packed), timeout=PATIENCE * scale))
         work = _work(made, packed, rank, 2)
         half = len(work) // 2
         found = [Step("files", "before"), opened, *work[:half], Step("files", "files")]
@@ -325,6 +335,7 @@ def nothing_left(context: Context) -> None:
         [script(rank) for rank in range(case.ranks)],
         raising=names if kill else (),
         mortal=(culprit,) if kill else (),
+        timeout=30.0 * scale,
     )
     left: dict[str, int] = {}
     for rank, steps in enumerate(played.steps):
@@ -353,7 +364,8 @@ def _segments(pids: set[int]) -> int:
 
 
 @holds("EPX-17")
-def later_buffer(context: Context) -> None:
+@patiently
+def later_buffer(context: Context, scale: float) -> None:
     """After a failure, and after a refused call, another buffer of the same group works."""
     case = draw(context).base((2, 3))
     made, packed = _rounds(context, case)
@@ -364,8 +376,8 @@ def later_buffer(context: Context) -> None:
         first = [
             Step(s.op, f"first {s.name}" if s.name else "", _prefixed(s), "old") for s in _work(made, packed, rank, 1)
         ]
-        opened = Step("open", "old", case.buffer(_modes(packed), timeout=1.0))
-        slow = [Step("sleep", args={"seconds": 3.0})] if rank == late else []
+        opened = Step("open", "old", case.buffer(_modes(packed), timeout=scale))
+        slow = [Step("sleep", args={"seconds": 3.0 * scale})] if rank == late else []
         # The late rank finds that it was given up; all go on with a new buffer.
         again = Step("open", "buffer", case.buffer(_modes(packed), timeout=10.0))
         return [opened, *slow, *first, Step("close", on="old"), again, *_work(made, packed, rank, 1), Step("close")]
@@ -374,9 +386,7 @@ def later_buffer(context: Context) -> None:
     for rank in range(case.ranks):
         raised = played[rank, names[0]].raised
         if rank != late and (raised is None or raised.get("rank") != late):
-            context.problem(
-                f"rank {rank}: {names[0]} did not name rank {late}, which was 3 s late with a timeout of 1 s"
-            )
+            context.problem(f"rank {rank}: {names[0]} did not name rank {late}, which was three times its timeout late")
     made.judge_dispatch(played, "dispatch 0")
     made.judge_combine(played, "combine 0")
 

@@ -14,7 +14,7 @@ from hal_conformance.context import Context
 from hal_conformance.ep import Padded, Ref, Step
 from hal_conformance.ep_case import ROWS, EpCase
 from hal_conformance.ep_judge import differ, note, same
-from hal_conformance.ep_play import Played, play
+from hal_conformance.ep_play import Played, patiently, play
 from hal_conformance.ep_refused import refused_alike
 from hal_conformance.ep_round import PackedRound, Round, low_latency, scripts
 
@@ -146,7 +146,8 @@ def _late(context: Context, played: Played, late: int, early: str, what: str) ->
 
 
 @holds("EPL-09")
-def hook_defers(context: Context) -> None:
+@patiently
+def hook_defers(context: Context, scale: float) -> None:
     """A call with a hook returns while another rank is late; nothing the caller gave is written before the hook."""
     case = base(context, (2, 3))
     made = PackedRound(context, case)
@@ -155,7 +156,7 @@ def hook_defers(context: Context) -> None:
     def steps(rank: int) -> list[Step]:
         stats = torch.full((case.local,), 5, dtype=torch.int32)
         out = torch.full((case.tokens[rank], case.hidden), 7.0).to(case.torch_dtype)
-        pause = [Step("sleep", args={"seconds": PAUSE})] if rank == late else []
+        pause = [Step("sleep", args={"seconds": PAUSE * scale})] if rank == late else []
         hook: dict[str, Any] = {"return_recv_hook": True}
         return [
             made.dispatch(rank, "warm"),
@@ -176,14 +177,15 @@ def hook_defers(context: Context) -> None:
 
 
 @holds("EPL-10")
-def hook_blocks_nobody(context: Context) -> None:
+@patiently
+def hook_blocks_nobody(context: Context, scale: float) -> None:
     """A rank that runs its hook late keeps no other from receiving."""
     case = base(context, (2, 3))
     made = PackedRound(context, case)
     late = context.rng.randrange(case.ranks)
 
     def steps(rank: int) -> list[Step]:
-        pause = [Step("sleep", args={"seconds": PAUSE})] if rank == late else []
+        pause = [Step("sleep", args={"seconds": PAUSE * scale})] if rank == late else []
         return [
             made.dispatch(rank, return_recv_hook=True),
             *pause,
@@ -239,7 +241,8 @@ def two_live_results(context: Context) -> None:
 
 
 @holds("EPL-12")
-def statistics(context: Context) -> None:
+@patiently
+def statistics(context: Context, scale: float) -> None:
     """Received counts are added; waits are added in microseconds, and the late rank has the most."""
     case = base(context, (3, 2), routing="distinct")
     made = PackedRound(context, case)
@@ -249,7 +252,7 @@ def statistics(context: Context) -> None:
         start = torch.arange(case.local, dtype=torch.int32) * 1000
         found = [made.dispatch(rank, "warm"), Step("drop", args={"of": "warm"})]
         if rank == late:
-            found.append(Step("sleep", args={"seconds": PAUSE}))
+            found.append(Step("sleep", args={"seconds": PAUSE * scale}))
         waits = torch.full((case.ranks,), 10, dtype=torch.int64)
         found.append(made.dispatch(rank, cumulative_local_expert_recv_stats=start, dispatch_wait_recv_cost_stats=waits))
         found.append(made.combine(rank, combine_wait_recv_cost_stats=waits))
@@ -271,9 +274,10 @@ def statistics(context: Context) -> None:
             if bool((waits < 0).any()):
                 context.problem(f"rank {rank}: {name} fell to {waits.tolist()}: microseconds waited are added")
         waited = (got["dispatch_wait_recv_cost_stats"] - 10).tolist()
-        if rank != late and not 0.2e6 * PAUSE <= waited[late] <= 20e6 * PAUSE:
+        if rank != late and not 0.2e6 <= waited[late] / (PAUSE * scale) <= 20e6:
             context.problem(
-                f"rank {rank}: rank {late} came {PAUSE} s late, and dispatch_wait_recv_cost_stats says {waited} µs"
+                f"rank {rank}: rank {late} came {PAUSE * scale} s late, and dispatch_wait_recv_cost_stats says "
+                f"{waited} µs"
             )
 
 
