@@ -82,6 +82,8 @@ class Obligation:
 
 _BY_CHECK = (0, 0, 0)
 _FEW = (3, 12, 100)
+_STARTING = 150.0
+"""The first case of several processes starts them, on a machine that may be busy; what a case does is timed apart."""
 
 TABLE: Final = (
     Obligation(
@@ -473,6 +475,7 @@ TABLE: Final = (
         "Every call is counted in launches().",
         "ep_normal",
         (4, 24, 160),
+        _STARTING,
         gate=True,
         needs="EpBuffer",
     ),
@@ -483,6 +486,7 @@ TABLE: Final = (
         "All tokens to one expert or one rank, none to a rank, or most to a few: the same rules.",
         "ep_normal",
         (4, 24, 120),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -493,6 +497,7 @@ TABLE: Final = (
         "goes nowhere and comes back as its bias, or 0.",
         "ep_normal",
         (4, 24, 120),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -502,6 +507,7 @@ TABLE: Final = (
         "A rank may send nothing, or receive nothing; all may at once.",
         "ep_normal",
         (4, 18, 80),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -512,6 +518,7 @@ TABLE: Final = (
         "divides the other; expert e lives on rank e // ceil(E / R).",
         "ep_normal",
         (6, 30, 240),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -522,6 +529,7 @@ TABLE: Final = (
         "exactly that many rows, -1 in recv_topk_idx past the received ones, and no counts.",
         "ep_normal",
         (4, 24, 80),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -532,6 +540,7 @@ TABLE: Final = (
         "rows and -1 to the alignment; its weight is the sum of the token's weights for that expert.",
         "ep_expand",
         (4, 30, 120),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -541,6 +550,7 @@ TABLE: Final = (
         "FP8 rows travel with their scales, float32 or packed int32, bit for bit.",
         "ep_fp8",
         (4, 18, 80),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -550,6 +560,7 @@ TABLE: Final = (
         "Rows of every declared dtype are moved bit for bit, and summed in float32.",
         "ep_normal",
         (4, 18, 80),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -560,6 +571,7 @@ TABLE: Final = (
         "token's top-k, and rounds once.",
         "ep_normal",
         (4, 24, 160),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -570,6 +582,7 @@ TABLE: Final = (
         "per choice.",
         "ep_normal",
         (4, 18, 120),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -580,6 +593,7 @@ TABLE: Final = (
         "what was chosen.",
         "ep_normal",
         (4, 18, 80),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -589,6 +603,7 @@ TABLE: Final = (
         "layout counts tokens per rank and per expert and tells which token goes to which rank, as dispatch then does.",
         "ep_normal",
         (2, 12, 40),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -598,6 +613,7 @@ TABLE: Final = (
         "Rows may be padded in memory; what lies between them is not read.",
         "ep_normal",
         (2, 9, 40),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -608,6 +624,7 @@ TABLE: Final = (
         "handle combines its own dispatch.",
         "ep_cached",
         (4, 18, 80),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -617,6 +634,7 @@ TABLE: Final = (
         "The gradient of combine is a dispatch with its handle, the gradient of dispatch a combine.",
         "ep_cached",
         (2, 9, 40),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -626,6 +644,7 @@ TABLE: Final = (
         "The same calls give the same bits every time, in whatever order ranks arrive.",
         "ep_normal",
         (1, 4, 30),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -635,6 +654,7 @@ TABLE: Final = (
         "Rows are read only after previous_event was waited for.",
         "ep_normal",
         (2, 12, 40),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -645,6 +665,7 @@ TABLE: Final = (
         "be waited for in any order.",
         "ep_async",
         (2, 12, 60),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -654,6 +675,7 @@ TABLE: Final = (
         "What a call returned keeps its bits through later calls and after close.",
         "ep_normal",
         (2, 9, 40),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -663,6 +685,7 @@ TABLE: Final = (
         "With return_recv_hook results are complete once the hook has run, also where another rank is late.",
         "ep_hook",
         (1, 3, 20),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -672,6 +695,7 @@ TABLE: Final = (
         "More rows than max_recv_tokens raise the same SpecError on all ranks at once; the next call works.",
         "ep_normal",
         (2, 9, 40),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -682,6 +706,7 @@ TABLE: Final = (
         "without them.",
         "ep_drop",
         (2, 18, 80),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -691,6 +716,7 @@ TABLE: Final = (
         "With overflow grow a call that needs more room gets it; results of before stay.",
         "ep_grow",
         (2, 9, 40),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -701,7 +727,7 @@ TABLE: Final = (
         "SpecError, naming the argument, on all ranks at once; the next call is right.",
         "ep_normal",
         (2, 12, 40),
-        90.0,
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -711,6 +737,7 @@ TABLE: Final = (
         "A handle of another or a closed buffer is refused with SpecError on all ranks.",
         "ep_normal",
         (2, 6, 20),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -721,7 +748,18 @@ TABLE: Final = (
         "later buffer works.",
         "ep_normal",
         (2, 9, 20),
-        90.0,
+        _STARTING,
+        needs="EpBuffer",
+    ),
+    Obligation(
+        "EPN-33",
+        "E1",
+        "undeclared sizes and policies",
+        "A legal buffer outside the declared dtypes, sizes, modes and policies raises UnsupportedError on every rank; "
+        "a later buffer works.",
+        "ep_normal",
+        _BY_CHECK,
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -732,6 +770,7 @@ TABLE: Final = (
         "recv_count, src_info and layout_range tell how many, from where.",
         "ep_low_latency",
         (4, 24, 160),
+        _STARTING,
         gate=True,
         needs="EpBuffer",
     ),
@@ -743,6 +782,7 @@ TABLE: Final = (
         "rules.",
         "ep_low_latency",
         (6, 24, 128),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -753,6 +793,7 @@ TABLE: Final = (
         "to float8_e4m3.",
         "ep_cast_fp8",
         (4, 18, 120),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -762,6 +803,7 @@ TABLE: Final = (
         "With round_scale scales are rounded up to powers of two, exact ones staying as they are.",
         "ep_cast_pow2",
         (4, 18, 120),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -771,6 +813,7 @@ TABLE: Final = (
         "With use_ue8m0 the exponents of the same scales come packed, four a little-endian int32.",
         "ep_cast_ue8m0",
         (4, 18, 120),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -781,6 +824,7 @@ TABLE: Final = (
         "expert chosen twice taken twice; a given out is written and returned.",
         "ep_low_latency",
         (6, 27, 180),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -790,6 +834,7 @@ TABLE: Final = (
         "Any hidden, dtype, top-k, expert and rank count works in this mode too.",
         "ep_low_latency",
         (4, 24, 160),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -799,6 +844,7 @@ TABLE: Final = (
         "With zero_copy rows are taken from the memory low_latency_combine_buffer lent.",
         "ep_zero_copy",
         (2, 12, 40),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -809,6 +855,7 @@ TABLE: Final = (
         "until the hook runs.",
         "ep_ll_hook",
         (1, 3, 20),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -818,6 +865,7 @@ TABLE: Final = (
         "A rank that runs its hook late keeps no other rank from receiving.",
         "ep_ll_hook",
         (1, 3, 20),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -828,6 +876,7 @@ TABLE: Final = (
         "longer live.",
         "ep_low_latency",
         (2, 9, 40),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -837,6 +886,7 @@ TABLE: Final = (
         "Received counts and microseconds waited for each rank are added to what the caller gave.",
         "ep_low_latency",
         (1, 3, 20),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -846,6 +896,7 @@ TABLE: Final = (
         "The same calls give the same bits every time, in whatever order ranks arrive.",
         "ep_low_latency",
         (1, 4, 30),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -855,6 +906,7 @@ TABLE: Final = (
         "With async_finish results are complete once their event was waited for.",
         "ep_ll_async",
         (2, 9, 40),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -865,7 +917,7 @@ TABLE: Final = (
         "call is right.",
         "ep_low_latency",
         (2, 12, 40),
-        90.0,
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -875,6 +927,7 @@ TABLE: Final = (
         "Calls of both modes follow each other on one buffer.",
         "ep_both",
         (2, 9, 40),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -885,6 +938,7 @@ TABLE: Final = (
         "chosen.",
         "ep_no_cast",
         (2, 12, 60),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -894,6 +948,7 @@ TABLE: Final = (
         "A group over several nodes gives the bits of one node.",
         "ep_nodes",
         (2, 8, 60),
+        _STARTING,
         gate=True,
         needs="EpBuffer",
     ),
@@ -905,6 +960,7 @@ TABLE: Final = (
         "in which nodes first appear.",
         "ep_pre_reduce",
         (4, 12, 60),
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(
@@ -914,7 +970,7 @@ TABLE: Final = (
         "A wrong call on a rank of one node raises the same SpecError on all nodes; the next call is right.",
         "ep_nodes",
         (1, 3, 10),
-        90.0,
+        _STARTING,
         needs="EpBuffer",
     ),
     Obligation(

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from hal.spec.ep import MODES, OVERFLOW
 from hal_conformance.checks import holds
 from hal_conformance.checks.ep_normal import draw
 from hal_conformance.context import Context
 from hal_conformance.ep import Ref, Step
+from hal_conformance.ep_case import EpCase, EpDraw
 from hal_conformance.ep_play import play
 from hal_conformance.ep_refused import refused_alike
 from hal_conformance.ep_round import PackedRound, Round, scripts
@@ -172,6 +174,43 @@ def buffers_differ(context: Context) -> None:
         refused_alike(context, played, f"wrong {number}", argument, what=f"a buffer with {change} on rank {odd} only")
     made.judge_dispatch(played)
     made.judge_combine(played)
+
+
+def undeclared_buffers(context: Context, case: EpCase) -> list[dict[str, Any]]:
+    """Arguments, each legal, of buffers outside the declaration."""
+    ep, size = context.ep, case.torch_dtype.itemsize
+    plain = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    found: list[dict[str, Any]] = [{"dtype": dtype} for name, dtype in plain.items() if name not in ep.dtypes]
+    found += [{"topk": n} for n in (1, 3, 7, 9, 33) if n not in ep.topk][:2]
+    found += [{"num_experts": n} for n in (1, 3, 7, 100, 257) if n not in ep.num_experts][:2]
+    found += [{"hidden": n // size} for n in (16, 48, 80, 1 << 20) if n not in ep.row_bytes][:2]
+    found += [{"overflow": word} for word in OVERFLOW if word not in ep.overflow]
+    found += [{"modes": (mode,)} for mode in MODES if mode not in ep.modes]
+    found += [{"mask_ranks": True}] * (not ep.mask_ranks) + [{"pre_reduce": True}] * (not ep.pre_reduce)
+    return found + [{"ranks_per_node": 1}] * (case.ranks not in ep.nodes)
+
+
+def _undeclared_count(context: Context) -> int:
+    # Where everything of the specification is declared, the one case left is that nothing was left out.
+    return max(1, len(undeclared_buffers(context, draw(context).base((2, 3)))))
+
+
+@holds("EPN-33", _undeclared_count)
+def undeclared_is_refused(context: Context) -> None:
+    """Open one buffer outside the declaration, then one inside it."""
+    case = EpDraw(context.rng, context.ep, 0).base((2, 3))
+    changes = undeclared_buffers(context, case)
+    made = Round(context, case)
+    refused = [Step("open", "undeclared", case.buffer(**change)) for change in changes[context.index :][:1]]
+    right = Step("open", "buffer", case.buffer())
+    scripts = [[*refused, right, made.dispatch(rank), Step("close")] for rank in range(case.ranks)]
+    played = play(context, case, scripts, raising=("undeclared",))
+    made.judge_dispatch(played)
+    for rank, steps in enumerate(played.steps if refused else []):
+        raised = steps["undeclared"].raised or {"type": "nothing"}
+        if raised["type"] != "UnsupportedError":
+            change = changes[context.index]
+            context.problem(f"rank {rank}: a buffer with {change} is not declared, and raises {raised['type']}")
 
 
 @holds("EPL-15")
