@@ -94,6 +94,8 @@ def test_a_negative_zero_is_another_bit_and_nan_equals_itself() -> None:
     want = torch.tensor([[1.0, torch.nan, 0.0]])
     assert differ("x", want.clone(), want, str) == ""
     assert "columns 2 of 3: -0.0 instead of 0.0" in differ("x", torch.tensor([[1.0, torch.nan, -0.0]]), want, str)
-    assert "shape" in differ("x", want[:, :2], want, str)
+    assert differ("x", want[:, :2], want, str) == "x has shape [1, 2] instead of [1, 3]"
+    assert differ("x", want[:0], want, str).endswith("first different in row 0 (0)")
+    assert differ("x", torch.cat([want, want]), want, str).endswith("more rows from row 1 on")
     assert "dtype" in differ("x", want.half(), want, str)
     assert differ("x", None, want, str) == "x is nothing instead of a tensor"

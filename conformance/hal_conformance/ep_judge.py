@@ -30,7 +30,7 @@ def differ(name: str, got: Any, want: Tensor | None, where: Where) -> str:
     if got.dtype != want.dtype:
         return f"{name} has dtype {got.dtype} instead of {want.dtype}"
     if got.shape != want.shape:
-        return f"{name} has shape {list(got.shape)} instead of {list(want.shape)}"
+        return f"{name} has shape {list(got.shape)} instead of {list(want.shape)}{_first(got, want, where)}"
     wrong = plain(got) != plain(want)
     if not bool(wrong.any()):
         return ""
@@ -47,6 +47,17 @@ def differ(name: str, got: Any, want: Tensor | None, where: Where) -> str:
         f"columns {at} of {flat.shape[1]}: {number(float(have[first]))} instead of {number(float(right[first]))}"
         + (f", off by at most {number(float(off.max()))}" if bool(off.isfinite().all()) else "")
     )
+
+
+def _first(got: Tensor, want: Tensor, where: Where) -> str:
+    """Where rows part, if there are only more or fewer of them."""
+    if got.shape[1:] != want.shape[1:]:
+        return ""
+    common = min(len(got), len(want))
+    unequal = plain(got[:common]) != plain(want[:common])
+    wrong = unequal.flatten(1).any(1).nonzero().flatten().tolist() if unequal.dim() > 1 else []
+    row = wrong[0] if wrong else common
+    return f", first different in row {row} ({where(row)})" if row < len(want) else f", more rows from row {row} on"
 
 
 def _kind(value: Any) -> str:
