@@ -55,7 +55,8 @@ def _first(got: Tensor, want: Tensor, where: Where) -> str:
         return ""
     common = min(len(got), len(want))
     unequal = plain(got[:common]) != plain(want[:common])
-    wrong = unequal.flatten(1).any(1).nonzero().flatten().tolist() if unequal.dim() > 1 else []
+    rows = unequal.flatten(1).any(1) if unequal.dim() > 1 else unequal
+    wrong = rows.nonzero().flatten().tolist()
     row = wrong[0] if wrong else common
     return f", first different in row {row} ({where(row)})" if row < len(want) else f", more rows from row {row} on"
 
