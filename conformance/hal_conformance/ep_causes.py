@@ -52,7 +52,7 @@ def of_received(
     if not equal(got["idx"], want.topk_idx):
         return _routes(case, inputs, rank, got["idx"], want)
     if want.scales is not None and not equal(got["scales"], want.scales):
-        return _scales(got["scales"], want.scales)
+        return _scales(got["scales"], want.scales) or _scales_elsewhere(got["scales"], inputs)
     if weighted and want.topk_weights is not None and not equal(got["weights"], want.topk_weights):
         if isinstance(got["weights"], Tensor) and not bool(got["weights"].any()):
             return "the weights do not travel along: they arrive as 0"
@@ -163,9 +163,13 @@ def _scales(got: Any, want: Tensor) -> str:
             return "scales are no powers of two although round_scale is True"
         if equal(got, want / 2) or bool((got * 2 == want).any()):
             return "scales are rounded down to a power of two, not up"
-    if {_key(row) for row in got} <= {_key(row) for row in want}:
-        return "scales of another row"
     return ""
+
+
+def _scales_elsewhere(got: Any, inputs: Sequence[RankInput]) -> str:
+    rows = {_key(row) for given in inputs if given.scales is not None for row in given.scales}
+    moved = isinstance(got, Tensor) and {_key(row) for row in got} <= rows
+    return "scales of another row" if moved else ""
 
 
 def _counts(case: EpCase, counts: list[int], want: RankReceived, wants: Sequence[RankReceived]) -> str:
