@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
-from hal_conformance.context import Settings
+from hal_conformance.context import Record, Settings
 from hal_conformance.ep_case import ROUTINGS, EpCase
-from hal_conformance.ep_judge import differ
+from hal_conformance.ep_judge import differ, padded, received
 from hal_conformance.parcel import pack, unpack
 from hal_conformance.session import Result, Session
 from hal_conformance.table import OBLIGATIONS
 from mutants.runner import installed
 from seeds import SEED
+
+from hal.reference import ep as oracle
 
 
 @pytest.fixture(autouse=True)
@@ -99,3 +102,32 @@ def test_a_negative_zero_is_another_bit_and_nan_equals_itself() -> None:
     assert differ("x", torch.cat([want, want]), want, str).endswith("more rows from row 1 on")
     assert "dtype" in differ("x", want.half(), want, str)
     assert differ("x", None, want, str) == "x is nothing instead of a tensor"
+
+
+class _Noted:
+    """What `received` needs of a context."""
+
+    def __init__(self) -> None:
+        self.record = Record()
+        self.wants_diagnosis = False
+
+    def problem(self, text: str) -> None:
+        self.record.problems.append(text)
+
+
+@pytest.mark.parametrize("spare", [0, 2])
+def test_as_many_rows_as_the_worst_case_are_judged(spare: int) -> None:
+    case = EpCase(ranks=1, experts=2, topk=1, tokens=(3,), routing="distinct", worst=3 + spare)
+    inputs = case.inputs(1)
+    want = oracle.dispatch(inputs, 2)
+    got = {
+        "recv_x": padded(want[0].x, case.worst),
+        "recv_topk_idx": torch.cat([want[0].topk_idx, torch.full((spare, 1), -1)]),
+        "recv_topk_weights": padded(want[0].topk_weights, case.worst),
+        "num_recv_tokens_per_expert": (),
+        "num_dropped": 0,
+    }
+    context: Any = _Noted()
+    assert received(context, case, inputs, 0, got, want)
+    got["recv_topk_idx"][-1] = 7
+    assert not received(context, case, inputs, 0, got, want)

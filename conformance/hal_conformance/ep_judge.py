@@ -107,7 +107,7 @@ def received(
         if not isinstance(x, Tensor) or len(x) != case.worst or not isinstance(idx, Tensor) or len(idx) != case.worst:
             problems.append(f"recv_x has not num_worst_tokens = {case.worst} rows")
         else:
-            past = (idx[rows:] != -1).reshape(case.worst - rows, -1).any(1).nonzero().flatten().tolist()
+            past = (idx[rows:] != -1).flatten(1).any(1).nonzero().flatten().tolist()
             if past:
                 problems.append(f"recv_topk_idx is not -1 in row {rows + past[0]}, past the last received one")
         x, idx, scales, heavy = (t[:rows] if isinstance(t, Tensor) else t for t in (x, idx, scales, heavy))

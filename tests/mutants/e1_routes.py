@@ -237,7 +237,7 @@ class OverflowSilent(Engine):
         return arrived[: self.args.max_recv_tokens] if self.args.overflow == "error" else super().room(arrived, rank)
 
 
-@engine("E1", "with overflow drop the first rows go, not the last")
+@engine("E1", "with overflow drop the first rows go, not the last", "drops other rows")
 class OverflowDropsFirst(Engine):
     def room(self, arrived: Any, rank: int) -> Any:
         most = self.args.max_recv_tokens
