@@ -60,6 +60,8 @@ class Sums:
         """The first other way of summing that gives exactly this."""
         if not isinstance(got, Tensor) or got.shape != want.shape or got.dtype != want.dtype:
             return ""
+        if equal(got, want):
+            return "rows are summed as they must be, their weights are not"
         if equal(got, torch.zeros_like(got)):
             return "the result is 0: nothing is summed"
         for name, options in _SUMS:

@@ -288,9 +288,9 @@ class StaleHandleAccepted(Engine):
 class ForeignHandleAccepted(Engine):
     everyone = object()
 
-    @property
-    def owner(self) -> object:
-        return self.everyone
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.identity = self.everyone
 
 
 @engine("E1", "each rank words the error with its own number")

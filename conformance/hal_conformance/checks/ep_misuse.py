@@ -13,7 +13,7 @@ from hal_conformance.checks.ep_normal import draw
 from hal_conformance.context import Context
 from hal_conformance.ep import Ref, Step
 from hal_conformance.ep_case import EpCase, EpDraw
-from hal_conformance.ep_play import play
+from hal_conformance.ep_play import Played, play
 from hal_conformance.ep_refused import refused_alike
 from hal_conformance.ep_round import PackedRound, Round, scripts
 
@@ -46,11 +46,14 @@ def _play_wrong(
         return found
 
     names = [f"wrong {number}" for number in range(len(wrong))]
-    played = play(context, case, scripts(case, steps, mode), raising=names)
-    for number, (title, argument, _) in enumerate(wrong):
-        if not refused_alike(context, played, f"wrong {number}", argument, what=title):
-            return
-        made.judge_dispatch(played, f"right {number}")
+
+    def judge(played: Played) -> None:
+        for number, (title, argument, _) in enumerate(wrong):
+            if not refused_alike(context, played, f"wrong {number}", argument, what=title):
+                return
+            made.judge_dispatch(played, f"right {number}")
+
+    judge(play(context, case, scripts(case, steps, mode), raising=names, first=judge))
 
 
 @holds("EPN-30")
