@@ -41,7 +41,7 @@ class OwnNodeFirst(Engine):
         return sorted(found, key=lambda at: (at[0] // self.args.ranks_per_node != node, at))
 
 
-@engine("E3", "a token for several ranks of a remote node arrives at the first of them only", "lost")
+@engine("E3", "a token for several ranks of a remote node arrives at the first of them only")
 class FirstRankOfNode(Engine):
     def homes(self, row: Any) -> list[int]:
         found: list[int] = []

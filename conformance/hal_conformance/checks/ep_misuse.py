@@ -152,7 +152,7 @@ def buffers_differ(context: Context) -> None:
     odd = context.rng.randrange(case.ranks)
     changes: list[tuple[str, dict[str, Any]]] = [
         ("max_tokens_per_rank", {"max_tokens_per_rank": case.most + 1}),
-        ("max_recv_tokens", {"max_recv_tokens": 3}),
+        ("max_recv_tokens", {"max_recv_tokens": case.ranks * case.most + 1}),
         ("hidden", {"hidden": case.hidden + 1}),
         ("num_experts", {"num_experts": 0}),
         ("modes", {"modes": ("fast",)}),
