@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hal.spec.limits import DENSE_LSE, DENSE_OUT
+
 GARBAGE_ENTRY = 2147480000
 
 
@@ -109,14 +111,14 @@ def assert_close(out: Tensor, lse: Tensor, want_out: Tensor, want_lse: Tensor, w
     if got.numel() == 0:
         return
     off = (got - want_out).abs()
-    bad = ~((off <= 8e-4) | (off <= 2.01 / 128 * want_out.abs()))
+    bad = ~((off <= DENSE_OUT.absolute) | (off <= DENSE_OUT.relative * want_out.abs()))
     assert not bad.any(), f"{what}: out at {bad.nonzero()[0].tolist()} is off by {float(off[bad][0])}"
     norm = (got * got + want_out * want_out).sum(-1)
     cosine = 1 - 2 * (got * want_out).sum(-1) / norm.clamp(min=1e-300)
     cosine[norm == 0] = 0
-    assert cosine.abs().max() <= 5e-6, f"{what}: cosine difference {float(cosine.abs().max())} in one row"
+    assert cosine.abs().max() <= DENSE_OUT.cosine, f"{what}: cosine difference {float(cosine.abs().max())} in one row"
     infinite = want_lse.isinf()
     assert torch.equal(lse.isinf() & (lse > 0), infinite), f"{what}: lse is +inf in other rows than the reference"
     lse_off = (lse - want_lse)[~infinite].abs()
-    within = (lse_off <= 1e-6) | (lse_off <= 8.01 / 65536 * want_lse[~infinite].abs())
+    within = (lse_off <= DENSE_LSE.absolute) | (lse_off <= DENSE_LSE.relative * want_lse[~infinite].abs())
     assert within.all(), f"{what}: lse is off by {float(lse_off[~within].max())}"

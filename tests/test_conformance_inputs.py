@@ -9,8 +9,9 @@ import torch
 from hal_conformance.case import MlaCase
 from hal_conformance.decode import call, expect, judge, magnitudes
 from hal_conformance.inputs import DATA, build, make_out
-from hal_conformance.limits import DENSE_LSE, DENSE_OUT
 from hal_conformance.memory import place, same_bits, unwritten
+
+from hal.spec.limits import DENSE_LSE, DENSE_OUT
 
 SMALL = MlaCase(lengths=(5, 33, 0), h_q=4, d=24, d_v=16, page=16)
 

@@ -21,6 +21,13 @@ CHOSEN = (
     "mutant-tail-times-zero",
     "mutant-maximum-not-subtracted",
     "mutant-race-one-in-fifty",
+    "mutant-own-rank-first",
+    "mutant-sum-in-arrival-order",
+    "mutant-cached-handle-ignored",
+    "mutant-error-on-one-rank",
+    "mutant-hook-blocks",
+    "mutant-scale-rounded-down",
+    "mutant-neighbour-named",
 )
 
 
@@ -33,7 +40,8 @@ def _mutants_are_installed() -> Iterator[None]:
 def test_there_are_many_and_each_claims_a_level() -> None:
     mutants = load()
     assert len(mutants) >= 60
-    assert {m.level for m in mutants.values()} == {"L0", "L1", "L2"} <= set(LEVEL_IDS)
+    assert {m.level for m in mutants.values()} == {"L0", "L1", "L2", "E1", "E2", "E3"} <= set(LEVEL_IDS)
+    assert sum(m.level.startswith("E") for m in mutants.values()) >= 30
     assert set(CHOSEN) <= set(mutants)
     assert all(m.story for m in mutants.values())
 
@@ -45,7 +53,7 @@ def test_a_mutant_dies_in_the_level_that_claims_it(name: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("backend", ["sample", "cpu"])
+@pytest.mark.parametrize("backend", ["sample", "ep-sample", "ep-modest", "cpu"])
 def test_a_correct_backend_survives_a_fresh_seed(backend: str) -> None:
     alarms = [(r.id, r.message, [f.get("reproduce") for f in r.failures]) for r in run(backend) if r.status in RED]
     assert not alarms, alarms

@@ -63,7 +63,14 @@ def made(*waivers: Waiver, mode: str = "default", **changed: str) -> dict[str, A
 def test_a_passing_report_certifies_and_verifies() -> None:
     one = made()
     assert one["verdict"] == "PASS"
-    assert one["certificate"]["levels"] == {"L0": "PASS", "L1": "PASS", "L2": "PASS"}
+    assert one["certificate"]["levels"] == {
+        "L0": "PASS",
+        "L1": "PASS",
+        "L2": "PASS",
+        "E1": "PASS",
+        "E2": "PASS",
+        "E3": "PASS",
+    }
     errors, notes = certificate.verify(json.loads(json.dumps(one)))
     assert errors == []
     assert "not installed here" in notes[0]
@@ -188,7 +195,7 @@ def test_verify_on_the_command_line(tmp_path: Path) -> None:
     report.write(made(), path)
     done = CliRunner().invoke(app, ["verify", str(path)])
     assert done.exit_code == 0, done.output
-    assert "the certificate holds: hal-acme 1.0, levels L0, L1, L2" in done.output
+    assert "the certificate holds: hal-acme 1.0, levels E1, E2, E3, L0, L1, L2" in done.output
     report.write(made(mode="quick"), path)
     done = CliRunner().invoke(app, ["verify", str(path)])
     assert done.exit_code == 1

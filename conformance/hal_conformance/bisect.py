@@ -36,8 +36,8 @@ def bisect(context: Context) -> dict[str, Any]:
     except (Stop, BackendRaised) as stopped:
         context.problem(str(stopped))
     record = context.record
-    if record.case is None:
-        return {"case": None, "rows": [], "verdict": "this case makes no call that could be taken apart"}
+    if record.case is None or "ranks" in record.case:
+        return {"case": None, "rows": [], "verdict": "this case makes no decode that could be taken apart"}
     case = MlaCase.from_dict(record.case)
     inputs = build(case, record.tensors)
     found: dict[str, Any] = {"case": record.case, "problems": record.problems}

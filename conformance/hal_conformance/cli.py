@@ -16,11 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hal import plugins
 from hal.spec.errors import HalError
+from hal.spec.limits import DENSE_OUT
 from hal_conformance import certificate, diff, docs, html
 from hal_conformance import report as reports
 from hal_conformance import waivers as waiver_file
 from hal_conformance.context import Settings
-from hal_conformance.limits import DENSE_OUT
 from hal_conformance.session import RED, Result, Session, fresh_seed
 from hal_conformance.table import BY_ID, LEVEL_IDS, OBLIGATIONS, Mode, of_level
 

@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor
 
 import hal
-from hal.spec.capability import Capabilities, MlaCapabilities
+from hal.spec.capability import Capabilities, EpCapabilities, MlaCapabilities
 from hal.spec.errors import HalError
+from hal.spec.limits import DENSE_LSE, DENSE_OUT, Limits
 from hal_conformance.case import MlaCase
 from hal_conformance.decode import Expected, Outcome, Verdict, call, expect, judge
 from hal_conformance.draw import Draw
 from hal_conformance.inputs import Inputs, build
-from hal_conformance.limits import DENSE_LSE, DENSE_OUT, Limits
 from hal_conformance.table import Mode, Obligation
 from hal_conformance.threads import few_threads, is_small
 
@@ -107,15 +107,28 @@ class Context:
         self.index = index
         self.record = Record()
         self.wants_diagnosis = True
-        self.rng = random.Random(f"{settings.seed}/{obligation.id}/{index}")
+        self.rng = random.Random()
         self.device = settings.device or capabilities.device_types[0]
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what went wrong and draw everything again as before."""
+        self.rng.seed(f"{self.settings.seed}/{self.obligation.id}/{self.index}")
         self._built = 0
+        self.record.problems.clear()
+        self.record.diagnosis = None
 
     @property
     def dense(self) -> MlaCapabilities:
         """What is declared for dense decode; only for checks that require it."""
         assert self.capabilities.mla_dense is not None
         return self.capabilities.mla_dense
+
+    @property
+    def ep(self) -> EpCapabilities:
+        """What is declared for expert-parallel calls; only for checks that require it."""
+        assert self.capabilities.ep is not None
+        return self.capabilities.ep
 
     def draw(self) -> Draw:
         """The source of declared sizes."""

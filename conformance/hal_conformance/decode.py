@@ -21,9 +21,10 @@ from hal import plugins
 from hal.backend import Backend, Probe
 from hal.reference import mla as reference
 from hal.spec.capability import Capabilities
+from hal.spec.limits import Limits
 from hal.spec.mla import MlaDecodeArgs
 from hal_conformance.inputs import Inputs, build, make_out
-from hal_conformance.limits import Comparison, Limits, compare
+from hal_conformance.limits import Comparison, compare
 from hal_conformance.memory import Guarded, place
 from hal_conformance.threads import few_threads, is_small
 

@@ -7,10 +7,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from hal.spec.limits import DENSE_LSE, Limits
 from hal_conformance.decode import Expected, Outcome, Verdict, judge
 from hal_conformance.hypotheses import attend, causes
 from hal_conformance.inputs import Inputs
-from hal_conformance.limits import Limits, number
+from hal_conformance.limits import number
 from hal_conformance.memory import unwritten
 
 _WORK: Final = 3e9
@@ -118,7 +119,7 @@ def _by_looking(outcome: Outcome, expected: Expected, verdict: Verdict) -> str:
 
 
 _NO_LIMITS = Limits(float("inf"), float("inf"), float("inf"))
-_LSE = Limits(1e-6, 8.01 / 65536, float("inf"))
+_LSE = Limits(DENSE_LSE.absolute, DENSE_LSE.relative, float("inf"))
 
 
 def _unswap(lse: Tensor) -> Tensor:

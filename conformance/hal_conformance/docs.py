@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hal.spec import SPEC_VERSION
-from hal_conformance.limits import DENSE_LSE, DENSE_OUT
+from hal.spec.limits import DENSE_LSE, DENSE_OUT
 from hal_conformance.requirements import REQUIREMENTS
 from hal_conformance.table import LEVELS, TABLE
 
@@ -26,6 +26,9 @@ declared: the suite makes the call all the same, and it must raise `UnsupportedE
 inf and NaN must be where the reference has them. The absolute limits are for data within ±1: where a row's V (or the
 sum of the absolute products behind its scores) is larger, they grow with it. A vendor may tighten limits, never loosen
 them.
+
+**Expert-parallel calls** have no limits: what `hal.reference.ep` says is meant bit for bit. Rows are moved, not
+computed, and sums are float32 additions in a stated order, rounded once.
 """
 
 

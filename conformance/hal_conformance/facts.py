@@ -117,6 +117,7 @@ def suite_hash() -> str:
     ]
     reference = Path(hal.__file__).parent / "reference"
     files += [(f"hal/reference/{p.name}", p) for p in reference.glob("*.py")]
+    files.append(("hal/spec/limits.py", reference.parent / "spec" / "limits.py"))
     digest = _hash(files)
     assert digest is not None
     return digest

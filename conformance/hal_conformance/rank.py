@@ -1,45 +1,41 @@
-"""One rank of a group: ``python -m hal_conformance.rank module:function FOLDER``, started by `ranks.run_ranks`."""
+"""One rank of a team: a process that answers what `ranks.Team` asks, until its pipe closes."""
 
 from __future__ import annotations
 
 import faulthandler
 import importlib
-import json
 import os
-import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 
-from hal_conformance.ranks import Rank
+import torch
+
+from hal_conformance.parcel import pack, unpack
+from hal_conformance.ranks import Rank, variables
 
 
-def main() -> None:
-    """Call the function and write down its answer, or what it raised."""
-    faulthandler.enable()
-    target, folder = sys.argv[1], Path(sys.argv[2])
-    module, _, name = target.partition(":")
-    rank = Rank(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), _payload(folder), folder)
-    answer = folder / f"{rank.rank}.answer"
-    try:
-        work = getattr(importlib.import_module(module), name)
-        rank.phase("start")
-        value = work(rank)
-    except Exception as error:
-        answer.write_text(json.dumps({"raised": f"{type(error).__name__}: {error}"}))
-        # At once: leaving in order may wait for peers that wait for this rank.
-        os._exit(1)
-    # The answer appears whole or not at all.
-    partial = answer.with_suffix(".partial")
-    partial.write_text(json.dumps(value))
-    partial.rename(answer)
-    sys.stdout.flush()
-    # At once again: what the process group does while the interpreter ends, peers gone, is not under test.
-    os._exit(0)
-
-
-def _payload(folder: Path) -> dict[str, object]:
-    found: dict[str, object] = json.loads((folder / "payload").read_text())
-    return found
-
-
-if __name__ == "__main__":
-    main()
+def serve(rank: int, world: int, folder: str, pipe: Connection) -> None:
+    """Call one function after the other and tell what each returned; the first that raises is the last."""
+    with (Path(folder) / f"{rank}.output").open("wb") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    faulthandler.enable(2)
+    os.environ.update(variables(rank, world))
+    torch.set_num_threads(1)
+    while True:
+        try:
+            target, payload = unpack(pipe.recv_bytes())
+        except (EOFError, OSError):
+            # At once: leaving in order may wait for peers that wait for this rank.
+            os._exit(0)
+        mine = Rank(rank, world, payload, Path(folder), pipe)
+        module, _, name = target.partition(":")
+        try:
+            work = getattr(importlib.import_module(module), name)
+            mine.phase("start")
+            answer = ("done", work(mine))
+        except Exception as error:
+            answer = ("raised", f"{type(error).__name__}: {error}")
+        pipe.send_bytes(pack(answer))
+        if answer[0] == "raised":
+            os._exit(1)

@@ -12,8 +12,8 @@ import hal
 from hal.spec.capability import Capabilities, MlaCapabilities
 from hal_conformance.case import MlaCase
 from hal_conformance.context import Context, refused
+from hal_conformance.ep_requirements import EP_REQUIREMENTS, ep, refusal
 from hal_conformance.inputs import build
-from hal_conformance.ranks import run_ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,18 +108,6 @@ def _any_mla(test: Callable[[MlaCapabilities], bool]) -> Callable[[Capabilities]
     return lambda c: any(test(kind) for kind in (c.mla_dense, c.mla_sparse) if kind is not None)
 
 
-def _ep_mode(mode: str) -> Callable[[Context], str]:
-    def refusal(context: Context) -> str:
-        done = run_ranks("hal_conformance.ep:open_buffer", 2, {"backend": context.backend, "mode": mode}, timeout=40.0)
-        return done.message or next((text for text in done.values if text), "")
-
-    return refusal
-
-
-def _ep(mode: str) -> Callable[[Capabilities], bool]:
-    return lambda capabilities: capabilities.ep is not None and mode in capabilities.ep.modes
-
-
 REQUIREMENTS: Final[dict[str, Requirement]] = {
     "nothing": Requirement("every backend", lambda c: True),
     "dense": Requirement("dense decode", lambda c: c.mla_dense is not None, dense_call()),
@@ -142,6 +130,8 @@ REQUIREMENTS: Final[dict[str, Requirement]] = {
     ),
     "attn_sink": Requirement("attention sinks", _any_mla(lambda m: m.attn_sink), _sink),
     "extra_kv_cache": Requirement("extra caches", _any_mla(lambda m: m.extra_kv_cache), _extra),
-    "ep_normal": Requirement("EP, normal mode", _ep("normal"), _ep_mode("normal")),
-    "ep_low_latency": Requirement("EP, low-latency mode", _ep("low_latency"), _ep_mode("low_latency")),
+    **{
+        name: Requirement(title, ep(declared), refusal(calls))
+        for name, (title, declared, calls) in EP_REQUIREMENTS.items()
+    },
 }

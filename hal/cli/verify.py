@@ -11,15 +11,12 @@ from typing import Final
 import torch
 from torch import Tensor
 
-OUT_ABS: Final = 8e-4
-OUT_REL: Final = 2.01 / 128
-COSINE: Final = 5e-6
-LSE_ABS: Final = 1e-6
-LSE_REL: Final = 8.01 / 65536
+from hal.spec.limits import DENSE_LSE, DENSE_OUT
 
 LIMITS: Final = (
-    f"out within {OUT_ABS:g} or 2.01/128 of its value and cosine difference {COSINE:g} in every row; "
-    f"lse within {LSE_ABS:g} or 8.01/65536 of its value"
+    f"out within {DENSE_OUT.absolute:g} or {DENSE_OUT.relative * 128:g}/128 of its value and cosine difference "
+    f"{DENSE_OUT.cosine:g} in every row; lse within {DENSE_LSE.absolute:g} or {DENSE_LSE.relative * 65536:g}/65536 of "
+    f"its value"
 )
 
 
@@ -71,13 +68,14 @@ def compare(
     got, want = out.double().cpu(), right_out.double().cpu()
     got_lse, want_lse = (x.double().cpu().transpose(-1, -2) for x in (lse, right_lse))
     error = (got - want).abs()
-    near = (error <= OUT_ABS) | (error <= OUT_REL * want.abs())
+    near = (error <= DENSE_OUT.absolute) | (error <= DENSE_OUT.relative * want.abs())
     # 1 − 2Σxy / Σ(x² + y²), written without its cancellation; a row of zeros on both sides differs by nothing.
     cosine = (got - want).square().sum(-1) / (got.square() + want.square()).sum(-1).clamp_min(1e-300)
     # Equal infinities are equal; their difference would be NaN.
     lse_error = torch.where(got_lse == want_lse, 0.0, (got_lse - want_lse).abs())
-    lse_near = (lse_error <= LSE_ABS) | ((lse_error <= LSE_REL * want_lse.abs()) & want_lse.isfinite())
-    right = near.all(-1) & (cosine <= COSINE) & lse_near
+    relative = (lse_error <= DENSE_LSE.relative * want_lse.abs()) & want_lse.isfinite()
+    lse_near = (lse_error <= DENSE_LSE.absolute) | relative
+    right = near.all(-1) & (cosine <= DENSE_OUT.cosine) & lse_near
     wrong = (~right).nonzero()
     first = ""
     if len(wrong):

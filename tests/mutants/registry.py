@@ -10,7 +10,14 @@ from typing import Any
 
 from mutants.sample import Plugin
 
-CATALOGUES = ("l0", "l1", "l2_memory", "l2_numbers", "l2_options", "fatal")
+CATALOGUES = ("l0", "l1", "l2_memory", "l2_numbers", "l2_options", "fatal", "e1_routes", "e1_sums", "e2", "e3")
+
+CORRECT = (
+    "sample = mutants.sample:plugin",
+    "ep-sample = mutants.ep_sample:plugin",
+    "ep-modest = mutants.ep_sample:modest",
+)
+"""Backends without a bug, as entry points."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,17 @@ def mutant(level: str, story: str, cause: str = "") -> Callable[[type], type]:
     return register
 
 
+def engine(level: str, story: str, cause: str = "") -> Callable[[type], type]:
+    """Register an expert-parallel engine as a mutant: a backend that opens it."""
+    from mutants.ep_sample import EpSample
+
+    def register(cls: type) -> type:
+        mutant(level, story, cause)(type(cls.__name__, (EpSample,), {"engine": cls}))
+        return cls
+
+    return register
+
+
 def load() -> dict[str, Mutant]:
     """Every mutant of every catalogue."""
     for catalogue in CATALOGUES:
@@ -54,10 +72,10 @@ def load() -> dict[str, Mutant]:
 
 
 def install(folder: Path) -> None:
-    """Write the metadata of a distribution that registers the sample and all mutants as backends."""
+    """Write the metadata of a distribution that registers the samples and all mutants as backends."""
     info = folder / "hal_mutants-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: hal-mutants\nVersion: 1.0\n")
-    lines = ["[hal.backends]", "sample = mutants.sample:plugin"]
+    lines = ["[hal.backends]", *CORRECT]
     lines += [f"{m.name} = {m.entry}" for m in load().values()]
     (info / "entry_points.txt").write_text("\n".join(lines) + "\n")

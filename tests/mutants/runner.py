@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 from hal_conformance.context import Settings
+from hal_conformance.process import Worker
 from hal_conformance.session import RED, Result, Session, fresh_seed
 from hal_conformance.table import LEVEL_IDS, OBLIGATIONS
 
@@ -59,11 +60,22 @@ def installed() -> Iterator[None]:
             yield
 
 
-def run(backend: str, seed: int | None = None, patience: float = 1.0, until: str = "", enough: int = 0) -> list[Result]:
-    """One quick run, up to the level ``until``, or until ``enough`` obligations have failed."""
+def run(
+    backend: str,
+    seed: int | None = None,
+    patience: float = 1.0,
+    until: str = "",
+    enough: int = 0,
+    worker: Worker | None = None,
+) -> list[Result]:
+    """One quick run, up to the level ``until``, or until ``enough`` obligations have failed.
+
+    A ``worker`` that is given stays, with the ranks it started.
+    """
     seed = fresh_seed() if seed is None else seed
     session = Session(Settings(backend, seed, "quick", patience=patience))
     session.stop_after = 1 if enough else session.stop_after
+    session.worker = worker or session.worker
     results: list[Result] = []
     try:
         for obligation in OBLIGATIONS:
@@ -73,14 +85,15 @@ def run(backend: str, seed: int | None = None, patience: float = 1.0, until: str
             results.append(session.run_one(obligation))
         return results
     finally:
-        session.close()
+        if worker is None:
+            session.close()
 
 
-def kill(mutant: Mutant) -> Kill:
+def kill(mutant: Mutant, worker: Worker | None = None) -> Kill:
     """Run the suite against one mutant until a level fails."""
     started = time.monotonic()
     patience = 0.1 if mutant.name in _HANGS else 1.0
-    results = run(mutant.name, patience=patience, until=mutant.level, enough=3)
+    results = run(mutant.name, patience=patience, until=mutant.level, enough=3, worker=worker)
     red = [r for r in results if r.status in RED]
     level = red[0].obligation.level if red else ""
     causes = [f["diagnosis"]["cause"] for r in red for f in r.failures if f.get("diagnosis")]
@@ -98,8 +111,10 @@ def table(names: list[str]) -> int:
     mutants = [m for m in load().values() if not names or any(n in m.name for n in names)]
     wrong = []
     console.print(f"{'mutant':<34} {'level':<10} {'killed by':<34} {'s':>6}  likely cause named")
+    ranks = Worker()
     for one in mutants:
-        done = kill(one)
+        # What wrong engines do, they do to their ranks: these may serve the next one too.
+        done = kill(one, ranks if one.level.startswith("E") else None)
         by = ", ".join(done.by[:3]) + (f" +{len(done.by) - 3}" if len(done.by) > 3 else "")
         mark = "" if done.right else "  ✗ "
         died = done.level if done.level == one.level else f"{one.level}→{done.level or 'alive'}"
@@ -109,6 +124,7 @@ def table(names: list[str]) -> int:
         sys.stdout.flush()
         if not done.right:
             wrong.append(done)
+    ranks.stop()
     console.print(f"{len(mutants) - len(wrong)} of {len(mutants)} mutants killed in the level that claims them")
     for done in wrong:
         console.print(

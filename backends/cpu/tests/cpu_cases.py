@@ -13,6 +13,7 @@ from hal_cpu.torch_path import TorchKernel
 from torch import Tensor
 
 from hal.reference import mla as reference
+from hal.spec.limits import DENSE_LSE, DENSE_OUT
 from hal.spec.mla import MlaDecodeArgs, check_decode
 from hal.spec.plan import check_plan
 
@@ -166,14 +167,18 @@ def assert_close(out: Tensor, lse: Tensor, want_out: Tensor, want_lse: Tensor) -
         return
     off = (got - wanted).abs()
     size = wanted.abs().amax(-1, keepdim=True)
-    near = off <= 1e-5 * (1 + size) if exact else (off <= 8e-4) | (off <= 2.01 / 128 * wanted.abs())
+    near = (
+        off <= 1e-5 * (1 + size) if exact else (off <= DENSE_OUT.absolute) | (off <= DENSE_OUT.relative * wanted.abs())
+    )
     assert near.all(), f"out at {(~near).nonzero()[0].tolist()}: {float(got[~near][0])}, not {float(wanted[~near][0])}"
     # A short row may exceed the cosine limit by rounding to bfloat16 alone: up to 2⁻¹⁷ for a single element.
     norm = (got * got + wanted * wanted).sum(-1) * (got.shape[-1] >= 16)
     cosine = torch.where(norm == 0, 0, 1 - 2 * (got * wanted).sum(-1) / norm)
-    assert cosine.abs().max() <= 5e-6, f"cosine difference {float(cosine.abs().max())}"
+    assert cosine.abs().max() <= DENSE_OUT.cosine, f"cosine difference {float(cosine.abs().max())}"
     nothing = want_lse == math.inf
     assert torch.equal(lse == math.inf, nothing), "lse is +inf in other rows"
     lse_off = (lse.double() - want_lse)[~nothing].abs()
-    limit = torch.clamp(want_lse[~nothing].abs() * (1e-6 if exact else 8.01 / 65536), min=1e-6 if not exact else 3e-6)
+    limit = torch.clamp(
+        want_lse[~nothing].abs() * (1e-6 if exact else DENSE_LSE.relative), min=3e-6 if exact else DENSE_LSE.absolute
+    )
     assert (lse_off <= limit).all(), f"lse is off by {float((lse_off - limit).max())} more than allowed"

@@ -44,6 +44,19 @@ def holds(obligation: str, count: Callable[[Context], int] | None = None) -> Cal
 
 def load() -> dict[str, Check]:
     """Every check."""
-    from hal_conformance.checks import basic, capability, edges, metamorphic, numbers, options, sweep  # noqa: F401
+    from hal_conformance.checks import (  # noqa: F401  # noqa: F401
+        basic,
+        capability,
+        edges,
+        ep_calls,
+        ep_faults,
+        ep_low_latency,
+        ep_misuse,
+        ep_normal,
+        metamorphic,
+        numbers,
+        options,
+        sweep,
+    )
 
     return CHECKS

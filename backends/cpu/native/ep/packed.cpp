@@ -77,6 +77,7 @@ std::shared_ptr<Operation> Engine::packed_dispatch(const PackedCall& call) {
     for (int64_t token = 0; token < call.tokens; ++token)
       std::memcpy(op->copy.data() + token * later.stride, call.x + token * call.stride, size_t(later.stride));
     later.x = op->copy.data();
+    later.waits = nullptr;  // nobody waits here, and what the caller gave is written by the hook only
     job_ = [this, op, later] {
       try {
         packed_body(*op, later);
@@ -113,7 +114,7 @@ std::shared_ptr<Operation> Engine::packed_dispatch(const PackedCall& call) {
 }
 
 void Engine::packed_body(Operation& op, const PackedCall& call) {
-  wait(kPost, op, nullptr, [&](int peer) {
+  wait(kPost, op, call.waits, [&](int peer) {
     return post_from(peer, op.seq).seq.load(std::memory_order_seq_cst) >= op.seq * 4;
   });
   check_posts(op, 0);

@@ -1,0 +1,268 @@
+"""Cases of expert-parallel obligations: sizes, routing and data of every rank, as data that can be printed."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from hal.reference import ep as oracle
+from hal.reference.ep import RankInput
+from hal.spec.capability import EpCapabilities
+from hal.spec.ep import FP8, SCALE_GROUP
+from hal_conformance.draw import members
+
+ROUTINGS: Final = ("mixed", "distinct", "zipf", "one", "one_rank", "avoid", "same", "none", "half")
+TIMEOUT: Final = 10.0
+"""Of the buffers of ordinary cases: longer than anything a correct backend needs."""
+
+RANKS: Final = (3, 2, 4, 1)
+ROWS: Final = (128, 48, 272, 16, 528, 1040)
+"""Bytes of a row; all but the first are an odd multiple of 16."""
+
+_LARGE: Final = 2.0**15
+_SMALL: Final = 2.0**-11
+"""Representable in every dtype of rows; their sum is not, in float32."""
+
+TOPK: Final = (3, 2, 5, 1, 8)
+EXPERTS: Final = (8, 9, 7, 16, 12, 5, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class EpCase:
+    """Sizes, options and attacks of one case, the same for all ranks.
+
+    Attributes
+    ----------
+    ranks, experts, topk, hidden : int
+    tokens : tuple of int
+        Of each rank.
+    dtype : str
+    routing : str
+        Member of `ROUTINGS`: with holes and duplicates, without, skewed, all to one expert, all to one rank, none to
+        the first rank, one expert K times, no expert at all, every second token nowhere.
+    data : str
+        ``normal``; ``order``: sums depend on their order; ``extreme``: groups of columns hard to quantise.
+    scales : str
+        Empty, or the dtype of the scales that travel with FP8 rows.
+    weights : bool
+    expand : bool
+    alignment, worst, bias : int
+    capacity : int
+        ``max_tokens_per_rank``; 0 for just enough.
+    room : int or None
+        ``max_recv_tokens``.
+    overflow : str
+    per_node : int or None
+    pre_reduce : bool
+    cast : str
+    pad : int
+        Unused elements after each row of the inputs.
+    """
+
+    ranks: int = 2
+    experts: int = 8
+    topk: int = 3
+    hidden: int = 64
+    tokens: tuple[int, ...] = (5, 7)
+    dtype: str = "bfloat16"
+    routing: str = "mixed"
+    data: str = "normal"
+    scales: str = ""
+    weights: bool = True
+    expand: bool = False
+    alignment: int = 1
+    worst: int = 0
+    bias: int = 0
+    capacity: int = 0
+    room: int | None = None
+    overflow: str = "error"
+    per_node: int | None = None
+    pre_reduce: bool = False
+    cast: str = "none"
+    pad: int = 0
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of unquantised rows."""
+        found = getattr(torch, self.dtype)
+        assert isinstance(found, torch.dtype)
+        return found
+
+    @property
+    def local(self) -> int:
+        """Experts a rank."""
+        return oracle.local_experts(self.experts, self.ranks)
+
+    @property
+    def most(self) -> int:
+        """``max_tokens_per_rank``."""
+        return max(self.capacity, *self.tokens, 1)
+
+    def but(self, **changes: Any) -> EpCase:
+        """The same case with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Only what differs from the defaults, and what a person has to read."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        must = ("ranks", "experts", "topk", "hidden", "tokens", "routing")
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items() if k in must or v != defaults[k]}
+
+    def buffer(self, mode: str | tuple[str, ...] = "normal", **more: Any) -> dict[str, Any]:
+        """Arguments of its `hal.EpBuffer`."""
+        return {
+            "num_experts": self.experts,
+            "hidden": self.hidden,
+            "topk": self.topk,
+            "max_tokens_per_rank": self.most,
+            "dtype": self.torch_dtype,
+            "modes": (mode,) if isinstance(mode, str) else mode,
+            "max_recv_tokens": self.room,
+            "overflow": self.overflow,
+            "ranks_per_node": self.ranks if self.per_node is None else self.per_node,
+            "pre_reduce": self.pre_reduce,
+            "timeout": TIMEOUT,
+            **more,
+        }
+
+    def inputs(self, seed: int) -> list[RankInput]:
+        """What every rank passes in."""
+        rng = torch.Generator().manual_seed(seed % 2**63)
+        made = []
+        for n in self.tokens:
+            x = self._rows(n, rng)
+            scales = None
+            if self.scales:
+                x = x.clamp(-400, 400).to(FP8)
+                groups = -(-self.hidden // SCALE_GROUP)
+                if self.scales == "int32":
+                    scales = torch.randint(-(2**31), 2**31 - 1, (n, -(-groups // 4)), generator=rng, dtype=torch.int32)
+                else:
+                    scales = torch.rand(n, groups, generator=rng) + 0.5
+            idx = self._routes(n, rng)
+            weights = torch.rand(n, self.topk, generator=rng) + 0.05
+            if self.data == "order":
+                # Powers of two, so that weighted rows cancel too.
+                weights = torch.exp2(-torch.randint(0, 2, (n, self.topk), generator=rng).float())
+            rows = x if self.scales else x.to(self.torch_dtype)
+            made.append(RankInput(rows, idx, weights if self.weights else None, scales))
+        return made
+
+    def _rows(self, n: int, rng: torch.Generator) -> Tensor:
+        x = torch.randn(n, self.hidden, generator=rng)
+        if self.data == "order":
+            x = x * torch.tensor([4096.0, 1.0, 0.03])[torch.randint(3, (n, 1), generator=rng)]
+        if self.data == "extreme":
+            groups = -(-self.hidden // SCALE_GROUP)
+            sizes = torch.tensor([0.0, 1e-6, 3e-5, 1.0, 448.0, 7.0, 1e4, 2.0**-9])
+            size = sizes[torch.randint(len(sizes), (n, groups), generator=rng)]
+            x = x * size.repeat_interleave(SCALE_GROUP, 1)[:, : self.hidden]
+            # Groups whose largest magnitude is exactly a power of two times 448: no rounding up there.
+            exact = torch.rand(n, groups, generator=rng) < 0.3
+            at = torch.arange(groups) * SCALE_GROUP
+            x[:, at] = torch.where(
+                exact, 448.0 * torch.exp2(torch.randint(-8, 4, (n, groups), generator=rng)), x[:, at]
+            )
+        return x
+
+    def _routes(self, n: int, rng: torch.Generator) -> Tensor:
+        experts, topk = self.experts, self.topk
+        shape = (n, topk)
+        if self.routing == "distinct" and topk <= experts:
+            return torch.rand(n, experts, generator=rng).topk(topk, dim=1).indices
+        if self.routing == "zipf":
+            share = (1.0 / torch.arange(1, experts + 1)).cumsum(0)
+            return torch.searchsorted(share, torch.rand(shape, generator=rng) * share[-1]).clamp(max=experts - 1)
+        if self.routing == "one":
+            return torch.full(shape, experts - 1)
+        if self.routing == "one_rank":
+            first = (experts - 1) // self.local * self.local
+            return torch.randint(first, experts, shape, generator=rng)
+        if self.routing == "avoid" and experts > self.local:
+            return torch.randint(self.local, experts, shape, generator=rng)
+        if self.routing == "same":
+            return torch.randint(experts, (n, 1), generator=rng).expand(shape).contiguous()
+        if self.routing == "none":
+            return torch.full(shape, -1)
+        idx = torch.randint(experts, shape, generator=rng)
+        if self.routing == "half":
+            idx[::2] = -1
+            return idx
+        hole = torch.rand(shape, generator=rng) < 0.2
+        # Duplicates on purpose: an expert again in the next column.
+        again = torch.rand(n, generator=rng) < 0.4
+        if topk > 1:
+            idx[:, -1] = torch.where(again, idx[:, 0], idx[:, -1])
+        return idx.masked_fill(hole, -1)
+
+    def outputs(self, rows: list[int], seed: int) -> list[Tensor]:
+        """What the experts of every rank make of so many rows: sums of them depend on their order."""
+        rng = torch.Generator().manual_seed(seed % 2**63)
+        return [self._cancelling(count, rng) for count in rows]
+
+    def biases(self, seed: int) -> list[list[Tensor]]:
+        """``bias`` tensors of every rank."""
+        rng = torch.Generator().manual_seed(seed % 2**63)
+        return [[self._cancelling(n, rng) for _ in range(self.bias)] for n in self.tokens]
+
+    def _cancelling(self, rows: int, rng: torch.Generator) -> Tensor:
+        """Numbers of which the large ones cancel, and swallow in float32 the small ones added before they do."""
+        shape = (rows, self.hidden)
+        signs = torch.randint(0, 2, shape, generator=rng) * 2 - 1
+        large = torch.rand(shape, generator=rng) < 0.4
+        return torch.where(large, signs * _LARGE, torch.randn(shape, generator=rng) * _SMALL).to(self.torch_dtype)
+
+
+@dataclass(slots=True)
+class EpDraw:
+    """A source of declared sizes. Systematic in ``index``, random in ``rng``."""
+
+    rng: random.Random
+    declared: EpCapabilities
+    index: int
+
+    def base(self, ranks: tuple[int, ...] = RANKS, **changes: Any) -> EpCase:
+        """A case of usual sizes, with as many ranks as this index has its turn with."""
+        found = members(self.declared.ranks, ranks)
+        world = found[self.index % len(found)]
+        dtypes = [d for d in self.declared.dtypes if d != "float8_e4m3fn"]
+        case = EpCase(
+            ranks=world,
+            experts=self.rng.choice(members(self.declared.num_experts, EXPERTS[:4])),
+            topk=self.rng.choice(members(self.declared.topk, TOPK[:2])),
+            tokens=tuple(self.rng.choice((1, 4, 7, 12, 17)) for _ in range(world)),
+            dtype=dtypes[0],
+        )
+        return self.sized(case.but(**changes))
+
+    def odd(self, case: EpCase) -> EpCase:
+        """Sizes nobody tunes for."""
+        return self.sized(
+            case.but(
+                experts=self.rng.choice(members(self.declared.num_experts, (5, 7, 9, 13, 1, 11))),
+                topk=self.rng.choice(members(self.declared.topk, (1, 3, 5, 7))),
+            ),
+            ROWS[1:],
+        )
+
+    def sized(self, case: EpCase, rows: tuple[int, ...] = (128, 256)) -> EpCase:
+        """With a declared hidden, of FP8 rows too where the case has some."""
+        itemsize = case.torch_dtype.itemsize
+        declared = self.declared.row_bytes
+        fp8 = bool(case.scales) or case.cast != "none"
+        usual = [n for n in members(declared, rows) if n % 16 == 0 and n % itemsize == 0]
+        if fp8:
+            # An FP8 row of so many bytes has so many columns, and the same columns unquantised must be legal too.
+            usual = [n * itemsize for n in members(declared, (272, 656, 144)) if n % 16 == 0]
+            usual = [n for n in usual if n in declared] or [self._smallest() * itemsize]
+        row = self.rng.choice(usual or [self._smallest()])
+        return case.but(hidden=row // itemsize)
+
+    def _smallest(self) -> int:
+        return next(n for n in range(16, 1 << 20, 16) if n in self.declared.row_bytes)

@@ -1,0 +1,159 @@
+"""What expert-parallel obligations require, and the calls that must be refused where it is not declared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from hal.spec.capability import Capabilities, EpCapabilities
+from hal_conformance.context import Context, Stop
+from hal_conformance.ep import Ref, Step
+from hal_conformance.ep_case import EpCase, EpDraw
+from hal_conformance.ep_play import play
+from hal_conformance.ep_round import PackedRound, Round, scripts
+
+Declared = Callable[[EpCapabilities], bool]
+Calls = Callable[[EpCase, Context], tuple[EpCase, Any, dict[str, Any], Callable[[int], list[Step]]]]
+"""The case, the modes and other arguments of its buffer, and the calls, of which one (or the buffer) is undeclared."""
+
+
+def ep(test: Declared) -> Callable[[Capabilities], bool]:
+    """Whether expert-parallel calls are declared, and of them something more."""
+    return lambda capabilities: capabilities.ep is not None and test(capabilities.ep)
+
+
+def refusal(calls: Calls) -> Callable[[Context], str]:
+    """Make the calls on local ranks: the buffer or one of the calls must raise UnsupportedError on all of them."""
+
+    def refuse(context: Context) -> str:
+        plain = EpCase() if context.capabilities.ep is None else EpDraw(context.rng, context.ep, 0).base((2, 1, 3, 4))
+        case, modes, buffer, steps = calls(plain, context)
+        script = scripts(case, steps, modes, **buffer)
+        for one in script:
+            one[0] = Step("open", "open", one[0].args)
+            one[1:] = [Step(s.op, s.name or s.op, s.args, "open") for s in one[1:]]
+        names = [step.name for step in script[0]]
+        try:
+            played = play(context, case, script, raising=names)
+        except Stop:
+            return "; ".join(context.record.problems)
+        finally:
+            context.record.problems.clear()
+        for rank, done in enumerate(played.steps):
+            raised = [d.raised for name, d in done.items() if d.raised is not None and name != "close"]
+            if not raised:
+                return f"returned a result on rank {rank} instead of raising UnsupportedError"
+            if raised[0]["type"] != "UnsupportedError":
+                return f"raised {raised[0]['type']} instead of UnsupportedError on rank {rank}: {raised[0]['text']}"
+        return ""
+
+    return refuse
+
+
+def _normal(flags: dict[str, Any] | None = None, buffer: dict[str, Any] | None = None, **changes: Any) -> Calls:
+    def calls(case: EpCase, context: Context) -> Any:
+        changed = case.but(**changes)
+        made = Round(context, changed)
+        return changed, "normal", buffer or {}, lambda rank: [made.dispatch(rank, **(flags or {}))]
+
+    return calls
+
+
+def _packed(flags: dict[str, Any] | None = None, **changes: Any) -> Calls:
+    def calls(case: EpCase, context: Context) -> Any:
+        cast = "none" if context.capabilities.ep is None or "none" in context.ep.casts else context.ep.casts[0]
+        changed = case.but(**{"cast": cast, **changes})
+        made = PackedRound(context, changed)
+        return changed, "low_latency", {}, lambda rank: [made.dispatch(rank, **(flags or {}))]
+
+    return calls
+
+
+def _cached(case: EpCase, context: Context) -> Any:
+    made = Round(context, case)
+    return case, "normal", {}, lambda r: [made.dispatch(r, "first"), made.dispatch(r, "again", handle=Ref("first"))]
+
+
+def _zero_copy(case: EpCase, context: Context) -> Any:
+    cast = "none" if context.capabilities.ep is None or "none" in context.ep.casts else context.ep.casts[0]
+    made = PackedRound(context, case.but(cast=cast))
+    return made.case, "low_latency", {}, lambda r: [made.dispatch(r), made.combine(r, zero_copy=True)]
+
+
+def _both(case: EpCase, context: Context) -> Any:
+    made = Round(context, case)
+    return case, ("normal", "low_latency"), {}, lambda rank: [made.dispatch(rank)]
+
+
+EP_REQUIREMENTS: Final[dict[str, tuple[str, Declared, Calls]]] = {
+    "ep": ("EP, any mode", lambda e: "normal" in e.modes, _normal()),
+    "ep_normal": ("EP, normal mode", lambda e: "normal" in e.modes, _normal()),
+    "ep_low_latency": ("EP, low-latency mode", lambda e: "low_latency" in e.modes, _packed()),
+    "ep_both": ("EP, both modes", lambda e: {"normal", "low_latency"} <= set(e.modes), _both),
+    "ep_expand": ("EP, expand layout", lambda e: "normal" in e.modes and "expand" in e.layouts, _normal(expand=True)),
+    "ep_fp8": (
+        "EP, FP8 rows",
+        lambda e: "normal" in e.modes and "float8_e4m3fn" in e.dtypes,
+        _normal(scales="float32", hidden=256),
+    ),
+    "ep_cached": ("EP, cached handles", lambda e: "normal" in e.modes and e.cached_handle, _cached),
+    "ep_async": ("EP, async_finish", lambda e: "normal" in e.modes and e.async_finish, _normal({"async_finish": True})),
+    "ep_hook": (
+        "EP, receive hooks",
+        lambda e: "normal" in e.modes and e.recv_hook,
+        _normal({"return_recv_hook": True}),
+    ),
+    "ep_drop": ("EP, overflow drop", lambda e: "normal" in e.modes and "drop" in e.overflow, _normal(overflow="drop")),
+    "ep_grow": ("EP, overflow grow", lambda e: "normal" in e.modes and "grow" in e.overflow, _normal(overflow="grow")),
+    "ep_no_cast": (
+        "EP, low-latency mode without a cast",
+        lambda e: "low_latency" in e.modes and "none" in e.casts,
+        _packed(cast="none"),
+    ),
+    "ep_cast_fp8": (
+        "EP, low-latency cast to FP8",
+        lambda e: "low_latency" in e.modes and "fp8" in e.casts,
+        _packed(cast="fp8", hidden=256),
+    ),
+    "ep_cast_pow2": (
+        "EP, power-of-two scales",
+        lambda e: "low_latency" in e.modes and "fp8_pow2" in e.casts,
+        _packed(cast="fp8_pow2", hidden=256),
+    ),
+    "ep_cast_ue8m0": (
+        "EP, UE8M0 scales",
+        lambda e: "low_latency" in e.modes and "fp8_ue8m0" in e.casts,
+        _packed(cast="fp8_ue8m0", hidden=256),
+    ),
+    "ep_zero_copy": (
+        "EP, zero-copy combine",
+        lambda e: "low_latency" in e.modes and e.zero_copy_combine,
+        _zero_copy,
+    ),
+    "ep_ll_hook": (
+        "EP, low-latency receive hooks",
+        lambda e: "low_latency" in e.modes and e.recv_hook,
+        _packed({"return_recv_hook": True}),
+    ),
+    "ep_ll_async": (
+        "EP, low-latency async_finish",
+        lambda e: "low_latency" in e.modes and e.async_finish,
+        _packed({"async_finish": True}),
+    ),
+    "ep_nodes": (
+        "EP over several nodes",
+        lambda e: "normal" in e.across_nodes and 4 in e.ranks and 2 in e.nodes,
+        _normal(ranks=4, tokens=(3, 4, 5, 6), per_node=2),
+    ),
+    "ep_pre_reduce": (
+        "EP, pre-reduced sums",
+        lambda e: "normal" in e.across_nodes and 4 in e.ranks and 2 in e.nodes and e.pre_reduce,
+        _normal(ranks=4, tokens=(3, 4, 5, 6), per_node=2, pre_reduce=True),
+    ),
+    "ep_mask": (
+        "EP, masked ranks",
+        lambda e: "normal" in e.modes and e.mask_ranks and 3 in e.ranks,
+        _normal(buffer={"mask_ranks": True}),
+    ),
+}
+"""By name: in words, whether it is declared, and the calls that are refused where not."""

@@ -1,0 +1,133 @@
+"""The expert-parallel half of the suite: what it says of a wrong engine, and what a modest one is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hal_conformance.context import Record, Settings
+from hal_conformance.ep_case import ROUTINGS, EpCase
+from hal_conformance.ep_judge import differ, padded, received
+from hal_conformance.parcel import pack, unpack
+from hal_conformance.session import Result, Session
+from hal_conformance.table import OBLIGATIONS
+from mutants.runner import installed
+from seeds import SEED
+
+from hal.reference import ep as oracle
+
+
+@pytest.fixture(autouse=True)
+def _mutants_are_installed() -> Iterator[None]:
+    with installed():
+        yield
+
+
+def run(backend: str, *only: str, case: int | None = None, seed: int = SEED) -> dict[str, Result]:
+    session = Session(Settings(backend, seed, "quick"), only, case)
+    session.stop_after = 1
+    try:
+        return {o: session.run_one(next(row for row in OBLIGATIONS if row.id == o)) for o in only}
+    finally:
+        session.close()
+
+
+def test_what_an_engine_does_not_declare_is_called_and_seen_refused() -> None:
+    only = [o.id for o in OBLIGATIONS if o.id.startswith("EP")]
+    results = run("ep-modest", "CAP-01", *only)
+    assert {r.status for r in results.values()} == {"PASS", "REFUSED"}, {
+        r.id: r.message for r in results.values() if r.status not in ("PASS", "REFUSED")
+    }
+    refused = {r.id for r in results.values() if r.status == "REFUSED"}
+    assert {"EPN-07", "EPN-08", "EPN-20", "EPN-24", "EPN-26", "EPN-28", "EPN-29", "EPX-01", "EPX-14"} <= refused
+    assert {o for o in only if o.startswith("EPL")} <= refused
+    assert all(r.calls for r in results.values())
+
+
+def test_without_expert_parallel_calls_every_one_is_refused() -> None:
+    results = run("sample", "CAP-01", "EPN-01", "EPN-07", "EPL-01", "EPX-01", "EPX-10")
+    assert [r.status for r in results.values()] == ["PASS", *["REFUSED"] * 5]
+
+
+def test_a_failure_is_located_and_its_line_repeats_it() -> None:
+    result = run("mutant-scale-of-the-neighbour", "EPN-08")["EPN-08"]
+    assert result.status == "FAIL"
+    failure = result.failures[0]
+    text = failure["problems"][0]
+    for word in ("rank ", "dispatch: the scales differs in", "first in row", "token", "columns", "instead of"):
+        assert word in text
+    assert failure["diagnosis"]["cause"].startswith("scales of the neighbour")
+    assert failure["reproduce"] == (
+        f"hal conform --backend mutant-scale-of-the-neighbour --case EPN-08@{SEED}.{failure['index']} --quick"
+    )
+    again = run("mutant-scale-of-the-neighbour", "EPN-08", case=failure["index"])["EPN-08"]
+    assert again.failures[0]["problems"] == failure["problems"]
+
+
+def test_a_rank_that_hangs_is_named_with_what_it_was_doing() -> None:
+    result = run("mutant-no-tokens-hang", "EPN-04")["EPN-04"]
+    assert result.status == "FAIL"
+    assert "is stuck in phase 'dispatch dispatch'" in result.message
+
+
+def test_every_routing_has_legal_experts_of_every_rank() -> None:
+    for routing in ROUTINGS:
+        for experts, topk in ((7, 3), (1, 2), (16, 8)):
+            case = EpCase(ranks=3, experts=experts, topk=topk, tokens=(4, 0, 9), routing=routing)
+            for given, n in zip(case.inputs(5), case.tokens, strict=True):
+                assert given.topk_idx.shape == (n, topk)
+                assert given.topk_idx.dtype == torch.int64
+                assert not bool(((given.topk_idx < -1) | (given.topk_idx >= experts)).any())
+    assert torch.equal(EpCase().inputs(5)[1].x, EpCase().inputs(5)[1].x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int32, torch.bool, torch.float64])
+def test_tensors_of_every_dtype_travel_by_value(dtype: torch.dtype) -> None:
+    for shape in ((3, 4), (0, 4), (2, 0)):
+        sent = torch.randint(0, 2, shape).to(dtype)
+        got = unpack(pack({"x": [sent.clone()]}))["x"][0]
+        assert got.dtype == dtype
+        assert got.shape == sent.shape
+        assert torch.equal(got.double(), sent.double())
+
+
+def test_a_negative_zero_is_another_bit_and_nan_equals_itself() -> None:
+    want = torch.tensor([[1.0, torch.nan, 0.0]])
+    assert differ("x", want.clone(), want, str) == ""
+    assert "columns 2 of 3: -0.0 instead of 0.0" in differ("x", torch.tensor([[1.0, torch.nan, -0.0]]), want, str)
+    assert differ("x", want[:, :2], want, str) == "x has shape [1, 2] instead of [1, 3]"
+    assert differ("x", want[:0], want, str).endswith("first different in row 0 (0)")
+    assert differ("x", torch.cat([want, want]), want, str).endswith("more rows from row 1 on")
+    assert "dtype" in differ("x", want.half(), want, str)
+    assert differ("x", None, want, str) == "x is nothing instead of a tensor"
+
+
+class _Noted:
+    """What `received` needs of a context."""
+
+    def __init__(self) -> None:
+        self.record = Record()
+        self.wants_diagnosis = False
+
+    def problem(self, text: str) -> None:
+        self.record.problems.append(text)
+
+
+@pytest.mark.parametrize("spare", [0, 2])
+def test_as_many_rows_as_the_worst_case_are_judged(spare: int) -> None:
+    case = EpCase(ranks=1, experts=2, topk=1, tokens=(3,), routing="distinct", worst=3 + spare)
+    inputs = case.inputs(1)
+    want = oracle.dispatch(inputs, 2)
+    got = {
+        "recv_x": padded(want[0].x, case.worst),
+        "recv_topk_idx": torch.cat([want[0].topk_idx, torch.full((spare, 1), -1)]),
+        "recv_topk_weights": padded(want[0].topk_weights, case.worst),
+        "num_recv_tokens_per_expert": (),
+        "num_dropped": 0,
+    }
+    context: Any = _Noted()
+    assert received(context, case, inputs, 0, got, want)
+    got["recv_topk_idx"][-1] = 7
+    assert not received(context, case, inputs, 0, got, want)
