@@ -7,14 +7,15 @@
 //
 //   warpgroup 0                                warpgroup 1
 //   S0 = q·K0ᵀ, m0, P0                         S1 = q·K1ᵀ
-//                        -- m0 -->             m1, P1
-//   O[left] += P0·V0[left]  <-- m1, P1 --      O[right] += P1·V1[right]
-//   P0 scaled to m1      -- P0 -->             O[right] += P0·V0[right]
-//   O[left] += P1·V1[left]
+//                        -- m0, P0 -->
+//   O[left] += P0·V0[left]                     O[right] += P0·V0[right], meanwhile m1, P1
+//                        <-- m1, P1 --
+//   O[left] += P1·V1[left]                     O[right] += P1·V1[right]
 //
-// so that the tensor cores have one warpgroup's products while the other computes exponentials. P travels through the
-// last tile of its own keys: those 64 columns are no part of V, and done with once the scores are. Each half of a buffer
-// is loaded anew as soon as its last reader is done, and scores start on the half that was freed first.
+// so that the tensor cores have one warpgroup's products while the other computes exponentials, and the first buffer is
+// free, and being filled again, while the second is still in use. P travels through the last tile of its own keys: those
+// 64 columns are no part of V, and done with once the scores are. Each half of a buffer is loaded anew as soon as its
+// last reader is done, and scores start on the half that was freed first.
 #include "problem.h"
 
 constexpr int kWarpgroup = 128;
@@ -35,8 +36,13 @@ struct Shared {
     u64 empty[2][2];  // a buffer's left half; its right half
 };
 
+#ifndef HAL_CLUSTER
+#define HAL_CLUSTER 1
+#endif
+constexpr int kCluster = HAL_CLUSTER;  // blocks of different rows which share every page they read
+
 // Named barriers; 0 is __syncthreads.
-constexpr int kAll = 1, kMost0 = 2, kMost1 = 3, kP0 = 4, kOwn = 5;
+constexpr int kAll = 1, kP0 = 2, kP1 = 3, kOwn = 4;
 
 __device__ __forceinline__ int half_of(int tile) { return tile < kHalf ? 0 : 1; }
 
@@ -66,61 +72,85 @@ __device__ __forceinline__ Item item_of(const Problem& problem, Bound from, Boun
 
 // ---- the loading warp ------------------------------------------------------------------------------------------------
 
+// Where a step's keys are.
+struct Place {
+    int token, row, block;
+};
+
 struct Loader {
     const Problem& problem;
     const TensorMap* map;
     u32 kv, full, empty;  // shared addresses
-    int kv_head;
+    int kv_head, rank;
     u64 policy;
     u32 rounds[2] = {0, 0};  // how often each buffer was filled
+    const int* table = nullptr;
 
-    __device__ void tiles(int buffer, int from, int to, const int* table, int step) {
+    // Tiles [from, to) of one step; each block of a cluster fetches its share for all of them.
+    __device__ __forceinline__ void tiles(int buffer, int from, int to, const Place& place) {
+#pragma unroll
         for (int tile = from; tile < to; ++tile) {
             const u32 barrier = full + (buffer * kTiles + tile) * 8;
-            const u32 target = kv + buffer * kBufferBytes + tile * kTileBytes;
+#ifdef ABLATE_LOAD
+            ptx::barrier_arrive(barrier); continue;
+#endif
             ptx::barrier_expect(barrier, kTileBytes);
-            box(target, barrier, tile * kTileColumns, table, step);
+            if (kCluster > 1 && tile % kCluster != rank) continue;
+            const u32 target = kv + buffer * kBufferBytes + tile * kTileBytes;
+            if (problem.page_size >= kTokens) {
+                box(target, barrier, tile * kTileColumns, place.row, place.block);
+            } else {
+                for (int row = 0; row < kTokens; row += problem.page_size)
+                    box(target + row * 128, barrier, tile * kTileColumns, 0, block_of(place.token + row));
+            }
         }
     }
 
-    // A tile lies in one page, or in several where pages are smaller. A table entry out of range, or a token past the
-    // table, becomes a coordinate outside the cache, which reads as zero.
-    __device__ void box(u32 target, u32 barrier, int column, const int* table, int step) {
-        const int page_size = problem.page_size;
-        const int rows = min(page_size, kTokens);
-        for (int row = 0; row < kTokens; row += rows) {
-            const int token = step * kTokens + row;
-            const int page = token / page_size;
-            const int block = page < problem.max_blocks ? table[page] : -1;
-            ptx::load_box(target + row * 128, map, barrier, column, kv_head, token % page_size, block, policy);
+    __device__ __forceinline__ void box(u32 target, u32 barrier, int column, int row, int block) {
+        if constexpr (kCluster > 1) {
+            ptx::load_box_shared(target, map, barrier, column, kv_head, row, block, (1 << kCluster) - 1, policy);
+        } else {
+            ptx::load_box(target, map, barrier, column, kv_head, row, block, policy);
         }
     }
 
-    __device__ void await(int buffer, int half) {
+    // A table entry out of range, or a token past the table, becomes a coordinate outside the cache: it reads as zero.
+    __device__ __forceinline__ int block_of(int token) const {
+        const int page = token / problem.page_size;
+        return page < problem.max_blocks ? table[page] : -1;
+    }
+
+    __device__ __forceinline__ Place place_of(int step) const {
+        const int token = step * kTokens;
+        return {token, token % problem.page_size, block_of(token)};
+    }
+
+    __device__ __forceinline__ void await(int buffer, int half) const {
         // The first filling waits for the phase before the first, which counts as complete.
         ptx::barrier_wait(empty + (buffer * 2 + half) * 8, (rounds[buffer] & 1) ^ 1);
     }
 
-    __device__ void run(const Item& item) {
-        const int* table = problem.block_table + item.sequence * problem.table_batch;
+    __device__ __forceinline__ void run(const Item& item) {
+        table = problem.block_table + item.sequence * problem.table_batch;
+        Place even = place_of(item.begin), odd = place_of(item.begin + 1);
         for (int step = item.begin; step < item.end; step += 2) {
             const bool second = step + 1 < item.end;
             // In the order in which the halves come free.
             await(0, 0);
-            tiles(0, 0, kHalf, table, step);
+            tiles(0, 0, kHalf, even);
+            await(0, 1);
+            tiles(0, kHalf, kTiles, even);
+            const Place next_even = place_of(step + 2), next_odd = place_of(step + 3);  // while the halves are in use
             if (second) {
                 await(1, 1);
-                tiles(1, kHalf, kTilesV, table, step + 1);
-            }
-            await(0, 1);
-            tiles(0, kHalf, kTiles, table, step);
-            if (second) {
+                tiles(1, kHalf, kTilesV, odd);
                 await(1, 0);
-                tiles(1, 0, kHalf, table, step + 1);
-                tiles(1, kRope, kTiles, table, step + 1);
+                tiles(1, 0, kHalf, odd);
+                tiles(1, kRope, kTiles, odd);
                 ++rounds[1];
             }
             ++rounds[0];
+            even = next_even, odd = next_odd;
         }
     }
 };
@@ -149,7 +179,12 @@ struct Computer {
         ptx::barrier_wait(full + (buffer * kTiles + index) * 8, rounds[buffer] & 1);
     }
     __device__ __forceinline__ void release(int buffer, int half) const {
-        if (threadIdx.x % 32 == 0) ptx::barrier_arrive(empty + (buffer * 2 + half) * 8);
+        const u32 barrier = empty + (buffer * 2 + half) * 8;
+        if constexpr (kCluster > 1) {
+            if (threadIdx.x % 32 < kCluster) ptx::barrier_arrive_at(barrier, threadIdx.x % 32);
+        } else {
+            if (threadIdx.x % 32 == 0) ptx::barrier_arrive(barrier);
+        }
     }
 
     // s = q · Kᵀ, in the order in which the tiles arrive.
@@ -271,47 +306,43 @@ struct Computer {
 
     __device__ __forceinline__ void pair(const Item& item, int step, int length, int least_limit) {
         const bool second = step + 1 < item.end;
-        float s[32], found[2], total[2];
+        float s[32], found[2], total[2], scale0[2], scale1[2];
         u32 p[16];
         if constexpr (kGroup == 0) {
             scores(s);
             mask(s, step, least_limit, found);
-            float most0[2], scale0[2], scale1[2];
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                most0[r] = fmaxf(most[r], found[r]);
-                scale0[r] = rescale(most[r], most0[r]);
+                const float before = most[r];
+                most[r] = fmaxf(before, found[r]);
+                scale0[r] = rescale(before, most[r]);
                 if (column == 0) {
-                    shared.most0[row + r * 8] = most0[r];
+                    shared.most0[row + r * 8] = most[r];
                     shared.scale0[row + r * 8] = scale0[r];
                 }
             }
-            ptx::named_arrive<kMost0, kComputing>();
-            exponentials(s, most0, total);
+            exponentials(s, most, total);
             pack(s, p);
+            store_tile(tile(0, kRope), p);
+            ptx::proxy_fence();
+            ptx::named_arrive<kP0, kComputing>();
 #pragma unroll
             for (int r = 0; r < 2; ++r) sum[r] = sum[r] * scale0[r] + total[r];
             scale_out(scale0[0], scale0[1]);
             clear_past(0, step, length);
             accumulate(p, 0);
-            ptx::named_sync<kMost1, kComputing>();
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                scale1[r] = shared.scale1[row + r * 8];
-                most[r] = shared.most1[row + r * 8];
-                sum[r] *= scale1[r];
-            }
-            u32 scaled[16];
-#pragma unroll
-            for (int i = 0; i < 16; ++i) scaled[i] = ptx::pack(s[2 * i] * scale1[i % 2], s[2 * i + 1] * scale1[i % 2]);
-            store_tile(tile(0, kRope), scaled);
-            ptx::proxy_fence();
-            ptx::named_arrive<kP0, kComputing>();
             ptx::product_wait<0>();
             ptx::settle(o);
             release(0, 0);
-            scale_out(scale1[0], scale1[1]);
             if (second) {
+                ptx::named_sync<kP1, kComputing>();
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    scale1[r] = shared.scale1[row + r * 8];
+                    most[r] = shared.most1[row + r * 8];
+                    sum[r] *= scale1[r];
+                }
+                scale_out(scale1[0], scale1[1]);
 #pragma unroll
                 for (int i = 0; i < kHalf; ++i) await(1, i);
                 clear_past(1, step + 1, length);
@@ -324,49 +355,45 @@ struct Computer {
             if (second) {
                 scores(s);
                 mask(s, step + 1, least_limit, found);
-            } else {
-                found[0] = found[1] = -INFINITY;
             }
-            ptx::named_sync<kMost0, kComputing>();
-            float scale[2];
-            total[0] = total[1] = 0.0f;
+            ptx::named_sync<kP0, kComputing>();
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 const float most0 = shared.most0[row + r * 8];
-                most[r] = fmaxf(most0, found[r]);
-                const float scale1 = rescale(most0, most[r]);
-                scale[r] = shared.scale0[row + r * 8] * scale1;
-                if (column == 0) {
+                scale0[r] = shared.scale0[row + r * 8];
+                most[r] = second ? fmaxf(most0, found[r]) : most0;
+                scale1[r] = rescale(most0, most[r]);
+                if (second && column == 0) {
                     shared.most1[row + r * 8] = most[r];
-                    shared.scale1[row + r * 8] = scale1;
+                    shared.scale1[row + r * 8] = scale1[r];
                 }
+                sum[r] *= scale0[r];
             }
+            scale_out(scale0[0], scale0[1]);
+#pragma unroll
+            for (int i = kHalf; i < kTilesV; ++i) await(0, i);
+            clear_past(0, step, length);
+            accumulate(0);
             if (second) {
                 exponentials(s, most, total);
                 pack(s, p);
                 store_tile(tile(1, kRope), p);
-            }
-            ptx::proxy_fence();
-            ptx::named_arrive<kMost1, kComputing>();
+                ptx::proxy_fence();
+                ptx::named_arrive<kP1, kComputing>();
 #pragma unroll
-            for (int r = 0; r < 2; ++r) sum[r] = sum[r] * scale[r] + total[r];
-            scale_out(scale[0], scale[1]);
-            if (second) {
-                clear_past(1, step + 1, length);
-                accumulate(p, 1);
-            }
-#pragma unroll
-            for (int i = kHalf; i < kTilesV; ++i) await(0, i);
-            clear_past(0, step, length);
-            ptx::named_sync<kP0, kComputing>();
-            accumulate(0);
-            if (second) {
-                ptx::product_wait<1>();
-                release(1, 1);
+                for (int r = 0; r < 2; ++r) sum[r] = sum[r] * scale1[r] + total[r];
             }
             ptx::product_wait<0>();
             ptx::settle(o);
             release(0, 1);
+            if (second) {
+                scale_out(scale1[0], scale1[1]);
+                clear_past(1, step + 1, length);
+                accumulate(p, 1);
+                ptx::product_wait<0>();
+                ptx::settle(o);
+                release(1, 1);
+            }
         }
         ++rounds[0];
         if (second) ++rounds[1];
@@ -423,7 +450,7 @@ struct Computer {
         if (item.whole) {
             store_out(item, group, rows, factor);
         } else {
-            store_partial(item, part, factor);
+            store_partial(item, rows, part, factor);
         }
         if (kGroup == 0 && column == 0) {
 #pragma unroll
@@ -471,15 +498,17 @@ struct Computer {
         }
     }
 
-    __device__ __forceinline__ void store_partial(const Item& item, int part, const float (&factor)[2]) const {
+    __device__ __forceinline__ void store_partial(const Item& item, int rows, int part, const float (&factor)[2]) const {
         float* target = problem.partial_out +
                         (partial_row(problem, part, item.slot, kv_head, row_block) + row) * kHeadDimV +
                         kGroup * (kHeadDimV / 2) + column;
 #pragma unroll
-        for (int i = 0; i < 64; ++i) {
-            const int r = i % 2;
-            *reinterpret_cast<float2*>(target + r * 8 * kHeadDimV + (i / 2) * 8) =
-                make_float2(o[2 * i] * factor[r], o[2 * i + 1] * factor[r]);
+        for (int r = 0; r < 2; ++r) {
+            if (row_block * kRows + row + r * 8 >= rows) break;
+#pragma unroll
+            for (int i = r; i < 64; i += 2)
+                *reinterpret_cast<float2*>(target + r * 8 * kHeadDimV + (i / 2) * 8) =
+                    make_float2(o[2 * i] * factor[r], o[2 * i + 1] * factor[r]);
         }
     }
 };
@@ -512,7 +541,7 @@ __device__ __forceinline__ void compute(const Problem& problem, Shared& shared, 
 }
 
 // Grid: (row_blocks, h_kv, parts): blocks that read the same pages are neighbours and share them in L2.
-extern "C" __global__ void __launch_bounds__(kThreads, 1)
+extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
 decode(const __grid_constant__ Problem problem, const __grid_constant__ TensorMap map) {
     extern __shared__ __align__(1024) unsigned char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
@@ -520,11 +549,15 @@ decode(const __grid_constant__ Problem problem, const __grid_constant__ TensorMa
     if (threadIdx.x == 0) {
         for (int buffer = 0; buffer < 2; ++buffer) {
             for (int tile = 0; tile < kTiles; ++tile) ptx::barrier_init(ptx::shared_address(&shared.full[buffer][tile]), 1);
-            for (int half = 0; half < 2; ++half) ptx::barrier_init(ptx::shared_address(&shared.empty[buffer][half]), 4);
+            for (int half = 0; half < 2; ++half) ptx::barrier_init(ptx::shared_address(&shared.empty[buffer][half]), 4 * kCluster);
         }
         ptx::barrier_init_fence();
     }
-    __syncthreads();
+    if constexpr (kCluster > 1) {
+        ptx::cluster_sync();
+    } else {
+        __syncthreads();
+    }
 
     const int warpgroup = threadIdx.x / kWarpgroup;
     if (warpgroup == 2) {
@@ -538,7 +571,8 @@ decode(const __grid_constant__ Problem problem, const __grid_constant__ TensorMa
                           ptx::shared_address(shared.full),
                           ptx::shared_address(shared.empty),
                           kv_head,
-                          problem.row_blocks == 1 ? ptx::evict_first_policy() : ptx::evict_normal_policy()};
+                          row_block % kCluster,
+                          problem.row_blocks == kCluster ? ptx::evict_first_policy() : ptx::evict_normal_policy()};
             for_items(problem, part, [&](const Item& item, int) { loader.run(item); });
         }
     } else if (warpgroup == 1) {
@@ -550,5 +584,7 @@ decode(const __grid_constant__ Problem problem, const __grid_constant__ TensorMa
         ptx::wait_for_previous();
         compute<0>(problem, shared, part, kv_head, row_block);
     }
+    __syncwarp();
     ptx::launch_dependents();
+    if constexpr (kCluster > 1) ptx::cluster_sync();  // a block's memory must outlive the others' copies into it
 }
