@@ -41,6 +41,8 @@ struct Shared {
 #endif
 constexpr int kCluster = HAL_CLUSTER;  // blocks of different rows which share every page they read
 
+constexpr float kSlack = 8.0f;  // in powers of two; 2^8 times a probability still fits fp16
+
 // Named barriers; 0 is __syncthreads.
 constexpr int kAll = 1, kP0 = 2, kP1 = 3, kOwn = 4;
 
@@ -70,33 +72,35 @@ __device__ __forceinline__ Item item_of(const Problem& problem, Bound from, Boun
     return item;
 }
 
-// ---- the loading warp ------------------------------------------------------------------------------------------------
+// ---- the loading warps ------------------------------------------------------------------------------------------------
 
 // Where a step's keys are.
 struct Place {
     int token, row, block;
 };
 
+// Fills one buffer: the first with the even steps of an item, the second with the odd ones.
+template <int kBuffer>
 struct Loader {
     const Problem& problem;
     const TensorMap* map;
     u32 kv, full, empty;  // shared addresses
     int kv_head, rank;
     u64 policy;
-    u32 rounds[2] = {0, 0};  // how often each buffer was filled
+    u32 rounds = 0;  // how often it was filled
     const int* table = nullptr;
 
     // Tiles [from, to) of one step; each block of a cluster fetches its share for all of them.
-    __device__ __forceinline__ void tiles(int buffer, int from, int to, const Place& place) {
+    __device__ __forceinline__ void tiles(int from, int to, const Place& place) const {
 #pragma unroll
         for (int tile = from; tile < to; ++tile) {
-            const u32 barrier = full + (buffer * kTiles + tile) * 8;
+            const u32 barrier = full + (kBuffer * kTiles + tile) * 8;
 #ifdef ABLATE_LOAD
             ptx::barrier_arrive(barrier); continue;
 #endif
             ptx::barrier_expect(barrier, kTileBytes);
             if (kCluster > 1 && tile % kCluster != rank) continue;
-            const u32 target = kv + buffer * kBufferBytes + tile * kTileBytes;
+            const u32 target = kv + kBuffer * kBufferBytes + tile * kTileBytes;
             if (problem.page_size >= kTokens) {
                 box(target, barrier, tile * kTileColumns, place.row, place.block);
             } else {
@@ -106,7 +110,7 @@ struct Loader {
         }
     }
 
-    __device__ __forceinline__ void box(u32 target, u32 barrier, int column, int row, int block) {
+    __device__ __forceinline__ void box(u32 target, u32 barrier, int column, int row, int block) const {
         if constexpr (kCluster > 1) {
             ptx::load_box_shared(target, map, barrier, column, kv_head, row, block, (1 << kCluster) - 1, policy);
         } else {
@@ -125,32 +129,31 @@ struct Loader {
         return {token, token % problem.page_size, block_of(token)};
     }
 
-    __device__ __forceinline__ void await(int buffer, int half) const {
+    __device__ __forceinline__ void await(int half) const {
         // The first filling waits for the phase before the first, which counts as complete.
-        ptx::barrier_wait(empty + (buffer * 2 + half) * 8, (rounds[buffer] & 1) ^ 1);
+        ptx::barrier_wait(empty + (kBuffer * 2 + half) * 8, (rounds & 1) ^ 1);
     }
 
     __device__ __forceinline__ void run(const Item& item) {
         table = problem.block_table + item.sequence * problem.table_batch;
-        Place even = place_of(item.begin), odd = place_of(item.begin + 1);
-        for (int step = item.begin; step < item.end; step += 2) {
-            const bool second = step + 1 < item.end;
-            // In the order in which the halves come free.
-            await(0, 0);
-            tiles(0, 0, kHalf, even);
-            await(0, 1);
-            tiles(0, kHalf, kTiles, even);
-            const Place next_even = place_of(step + 2), next_odd = place_of(step + 3);  // while the halves are in use
-            if (second) {
-                await(1, 1);
-                tiles(1, kHalf, kTilesV, odd);
-                await(1, 0);
-                tiles(1, 0, kHalf, odd);
-                tiles(1, kRope, kTiles, odd);
-                ++rounds[1];
+        Place place = place_of(item.begin + kBuffer);
+        for (int step = item.begin + kBuffer; step < item.end; step += 2) {
+            const Place next = place_of(step + 2);  // while the buffer is in use
+            // In the order in which its halves come free; the rope tile with the second.
+            if constexpr (kBuffer == 0) {
+                await(0);
+                tiles(0, kHalf, place);
+                await(1);
+                tiles(kHalf, kTiles, place);
+            } else {
+                await(1);
+                tiles(kHalf, kTilesV, place);
+                await(0);
+                tiles(0, kHalf, place);
+                tiles(kRope, kTiles, place);
             }
-            ++rounds[0];
-            even = next_even, odd = next_odd;
+            ++rounds;
+            place = next;
         }
     }
 };
@@ -241,9 +244,15 @@ struct Computer {
         }
     }
 
-    // How a sum so far changes when the maximum moves.
+    // The reference of a row's exponents moves only when a maximum passes it by kSlack: until then sums and products are
+    // larger than they need be, which float32 does not mind, and the output need not be multiplied again.
+    __device__ __forceinline__ static float move(float before, float found) {
+        return found > before + kSlack ? found : before;
+    }
+
+    // How sums so far change when the reference moves.
     __device__ __forceinline__ static float rescale(float before, float after) {
-        return after == -INFINITY ? 1.0f : ptx::exp2(before - after);
+        return after == before ? 1.0f : ptx::exp2(before - after);
     }
 
     __device__ __forceinline__ static void pack(const float (&s)[32], u32 (&p)[16]) {
@@ -314,7 +323,7 @@ struct Computer {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 const float before = most[r];
-                most[r] = fmaxf(before, found[r]);
+                most[r] = move(before, found[r]);
                 scale0[r] = rescale(before, most[r]);
                 if (column == 0) {
                     shared.most0[row + r * 8] = most[r];
@@ -323,14 +332,14 @@ struct Computer {
             }
             exponentials(s, most, total);
             pack(s, p);
+            scale_out(scale0[0], scale0[1]);
+            clear_past(0, step, length);
+            accumulate(p, 0);
             store_tile(tile(0, kRope), p);
             ptx::proxy_fence();
             ptx::named_arrive<kP0, kComputing>();
 #pragma unroll
             for (int r = 0; r < 2; ++r) sum[r] = sum[r] * scale0[r] + total[r];
-            scale_out(scale0[0], scale0[1]);
-            clear_past(0, step, length);
-            accumulate(p, 0);
             ptx::product_wait<0>();
             ptx::settle(o);
             release(0, 0);
@@ -361,7 +370,7 @@ struct Computer {
             for (int r = 0; r < 2; ++r) {
                 const float most0 = shared.most0[row + r * 8];
                 scale0[r] = shared.scale0[row + r * 8];
-                most[r] = second ? fmaxf(most0, found[r]) : most0;
+                most[r] = second ? move(most0, found[r]) : most0;
                 scale1[r] = rescale(most0, most[r]);
                 if (second && column == 0) {
                     shared.most1[row + r * 8] = most[r];
@@ -540,6 +549,22 @@ __device__ __forceinline__ void compute(const Problem& problem, Shared& shared, 
     for_items(problem, part, [&](const Item& item, int length) { computer.run(item, length, part); });
 }
 
+template <int kBuffer>
+__device__ __forceinline__ void load(
+    const Problem& problem, Shared& shared, const TensorMap& map, int part, int kv_head, int row_block) {
+    ptx::prefetch_map(&map);
+    ptx::wait_for_previous();
+    Loader<kBuffer> loader{problem,
+                           &map,
+                           ptx::shared_address(shared.kv),
+                           ptx::shared_address(shared.full),
+                           ptx::shared_address(shared.empty),
+                           kv_head,
+                           row_block % kCluster,
+                           problem.row_blocks == kCluster ? ptx::evict_first_policy() : ptx::evict_normal_policy()};
+    for_items(problem, part, [&](const Item& item, int) { loader.run(item); });
+}
+
 // Grid: (row_blocks, h_kv, parts): blocks that read the same pages are neighbours and share them in L2.
 extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
 decode(const __grid_constant__ Problem problem, const __grid_constant__ TensorMap map) {
@@ -562,19 +587,8 @@ decode(const __grid_constant__ Problem problem, const __grid_constant__ TensorMa
     const int warpgroup = threadIdx.x / kWarpgroup;
     if (warpgroup == 2) {
         ptx::give_registers<40>();
-        if (threadIdx.x == kComputing) {
-            ptx::prefetch_map(&map);
-            ptx::wait_for_previous();
-            Loader loader{problem,
-                          &map,
-                          ptx::shared_address(shared.kv),
-                          ptx::shared_address(shared.full),
-                          ptx::shared_address(shared.empty),
-                          kv_head,
-                          row_block % kCluster,
-                          problem.row_blocks == kCluster ? ptx::evict_first_policy() : ptx::evict_normal_policy()};
-            for_items(problem, part, [&](const Item& item, int) { loader.run(item); });
-        }
+        if (threadIdx.x == kComputing) load<0>(problem, shared, map, part, kv_head, row_block);
+        if (threadIdx.x == kComputing + 32) load<1>(problem, shared, map, part, kv_head, row_block);
     } else if (warpgroup == 1) {
         ptx::take_registers<232>();
         ptx::wait_for_previous();

@@ -103,6 +103,13 @@ __device__ __forceinline__ void load_box(
         : "memory");
 }
 
+// The same box into L2 only, ahead of its use.
+__device__ __forceinline__ void prefetch_box(const TensorMap* map, int column, int head, int row, int block) {
+    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(reinterpret_cast<u64>(map)),
+                 "r"(column), "r"(head), "r"(row), "r"(block)
+                 : "memory");
+}
+
 // The same, into the same place of several blocks of the cluster, each told by its own barrier.
 __device__ __forceinline__ void load_box_shared(
     u32 target, const TensorMap* map, u32 barrier, int column, int head, int row, int block, u16 ranks, u64 policy) {
