@@ -16,7 +16,7 @@ _PROGRAMMATIC_SERIALIZATION: Final = 6
 _MAX_DYNAMIC_SHARED: Final = 8
 _UINT16: Final = 1
 _SWIZZLE_128B: Final = 3
-_PROMOTE_256B: Final = 3
+_PROMOTE_128B: Final = 2
 
 
 class _Attribute(ctypes.Structure):
@@ -122,7 +122,7 @@ def tensor_map(address: int, sizes: Sequence[int], strides: Sequence[int], box: 
         (ctypes.c_uint32 * rank)(*([1] * rank)),
         0,
         _SWIZZLE_128B,
-        _PROMOTE_256B,
+        _PROMOTE_128B,
         0,
     )
     check(code, f"cuTensorMapEncodeTiled(sizes {list(sizes)}, strides {list(strides)}, box {list(box)})")

@@ -36,10 +36,6 @@ struct Shared {
     u64 empty[2][2];  // a buffer's left half; its right half
 };
 
-#ifndef HAL_CLUSTER
-#define HAL_CLUSTER 1
-#endif
-constexpr int kCluster = HAL_CLUSTER;  // blocks of different rows which share every page they read
 
 constexpr float kSlack = 8.0f;  // in powers of two; 2^8 times a probability still fits fp16
 
@@ -72,35 +68,29 @@ __device__ __forceinline__ Item item_of(const Problem& problem, Bound from, Boun
     return item;
 }
 
-// ---- the loading warps ------------------------------------------------------------------------------------------------
+// ---- the loading warp ------------------------------------------------------------------------------------------------
 
 // Where a step's keys are.
 struct Place {
     int token, row, block;
 };
 
-// Fills one buffer: the first with the even steps of an item, the second with the odd ones.
-template <int kBuffer>
 struct Loader {
     const Problem& problem;
     const TensorMap* map;
     u32 kv, full, empty;  // shared addresses
-    int kv_head, rank;
+    int kv_head;
     u64 policy;
-    u32 rounds = 0;  // how often it was filled
+    u32 rounds[2] = {0, 0};  // how often each buffer was filled
     const int* table = nullptr;
 
-    // Tiles [from, to) of one step; each block of a cluster fetches its share for all of them.
-    __device__ __forceinline__ void tiles(int from, int to, const Place& place) const {
+    // Tiles [from, to) of one step.
+    __device__ __forceinline__ void tiles(int buffer, int from, int to, const Place& place) {
 #pragma unroll
         for (int tile = from; tile < to; ++tile) {
-            const u32 barrier = full + (kBuffer * kTiles + tile) * 8;
-#ifdef ABLATE_LOAD
-            ptx::barrier_arrive(barrier); continue;
-#endif
+            const u32 barrier = full + (buffer * kTiles + tile) * 8;
             ptx::barrier_expect(barrier, kTileBytes);
-            if (kCluster > 1 && tile % kCluster != rank) continue;
-            const u32 target = kv + kBuffer * kBufferBytes + tile * kTileBytes;
+            const u32 target = kv + buffer * kBufferBytes + tile * kTileBytes;
             if (problem.page_size >= kTokens) {
                 box(target, barrier, tile * kTileColumns, place.row, place.block);
             } else {
@@ -110,12 +100,8 @@ struct Loader {
         }
     }
 
-    __device__ __forceinline__ void box(u32 target, u32 barrier, int column, int row, int block) const {
-        if constexpr (kCluster > 1) {
-            ptx::load_box_shared(target, map, barrier, column, kv_head, row, block, (1 << kCluster) - 1, policy);
-        } else {
-            ptx::load_box(target, map, barrier, column, kv_head, row, block, policy);
-        }
+    __device__ __forceinline__ void box(u32 target, u32 barrier, int column, int row, int block) {
+        ptx::load_box(target, map, barrier, column, kv_head, row, block, policy);
     }
 
     // A table entry out of range, or a token past the table, becomes a coordinate outside the cache: it reads as zero.
@@ -129,31 +115,32 @@ struct Loader {
         return {token, token % problem.page_size, block_of(token)};
     }
 
-    __device__ __forceinline__ void await(int half) const {
+    __device__ __forceinline__ void await(int buffer, int half) const {
         // The first filling waits for the phase before the first, which counts as complete.
-        ptx::barrier_wait(empty + (kBuffer * 2 + half) * 8, (rounds & 1) ^ 1);
+        ptx::barrier_wait(empty + (buffer * 2 + half) * 8, (rounds[buffer] & 1) ^ 1);
     }
 
     __device__ __forceinline__ void run(const Item& item) {
         table = problem.block_table + item.sequence * problem.table_batch;
-        Place place = place_of(item.begin + kBuffer);
-        for (int step = item.begin + kBuffer; step < item.end; step += 2) {
-            const Place next = place_of(step + 2);  // while the buffer is in use
-            // In the order in which its halves come free; the rope tile with the second.
-            if constexpr (kBuffer == 0) {
-                await(0);
-                tiles(0, kHalf, place);
-                await(1);
-                tiles(kHalf, kTiles, place);
-            } else {
-                await(1);
-                tiles(kHalf, kTilesV, place);
-                await(0);
-                tiles(0, kHalf, place);
-                tiles(kRope, kTiles, place);
+        Place even = place_of(item.begin), odd = place_of(item.begin + 1);
+        for (int step = item.begin; step < item.end; step += 2) {
+            const bool second = step + 1 < item.end;
+            // In the order in which the halves come free.
+            await(0, 0);
+            tiles(0, 0, kHalf, even);
+            await(0, 1);
+            tiles(0, kHalf, kTiles, even);
+            const Place next_even = place_of(step + 2), next_odd = place_of(step + 3);  // while the halves are in use
+            if (second) {
+                await(1, 1);
+                tiles(1, kHalf, kTilesV, odd);
+                await(1, 0);
+                tiles(1, 0, kHalf, odd);
+                tiles(1, kRope, kTiles, odd);
+                ++rounds[1];
             }
-            ++rounds;
-            place = next;
+            ++rounds[0];
+            even = next_even, odd = next_odd;
         }
     }
 };
@@ -182,12 +169,7 @@ struct Computer {
         ptx::barrier_wait(full + (buffer * kTiles + index) * 8, rounds[buffer] & 1);
     }
     __device__ __forceinline__ void release(int buffer, int half) const {
-        const u32 barrier = empty + (buffer * 2 + half) * 8;
-        if constexpr (kCluster > 1) {
-            if (threadIdx.x % 32 < kCluster) ptx::barrier_arrive_at(barrier, threadIdx.x % 32);
-        } else {
-            if (threadIdx.x % 32 == 0) ptx::barrier_arrive(barrier);
-        }
+        if (threadIdx.x % 32 == 0) ptx::barrier_arrive(empty + (buffer * 2 + half) * 8);
     }
 
     // s = q · Kᵀ, in the order in which the tiles arrive.
@@ -549,24 +531,8 @@ __device__ __forceinline__ void compute(const Problem& problem, Shared& shared, 
     for_items(problem, part, [&](const Item& item, int length) { computer.run(item, length, part); });
 }
 
-template <int kBuffer>
-__device__ __forceinline__ void load(
-    const Problem& problem, Shared& shared, const TensorMap& map, int part, int kv_head, int row_block) {
-    ptx::prefetch_map(&map);
-    ptx::wait_for_previous();
-    Loader<kBuffer> loader{problem,
-                           &map,
-                           ptx::shared_address(shared.kv),
-                           ptx::shared_address(shared.full),
-                           ptx::shared_address(shared.empty),
-                           kv_head,
-                           row_block % kCluster,
-                           problem.row_blocks == kCluster ? ptx::evict_first_policy() : ptx::evict_normal_policy()};
-    for_items(problem, part, [&](const Item& item, int) { loader.run(item); });
-}
-
 // Grid: (row_blocks, h_kv, parts): blocks that read the same pages are neighbours and share them in L2.
-extern "C" __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
 decode(const __grid_constant__ Problem problem, const __grid_constant__ TensorMap map) {
     extern __shared__ __align__(1024) unsigned char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
@@ -574,21 +540,27 @@ decode(const __grid_constant__ Problem problem, const __grid_constant__ TensorMa
     if (threadIdx.x == 0) {
         for (int buffer = 0; buffer < 2; ++buffer) {
             for (int tile = 0; tile < kTiles; ++tile) ptx::barrier_init(ptx::shared_address(&shared.full[buffer][tile]), 1);
-            for (int half = 0; half < 2; ++half) ptx::barrier_init(ptx::shared_address(&shared.empty[buffer][half]), 4 * kCluster);
+            for (int half = 0; half < 2; ++half) ptx::barrier_init(ptx::shared_address(&shared.empty[buffer][half]), 4);
         }
         ptx::barrier_init_fence();
     }
-    if constexpr (kCluster > 1) {
-        ptx::cluster_sync();
-    } else {
-        __syncthreads();
-    }
+    __syncthreads();
 
     const int warpgroup = threadIdx.x / kWarpgroup;
     if (warpgroup == 2) {
         ptx::give_registers<40>();
-        if (threadIdx.x == kComputing) load<0>(problem, shared, map, part, kv_head, row_block);
-        if (threadIdx.x == kComputing + 32) load<1>(problem, shared, map, part, kv_head, row_block);
+        if (threadIdx.x == kComputing) {
+            ptx::prefetch_map(&map);
+            ptx::wait_for_previous();
+            Loader loader{problem,
+                          &map,
+                          ptx::shared_address(shared.kv),
+                          ptx::shared_address(shared.full),
+                          ptx::shared_address(shared.empty),
+                          kv_head,
+                          problem.row_blocks == 1 ? ptx::evict_first_policy() : ptx::evict_normal_policy()};
+            for_items(problem, part, [&](const Item& item, int) { loader.run(item); });
+        }
     } else if (warpgroup == 1) {
         ptx::take_registers<232>();
         ptx::wait_for_previous();
@@ -598,7 +570,5 @@ decode(const __grid_constant__ Problem problem, const __grid_constant__ TensorMa
         ptx::wait_for_previous();
         compute<0>(problem, shared, part, kv_head, row_block);
     }
-    __syncwarp();
     ptx::launch_dependents();
-    if constexpr (kCluster > 1) ptx::cluster_sync();  // a block's memory must outlive the others' copies into it
 }

@@ -34,18 +34,6 @@ __device__ __forceinline__ void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrives at the same barrier of another block of the cluster.
-__device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
-    asm volatile(
-        "{\n"
-        ".reg .b32 remote;\n"
-        "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
-        "}\n" ::"r"(barrier),
-        "r"(rank)
-        : "memory");
-}
-
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
     asm volatile(
         "{\n"
@@ -58,18 +46,6 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
         "}\n" ::"r"(barrier),
         "r"(parity)
         : "memory");
-}
-
-// ---- clusters ------------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ u32 cluster_rank() {
-    u32 rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // ---- named barriers among some warps of the block ----------------------------------------------------------------
@@ -100,23 +76,6 @@ __device__ __forceinline__ void load_box(
         "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
         " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(target),
         "l"(reinterpret_cast<u64>(map)), "r"(barrier), "r"(column), "r"(head), "r"(row), "r"(block), "l"(policy)
-        : "memory");
-}
-
-// The same box into L2 only, ahead of its use.
-__device__ __forceinline__ void prefetch_box(const TensorMap* map, int column, int head, int row, int block) {
-    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(reinterpret_cast<u64>(map)),
-                 "r"(column), "r"(head), "r"(row), "r"(block)
-                 : "memory");
-}
-
-// The same, into the same place of several blocks of the cluster, each told by its own barrier.
-__device__ __forceinline__ void load_box_shared(
-    u32 target, const TensorMap* map, u32 barrier, int column, int head, int row, int block, u16 ranks, u64 policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
-        " [%0], [%1, {%3, %4, %5, %6}], [%2], %7, %8;" ::"r"(target),
-        "l"(reinterpret_cast<u64>(map)), "r"(barrier), "r"(column), "r"(head), "r"(row), "r"(block), "h"(ranks), "l"(policy)
         : "memory");
 }
 
