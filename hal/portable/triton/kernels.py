@@ -29,7 +29,6 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether the kernels run in Triton's interpreter, which is decided when they are decorated."""
 
 MOST = tl.constexpr(2**31 - 1)
-LN2 = tl.constexpr(0.6931471805599453)
 
 BAD_LENGTH = tl.constexpr(1)
 BAD_ENTRY = tl.constexpr(2)
@@ -79,6 +78,22 @@ def _shape(
         span = units * 0 + 1
         steps = blocks + BEGIN
     return tiles, units, blocks, steps, span, room
+
+
+@triton.jit
+def _rows(rows, tile, group, ROWS: tl.constexpr):
+    """Query, counted from the first of the tile, and head in its group of each row of a tile."""
+    row = (tile * ROWS % group).to(tl.int32) + rows
+    return row // group, row % group
+
+
+@triton.jit
+def _offsets(i, stride_i, h, stride_h, WIDE: tl.constexpr):
+    """Offsets within a tile; 32 bits are enough for most strides and take half the registers."""
+    if WIDE:
+        return i.to(tl.int64) * stride_i + h.to(tl.int64) * stride_h
+    else:
+        return i * stride_i + h * stride_h
 
 
 @triton.jit
@@ -150,9 +165,14 @@ def schedule(
     tl.store(first + p, tl.minimum(before, batch - 1), mask=p < parts)
 
 
-@triton.jit(
-    do_not_specialize=["batch", "s_q", "total_q", "group", "h_kv", "num_blocks", "max_tokens", "parts", "side", "l_b"]
-)
+# Sizes and strides are run-time numbers, so that few variants are ever compiled; what the machine code really turns on
+# is a constant. Strides count UNIT elements: 8 where all are multiples of it, and memory is then moved 16 bytes at once.
+_SIZES = ["batch", "s_q", "total_q", "group", "h_kv", "d_v", "max_tokens", "side", "parts"]
+_OUT = ["o_b", "o_s", "o_h", "l_b", "l_h"]
+_IN = ["d", "q_b", "q_s", "q_h", "kv_p", "kv_t", "kv_h", "t_b", "page_size", "num_blocks", "causal"]
+
+
+@triton.jit(do_not_specialize=[*_SIZES, *_OUT, *_IN])
 def decode(
     q,
     kv,
@@ -166,6 +186,9 @@ def decode(
     slots,
     states,
     flag,
+    scale,
+    log_unit,
+    causal,
     q_b,
     q_s,
     q_h,
@@ -178,23 +201,27 @@ def decode(
     o_h,
     l_b,
     l_h,
-    scale,
+    d,
+    page_size,
+    num_blocks,
     batch,
     s_q,
     total_q,
     group,
     h_kv,
-    num_blocks,
+    d_v,
     max_tokens,
     side,
     parts,
-    D: tl.constexpr,
-    DV: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
-    PAGE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    BASE2: tl.constexpr,
+    FULL: tl.constexpr,
+    FULL_V: tl.constexpr,
+    TAIL_V: tl.constexpr,
+    WHOLE: tl.constexpr,
+    TOKEN: tl.constexpr,
+    UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
     STAGES: tl.constexpr,
     RAGGED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -206,8 +233,12 @@ def decode(
 ):
     """Attend one share of all steps, for tile ``program_id(0)`` of each unit. Grid (side, parts).
 
-    Columns of K are taken in two powers of two, MAIN and (where d is more) TAIL; V is the first DV of the same
-    registers or shared memory. The interpreter, whose bf16 products are wrong, multiplies in float32.
+    Columns of K are taken in two powers of two, MAIN and (where d is more) TAIL; V is the first d_v of the same shared
+    memory. The interpreter, whose bf16 products are wrong, multiplies in float32.
+
+    FULL: d is MAIN + TAIL. FULL_V: d_v is no less than MAIN; TAIL_V: it is more. WHOLE: a step lies in one page. TOKEN:
+    elements from one token to the next, where that is one of the usual numbers, else 0. WIDE: 32 bits do not hold the
+    offsets within a page or a tile.
     """
     g = tl.program_id(0)
     p = tl.program_id(1)
@@ -255,64 +286,73 @@ def decode(
         if head >= h_kv:
             take = stop - x
         if (head < h_kv) & (tile < tiles) & ((step == 0) | (lo < hi)):
-            row = tile * ROWS + rows
-            i = row // group
-            h = head * group + row - i * group
-            live = i < queries
-            at = q + j.to(tl.int64) * q_b + (row0 + i) * q_s + h * q_h
-            if D < MAIN:
-                q_main = tl.load(at[:, None] + main[None, :], mask=live[:, None] & (main < D)[None, :], other=0.0)
-            else:
+            base = (tile * ROWS // group).to(tl.int32)
+            i, h = _rows(rows, tile, group, ROWS)
+            live = i < queries - base
+            at = q + (j.to(tl.int64) * q_b + (row0 + base).to(tl.int64) * q_s + head * group * q_h) * UNIT
+            at = at + _offsets(i, q_s, h, q_h, WIDE) * UNIT
+            if FULL or TAIL:
                 q_main = tl.load(at[:, None] + main[None, :], mask=live[:, None], other=0.0)
+            else:
+                q_main = tl.load(at[:, None] + main[None, :], mask=live[:, None] & (main < d)[None, :], other=0.0)
             if INTERPRETED:
                 q_main = q_main.to(tl.float32)
             if TAIL:
                 tail = MAIN + tl.arange(0, TAIL)
-                q_tail = tl.load(at[:, None] + tail[None, :], mask=live[:, None] & (tail < D)[None, :], other=0.0)
+                if FULL:
+                    q_tail = tl.load(at[:, None] + tail[None, :], mask=live[:, None], other=0.0)
+                else:
+                    q_tail = tl.load(at[:, None] + tail[None, :], mask=live[:, None] & (tail < d)[None, :], other=0.0)
                 if INTERPRETED:
                     q_tail = q_tail.to(tl.float32)
             acc = tl.zeros([ROWS, MAIN], tl.float32)
-            if DV > MAIN:
+            if TAIL_V:
                 acc_tail = tl.zeros([ROWS, TAIL], tl.float32)
             top = tl.full([ROWS], float("-inf"), tl.float32)
             weight = tl.zeros([ROWS], tl.float32)
-            if CAUSAL:
-                seen = length - queries + i + 1
-            else:
-                seen = length + 0 * i
+            seen = length - (queries - 1 - base - i) * causal
             entries = table + j.to(tl.int64) * t_b
-            tokens = kv + head * kv_h
+            tokens = kv + head * kv_h * UNIT
             for block in tl.range(lo.to(tl.int32), hi.to(tl.int32), num_stages=STAGES):
                 n = block * BLOCK_N + tl.arange(0, BLOCK_N)
                 wanted = n < length
-                if PAGE % BLOCK_N == 0:
-                    page = tl.load(entries + block * BLOCK_N // PAGE)
+                if WHOLE:
+                    place = block * BLOCK_N // page_size
+                    page = tl.load(entries + place)
                     real = (page >= 0) & (page < num_blocks)
                     held = n < tl.where(real, length, 0)
-                    offset = block * BLOCK_N % PAGE + tl.arange(0, BLOCK_N)
+                    inside = (block * BLOCK_N - place * page_size).to(tl.int64) * kv_t * UNIT
+                    offset = tl.arange(0, BLOCK_N)
                 else:
-                    page = tl.load(entries + n // PAGE, mask=wanted, other=0)
+                    page = tl.load(entries + n // page_size, mask=wanted, other=0)
                     real = (page >= 0) & (page < num_blocks)
                     held = wanted & real
-                    offset = n % PAGE
+                    inside = 0
+                    offset = n % page_size
                 page = tl.where(real, page, 0)
                 faults |= wanted.to(tl.int32) - held.to(tl.int32)
-                k_at = tokens + page.to(tl.int64) * kv_p + offset.to(tl.int64) * kv_t
-                # What is not held is zero here, since zero weight times NaN would still be NaN.
-                if D < MAIN:
-                    k = tl.load(k_at[:, None] + main[None, :], mask=held[:, None] & (main < D)[None, :], other=0.0)
+                if TOKEN:
+                    offset = offset * TOKEN
+                elif WIDE:
+                    offset = offset.to(tl.int64) * kv_t * UNIT
                 else:
+                    offset = offset * kv_t * UNIT
+                k_at = tokens + page.to(tl.int64) * kv_p * UNIT + inside + offset
+                # What is not held is zero here, since zero weight times NaN would still be NaN.
+                if FULL or TAIL:
                     k = tl.load(k_at[:, None] + main[None, :], mask=held[:, None], other=0.0)
+                else:
+                    k = tl.load(k_at[:, None] + main[None, :], mask=held[:, None] & (main < d)[None, :], other=0.0)
                 if INTERPRETED:
                     k = k.to(tl.float32)
                 s = tl.dot(q_main, tl.trans(k), input_precision="ieee")
                 if TAIL:
-                    if D < MAIN + TAIL:
-                        k_tail = tl.load(
-                            k_at[:, None] + tail[None, :], mask=held[:, None] & (tail < D)[None, :], other=0.0
-                        )
-                    else:
+                    if FULL:
                         k_tail = tl.load(k_at[:, None] + tail[None, :], mask=held[:, None], other=0.0)
+                    else:
+                        k_tail = tl.load(
+                            k_at[:, None] + tail[None, :], mask=held[:, None] & (tail < d)[None, :], other=0.0
+                        )
                     if INTERPRETED:
                         k_tail = k_tail.to(tl.float32)
                     s = tl.dot(q_tail, tl.trans(k_tail), s, input_precision="ieee")
@@ -324,36 +364,43 @@ def decode(
                 weight = weight * fade + tl.sum(share, 1)
                 share = share.to(q_main.dtype)
                 acc = tl.dot(share, k, acc * fade[:, None], input_precision="ieee")
-                if DV > MAIN:
+                if TAIL_V:
                     acc_tail = tl.dot(share, k_tail, acc_tail * fade[:, None], input_precision="ieee")
                 top = highest
+            # A zero the compiler cannot see through: it would keep what it knows of the rows in registers all along.
+            i, h = _rows(rows + (tl.max(faults, 0) >> 1), tile, group, ROWS)
             if alone:
+                live = i < queries - base
                 nothing = weight == 0.0
                 norm = 1.0 / tl.where(nothing, 1.0, weight)
-                o_at = out + j.to(tl.int64) * o_b + (row0 + i) * o_s + h * o_h
+                o_at = out + (j.to(tl.int64) * o_b + (row0 + base).to(tl.int64) * o_s + head * group * o_h) * UNIT
+                o_at = o_at + _offsets(i, o_s, h, o_h, WIDE) * UNIT
                 value = _rounded(acc * norm[:, None], out.dtype.element_ty)
-                tl.store(o_at[:, None] + main[None, :], value, mask=live[:, None] & (main < DV)[None, :])
-                if DV > MAIN:
+                if FULL_V:
+                    tl.store(o_at[:, None] + main[None, :], value, mask=live[:, None])
+                else:
+                    tl.store(o_at[:, None] + main[None, :], value, mask=live[:, None] & (main < d_v)[None, :])
+                if TAIL_V:
                     value = _rounded(acc_tail * norm[:, None], out.dtype.element_ty)
-                    tl.store(o_at[:, None] + tail[None, :], value, mask=live[:, None] & (tail < DV)[None, :])
-                log = top + tl.log2(weight)
-                if BASE2 == 0:
-                    log = log * LN2
-                l_at = lse + j.to(tl.int64) * l_b + h * l_h + row0 + i
-                tl.store(l_at, tl.where(nothing, float("inf"), log), mask=live)
+                    tl.store(o_at[:, None] + tail[None, :], value, mask=live[:, None] & (tail < d_v)[None, :])
+                log = (top + tl.log2(weight)) * log_unit
+                l_at = lse + j.to(tl.int64) * l_b + head * group * l_h + row0 + base
+                tl.store(l_at + h.to(tl.int64) * l_h + i, tl.where(nothing, float("inf"), log), mask=live)
             else:
                 tl.store(states + slot * (2 * ROWS) + rows, top)
                 tl.store(states + slot * (2 * ROWS) + ROWS + rows, weight)
-                s_at = slots + (slot * ROWS + rows) * DV
-                tl.store(s_at[:, None] + main[None, :], acc, mask=(main < DV)[None, :])
-                if DV > MAIN:
-                    tl.store(s_at[:, None] + tail[None, :], acc_tail, mask=(tail < DV)[None, :])
+                if TAIL_V:
+                    s_at = slots + slot * (ROWS * (MAIN + TAIL)) + rows * (MAIN + TAIL)
+                    tl.store(s_at[:, None] + tail[None, :], acc_tail)
+                else:
+                    s_at = slots + slot * (ROWS * MAIN) + rows * MAIN
+                tl.store(s_at[:, None] + main[None, :], acc)
         x += take
     if tl.max(faults, 0) > 0:
         tl.atomic_or(flag, BAD_ENTRY)
 
 
-@triton.jit(do_not_specialize=["batch", "s_q", "total_q", "group", "h_kv", "max_tokens", "parts", "side", "each", "l_b"])
+@triton.jit(do_not_specialize=[*_SIZES, *_OUT, "each"])
 def merge(
     seqlens,
     cu,
@@ -363,6 +410,7 @@ def merge(
     first,
     slots,
     states,
+    log_unit,
     o_b,
     o_s,
     o_h,
@@ -373,14 +421,15 @@ def merge(
     total_q,
     group,
     h_kv,
+    d_v,
     max_tokens,
     side,
     parts,
     each,
-    DV: tl.constexpr,
+    COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
     TOGETHER: tl.constexpr,
-    BASE2: tl.constexpr,
+    UNIT: tl.constexpr,
     RAGGED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -392,7 +441,7 @@ def merge(
     """Merge the pieces of one tile, TOGETHER rows a program. Grid (cuts, side, ROWS / TOGETHER).
 
     Cuts: ``parts``; with INVARIANT instead batch × ``each``, of which program j · each + u has unit u of sequence j.
-    WIDTH is the power of two from DV on.
+    COLUMNS are those of a slot, WIDTH the power of two from there on.
     """
     cut = tl.program_id(0)
     g = tl.program_id(1)
@@ -442,8 +491,8 @@ def merge(
             if filled:
                 part_top = tl.load(states + slot * (2 * ROWS) + rows)
                 part_weight = tl.load(states + slot * (2 * ROWS) + ROWS + rows)
-                at = slots + (slot * ROWS + rows) * DV
-                part = tl.load(at[:, None] + columns[None, :], mask=(columns < DV)[None, :], other=0.0)
+                at = slots + (slot * ROWS + rows) * COLUMNS
+                part = tl.load(at[:, None] + columns[None, :], mask=(columns < COLUMNS)[None, :], other=0.0)
                 highest = tl.maximum(top, part_top)
                 shift = tl.where(highest == float("-inf"), 0.0, highest)
                 fade, grow = tl.exp2(top - shift), tl.exp2(part_top - shift)
@@ -457,11 +506,8 @@ def merge(
         h = head * group + row - i * group
         live = i < queries
         nothing = weight == 0.0
-        value = acc / tl.where(nothing, 1.0, weight)[:, None]
-        o_at = out + j.to(tl.int64) * o_b + (row0 + i) * o_s + h * o_h
-        mask = live[:, None] & (columns < DV)[None, :]
-        tl.store(o_at[:, None] + columns[None, :], _rounded(value, out.dtype.element_ty), mask=mask)
-        log = top + tl.log2(weight)
-        if BASE2 == 0:
-            log = log * LN2
+        value = _rounded(acc / tl.where(nothing, 1.0, weight)[:, None], out.dtype.element_ty)
+        o_at = out + (j.to(tl.int64) * o_b + (row0 + i) * o_s + h * o_h) * UNIT
+        tl.store(o_at[:, None] + columns[None, :], value, mask=live[:, None] & (columns < d_v)[None, :])
+        log = (top + tl.log2(weight)) * log_unit
         tl.store(lse + j.to(tl.int64) * l_b + h * l_h + row0 + i, tl.where(nothing, float("inf"), log), mask=live)

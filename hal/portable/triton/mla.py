@@ -6,6 +6,7 @@ plan and decode can be captured in a graph. Workspace depends on sizes alone, ne
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -27,7 +28,8 @@ MAX_DIM: Final = 576
 MAX_PAGE: Final = 256
 _MOST: Final = 2**31 - 1
 _SCAN: Final = 64
-_LOG2E: Final = 1.4426950408889634
+_MOST_ROWS: Final = 128
+_LN2: Final = math.log(2)
 
 
 def dense(dtypes: tuple[str, ...]) -> MlaCapabilities:
@@ -111,6 +113,10 @@ class Sizes:
             "CHUNK_BLOCKS": max(1, self.table.chunk_tokens // self.variant.block_n),
         }
 
+    def columns(self, g: MlaGeometry) -> int:
+        """Columns of a partial result."""
+        return self.main + (self.tail if g.head_dim_v > self.main else 0)
+
     def slots(self, g: MlaGeometry) -> int:
         """Partial results there may be at once."""
         return self.side * (g.batch * self.table.chunks if g.batch_invariant else 2 * self.parts)
@@ -193,7 +199,7 @@ class TritonMla:
             sizes=sizes,
             prefix=empty(g.batch + 1, dtype=torch.int64),
             first=empty(sizes.parts, dtype=torch.int32),
-            slots=empty(slots, rows, g.head_dim_v, dtype=torch.float32),
+            slots=empty(slots, rows, sizes.columns(g), dtype=torch.float32),
             states=empty(slots, 2, rows, dtype=torch.float32),
             flag=empty(1, dtype=torch.int32),
         )
@@ -220,17 +226,31 @@ class TritonMla:
 
     def _launch(self, args: MlaDecodeArgs, table: Tensor, lengths: Tensor, schedule: Schedule) -> None:
         g, sizes = schedule.geometry, schedule.sizes
-        starts = args.cu_seqlens_q
+        variant, starts, token = sizes.variant, args.cu_seqlens_q, args.kv_cache.stride(1)
         offsets = lengths if starts is None else starts
-        q_strides, out_strides = args.q.stride(), args.out.stride()
+        q_strides, out_strides = args.q.stride()[-4:-1], args.out.stride()[-4:-1]
         lse_strides = args.h_q * args.s_q, args.s_q
         if starts is not None:
             # A ragged q has no batch dimension; its queries are found by their offsets instead.
             q_strides, out_strides = (0, *q_strides), (0, *out_strides)
             lse_strides = 0, args.total_q
+        strides = (*q_strides, *args.kv_cache.stride()[:3])
+        unit = _unit(*strides, *out_strides)
         constants = sizes.constants(g)
-        base2 = args.lse_base == "2"
-        most = min(args.max_blocks * args.page_size, _MOST)
+        log_unit = 1.0 if args.lse_base == "2" else _LN2
+        out_sizes = (*(stride // unit for stride in out_strides), *lse_strides)
+        numbers = (
+            args.batch,
+            args.s_q,
+            args.total_q,
+            sizes.group,
+            args.h_kv,
+            args.head_dim_v,
+            min(args.max_blocks * args.page_size, _MOST),
+            sizes.side,
+            sizes.parts,
+        )
+        made = (schedule.prefix, schedule.first, schedule.slots, schedule.states)
         self._kernels.decode[(sizes.side, sizes.parts)](
             args.q,
             args.kv_cache,
@@ -239,66 +259,51 @@ class TritonMla:
             offsets,
             args.out,
             args.lse,
-            schedule.prefix,
-            schedule.first,
-            schedule.slots,
-            schedule.states,
+            *made,
             schedule.flag,
-            *q_strides[:3],
-            *args.kv_cache.stride()[:3],
+            args.softmax_scale / _LN2,
+            log_unit,
+            int(args.causal),
+            *(stride // unit for stride in strides),
             table.stride(0),
-            *out_strides[:3],
-            *lse_strides,
-            args.softmax_scale * _LOG2E,
-            args.batch,
-            args.s_q,
-            args.total_q,
-            sizes.group,
-            args.h_kv,
+            *out_sizes,
+            args.head_dim,
+            args.page_size,
             args.num_blocks,
-            most,
-            sizes.side,
-            sizes.parts,
-            D=args.head_dim,
-            DV=args.head_dim_v,
+            *numbers,
             MAIN=sizes.main,
             TAIL=sizes.tail,
-            PAGE=args.page_size,
-            CAUSAL=args.causal,
-            BASE2=base2,
-            STAGES=sizes.variant.stages,
+            FULL=args.head_dim == sizes.main + sizes.tail,
+            FULL_V=args.head_dim_v >= sizes.main,
+            TAIL_V=args.head_dim_v > sizes.main,
+            WHOLE=args.page_size % variant.block_n == 0,
+            TOKEN=token if token in tuning.USUAL_TOKENS else 0,
+            UNIT=unit,
+            WIDE=_far(args),
+            STAGES=variant.stages,
             **constants,
-            num_warps=sizes.variant.warps,
+            num_warps=variant.warps,
         )
         self.launches["mla_decode"] += 1
         cuts = g.batch * sizes.each if g.batch_invariant else sizes.parts
         if cuts < 1 or (cuts == 1 and not g.batch_invariant):
             return
-        together = min(sizes.table.together, sizes.variant.rows)
-        self._kernels.merge[(cuts, sizes.side, sizes.variant.rows // together)](
+        together = min(sizes.table.together, variant.rows)
+        columns = sizes.columns(g)
+        self._kernels.merge[(cuts, sizes.side, variant.rows // together)](
             lengths,
             offsets,
             args.out,
             args.lse,
-            schedule.prefix,
-            schedule.first,
-            schedule.slots,
-            schedule.states,
-            *out_strides[:3],
-            *lse_strides,
-            args.batch,
-            args.s_q,
-            args.total_q,
-            sizes.group,
-            args.h_kv,
-            most,
-            sizes.side,
-            sizes.parts,
+            *made,
+            log_unit,
+            *out_sizes,
+            *numbers,
             sizes.each,
-            DV=args.head_dim_v,
-            WIDTH=_power_of_two(args.head_dim_v),
+            COLUMNS=columns,
+            WIDTH=_power_of_two(columns),
             TOGETHER=together,
-            BASE2=base2,
+            UNIT=unit,
             **constants,
             num_warps=4,
         )
@@ -316,6 +321,18 @@ def _raise_faults(flag: Tensor) -> None:
     if found & 1:
         raise SpecError("cache_seqlens", "a length out of range", "0…max_blocks × page_size")
     raise SpecError("block_table", "an entry out of range", "0…num_blocks − 1 within cache_seqlens")
+
+
+def _unit(*strides: int) -> int:
+    """What strides are counted in: 8 elements where all are multiples of it, which is 16 bytes of two-byte elements."""
+    return 1 if any(stride % 8 for stride in strides) else 8
+
+
+def _far(args: MlaDecodeArgs) -> bool:
+    """Whether an offset within a tile of rows or a page of tokens may not fit 32 bits."""
+    token, query, head = args.kv_cache.stride(1), args.q.stride(-3), args.q.stride(-2)
+    row = max(query + head * args.h_q, args.out.stride(-3) + args.out.stride(-2) * args.h_q)
+    return max(token * args.page_size, row * _MOST_ROWS) > _MOST - MAX_DIM
 
 
 def _power_of_two(n: int) -> int:

@@ -71,6 +71,9 @@ class Table:
     together: int = 4
 
 
+USUAL_TOKENS: Final = (576, 512)
+"""Elements from one token of a cache to the next that kernels are compiled for: their addresses then need few registers."""
+
 _HOPPER: Final = (
     Variant(512, 16, 64, 4, 2),
     Variant(512, 32, 64, 4, 2),
