@@ -5,7 +5,7 @@
 #
 # Stages, all of them where none is named: install doctor conform sanitize bench. Each has a time limit of its own and
 # writes OUT/STAGE*.log; one that fails does not stop the next. OUT/verdict.txt has a line for each.
-# Wheels are made with: pip wheel --no-deps --no-build-isolation -w DIR . backends/cuda conformance
+# Wheels are made with: pip wheel --no-deps --no-build-isolation -w DIR ./ ./backends/cuda ./conformance
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 ROOT=$PWD

@@ -165,6 +165,55 @@ def schedule(
     tl.store(first + p, tl.minimum(before, batch - 1), mask=p < parts)
 
 
+@triton.jit
+def _piece(
+    x,
+    end,
+    j,
+    start,
+    seqlens,
+    cu,
+    s_q,
+    total_q,
+    group,
+    h_kv,
+    max_tokens,
+    side,
+    g,
+    p,
+    RAGGED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BEGIN: tl.constexpr,
+    INVARIANT: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    CHUNK_BLOCKS: tl.constexpr,
+):
+    """What program (g, p) does of the unit of sequence j that step x lies in: blocks ``lo`` to ``hi`` of which tile."""
+    length = _length(j, seqlens, max_tokens, True)
+    row0, queries = _queries(j, cu, s_q, total_q, True, RAGGED)
+    tiles, units, blocks, steps, span, room = _shape(
+        length, queries, group, h_kv, side, ROWS, BLOCK_N, BEGIN, INVARIANT, CHUNKS, CHUNK_BLOCKS
+    )
+    unit = (x - start) // steps
+    step = (x - start) - unit * steps
+    if INVARIANT:
+        take = tl.full([], 1, tl.int64)
+        lo = step * span
+        hi = tl.minimum(lo + span, blocks)
+        alone = steps == 1
+        slot = (j.to(tl.int64) * CHUNKS + unit * room + step) * side + g
+    else:
+        take = tl.minimum(steps - step, end - x)
+        lo = tl.minimum(step, blocks)
+        hi = tl.minimum(step + take, blocks)
+        alone = (step == 0) & (hi == blocks)
+        slot = (2 * p.to(tl.int64) + (step == 0)) * side + g
+    head = unit // tl.maximum(units, 1)
+    tile = (unit - head * units) * side + g
+    return length, row0, queries, tiles, head, tile, lo.to(tl.int32), hi.to(tl.int32), take, alone, slot
+
+
 # Sizes and strides are run-time numbers, so that few variants are ever compiled; what the machine code really turns on
 # is a constant. Strides count UNIT elements: 8 where all are multiples of it, and memory is then moved 16 bytes at once.
 _SIZES = ["batch", "s_q", "total_q", "group", "h_kv", "d_v", "max_tokens", "side", "parts"]
@@ -259,33 +308,16 @@ def decode(
             j += 1
             start = stop
             stop = tl.load(prefix + j + 1)
-        length = _length(j, seqlens, max_tokens, True)
+        length, row0, queries, tiles, head, tile, lo, hi, take, alone, slot = _piece(
+            x, end, j, start, seqlens, cu, s_q, total_q, group, h_kv, max_tokens, side, g, p,
+            RAGGED, ROWS, BLOCK_N, BEGIN, INVARIANT, CHUNKS, CHUNK_BLOCKS,
+        )  # fmt: skip
         if length != tl.load(seqlens + j):
             tl.atomic_or(flag, BAD_LENGTH)
-        row0, queries = _queries(j, cu, s_q, total_q, True, RAGGED)
-        tiles, units, blocks, steps, span, room = _shape(
-            length, queries, group, h_kv, side, ROWS, BLOCK_N, BEGIN, INVARIANT, CHUNKS, CHUNK_BLOCKS
-        )
-        unit = (x - start) // steps
-        step = (x - start) - unit * steps
-        if INVARIANT:
-            take = tl.full([], 1, tl.int64)
-            lo = step * span
-            hi = tl.minimum(lo + span, blocks)
-            alone = steps == 1
-            slot = (j.to(tl.int64) * CHUNKS + unit * room + step) * side + g
-        else:
-            take = tl.minimum(steps - step, end - x)
-            lo = tl.minimum(step, blocks)
-            hi = tl.minimum(step + take, blocks)
-            alone = (step == 0) & (hi == blocks)
-            slot = (2 * p.to(tl.int64) + (step == 0)) * side + g
-        head = unit // tl.maximum(units, 1)
-        tile = (unit - head * units) * side + g
         # A unit beyond the last: the schedule was made for longer lengths than the table holds.
         if head >= h_kv:
             take = stop - x
-        if (head < h_kv) & (tile < tiles) & ((step == 0) | (lo < hi)):
+        if (head < h_kv) & (tile < tiles) & (alone | (lo < hi)):
             base = (tile * ROWS // group).to(tl.int32)
             i, h = _rows(rows, tile, group, ROWS)
             live = i < queries - base
@@ -313,7 +345,7 @@ def decode(
             seen = length - (queries - 1 - base - i) * causal
             entries = table + j.to(tl.int64) * t_b
             tokens = kv + head * kv_h * UNIT
-            for block in tl.range(lo.to(tl.int32), hi.to(tl.int32), num_stages=STAGES):
+            for block in tl.range(lo, hi, num_stages=STAGES):
                 n = block * BLOCK_N + tl.arange(0, BLOCK_N)
                 wanted = n < length
                 if WHOLE:
@@ -367,8 +399,16 @@ def decode(
                 if TAIL_V:
                     acc_tail = tl.dot(share, k_tail, acc_tail * fade[:, None], input_precision="ieee")
                 top = highest
-            # A zero the compiler cannot see through: it would keep what it knows of the rows in registers all along.
-            i, h = _rows(rows + (tl.max(faults, 0) >> 1), tile, group, ROWS)
+            # A zero the compiler cannot see through: it would keep all it knows of this piece in registers through the
+            # loop, which has none to spare. Finding the piece again is cheaper.
+            zero = tl.max(faults, 0) >> 1
+            length, row0, queries, tiles, head, tile, lo, hi, take, alone, slot = _piece(
+                x + zero, end, j + zero, start, seqlens, cu, s_q, total_q, group, h_kv, max_tokens, side, g, p,
+                RAGGED, ROWS, BLOCK_N, BEGIN, INVARIANT, CHUNKS, CHUNK_BLOCKS,
+            )  # fmt: skip
+            base = (tile * ROWS // group).to(tl.int32)
+            rows_again = rows + zero
+            i, h = _rows(rows_again, tile, group, ROWS)
             if alone:
                 live = i < queries - base
                 nothing = weight == 0.0
@@ -387,13 +427,13 @@ def decode(
                 l_at = lse + j.to(tl.int64) * l_b + head * group * l_h + row0 + base
                 tl.store(l_at + h.to(tl.int64) * l_h + i, tl.where(nothing, float("inf"), log), mask=live)
             else:
-                tl.store(states + slot * (2 * ROWS) + rows, top)
-                tl.store(states + slot * (2 * ROWS) + ROWS + rows, weight)
+                tl.store(states + slot * (2 * ROWS) + rows_again, top)
+                tl.store(states + slot * (2 * ROWS) + ROWS + rows_again, weight)
                 if TAIL_V:
-                    s_at = slots + slot * (ROWS * (MAIN + TAIL)) + rows * (MAIN + TAIL)
+                    s_at = slots + slot * (ROWS * (MAIN + TAIL)) + rows_again * (MAIN + TAIL)
                     tl.store(s_at[:, None] + tail[None, :], acc_tail)
                 else:
-                    s_at = slots + slot * (ROWS * MAIN) + rows * MAIN
+                    s_at = slots + slot * (ROWS * MAIN) + rows_again * MAIN
                 tl.store(s_at[:, None] + main[None, :], acc)
         x += take
     if tl.max(faults, 0) > 0:
