@@ -75,11 +75,10 @@ USUAL_TOKENS: Final = (576, 512)
 """Elements from one token of a cache to the next that kernels are compiled for: their addresses then need few registers."""
 
 _HOPPER: Final = (
-    Variant(512, 16, 64, 4, 2),
-    Variant(512, 32, 64, 4, 2),
+    Variant(512, 16, 64, 8, 3),
     Variant(512, 64, 64, 8, 2),
-    Variant(256, 16, 64, 4, 2),
-    Variant(256, 64, 64, 4, 2),
+    Variant(256, 16, 64, 4, 3),
+    Variant(256, 64, 64, 8, 2),
     Variant(256, 128, 64, 8, 2),
 )
 
