@@ -157,11 +157,15 @@ def schedule(
     tl.debug_barrier()
     p = tl.arange(0, PARTS)
     cut = total * p // parts
-    before = tl.zeros([PARTS], tl.int32)
-    for base in range(0, batch, CHUNK):
-        j = base + tl.arange(0, CHUNK)
-        ends = tl.load(prefix + 1 + j, mask=j < batch, other=0x7FFFFFFFFFFFFFFF)
-        before += tl.sum((ends[None, :] <= cut[:, None]).to(tl.int32), 1)
+    # Binary search: how many sequences end at or before the cut.
+    before, after = tl.zeros([PARTS], tl.int32), tl.zeros([PARTS], tl.int32) + batch
+    width = batch
+    while width > 0:
+        middle = (before + after) // 2
+        ended = tl.load(prefix + 1 + middle, mask=middle < batch, other=0x7FFFFFFFFFFFFFFF) <= cut
+        before = tl.where(ended & (before < after), middle + 1, before)
+        after = tl.where(ended, after, tl.minimum(after, middle))
+        width //= 2
     tl.store(first + p, tl.minimum(before, batch - 1), mask=p < parts)
 
 

@@ -113,6 +113,29 @@ class Sizes:
             "CHUNK_BLOCKS": max(1, self.table.chunk_tokens // self.variant.block_n),
         }
 
+    def compiled(
+        self, kernel: str, g: MlaGeometry, *, token: int = 576, unit: int = 8, wide: bool = False
+    ) -> dict[str, Any]:
+        """What one kernel is compiled with beside `constants`; keywords are what follows from strides."""
+        if kernel == "schedule":
+            return {"PARTS": _power_of_two(self.parts), "CHUNK": _SCAN}
+        if kernel == "merge":
+            columns = self.columns(g)
+            together = min(self.table.together, self.variant.rows)
+            return {"COLUMNS": columns, "WIDTH": _power_of_two(columns), "TOGETHER": together, "UNIT": unit}
+        return {
+            "MAIN": self.main,
+            "TAIL": self.tail,
+            "FULL": g.head_dim == self.main + self.tail,
+            "FULL_V": g.head_dim_v >= self.main,
+            "TAIL_V": g.head_dim_v > self.main,
+            "WHOLE": g.page_size % self.variant.block_n == 0,
+            "TOKEN": token if token in tuning.USUAL_TOKENS else 0,
+            "UNIT": unit,
+            "WIDE": wide,
+            "STAGES": self.variant.stages,
+        }
+
     def columns(self, g: MlaGeometry) -> int:
         """Columns of a partial result."""
         return self.main + (self.tail if g.head_dim_v > self.main else 0)
@@ -216,8 +239,7 @@ class TritonMla:
                 g.h_kv,
                 sizes.side,
                 sizes.parts,
-                PARTS=_power_of_two(sizes.parts),
-                CHUNK=_SCAN,
+                **sizes.compiled("schedule", g),
                 **sizes.constants(g),
                 num_warps=4,
             )
@@ -271,16 +293,7 @@ class TritonMla:
             args.page_size,
             args.num_blocks,
             *numbers,
-            MAIN=sizes.main,
-            TAIL=sizes.tail,
-            FULL=args.head_dim == sizes.main + sizes.tail,
-            FULL_V=args.head_dim_v >= sizes.main,
-            TAIL_V=args.head_dim_v > sizes.main,
-            WHOLE=args.page_size % variant.block_n == 0,
-            TOKEN=token if token in tuning.USUAL_TOKENS else 0,
-            UNIT=unit,
-            WIDE=_far(args),
-            STAGES=variant.stages,
+            **sizes.compiled("decode", g, token=token, unit=unit, wide=_far(args)),
             **constants,
             num_warps=variant.warps,
         )
@@ -288,9 +301,8 @@ class TritonMla:
         cuts = g.batch * sizes.each if g.batch_invariant else sizes.parts
         if cuts < 1 or (cuts == 1 and not g.batch_invariant):
             return
-        together = min(sizes.table.together, variant.rows)
-        columns = sizes.columns(g)
-        self._kernels.merge[(cuts, sizes.side, variant.rows // together)](
+        merged = sizes.compiled("merge", g, unit=unit)
+        self._kernels.merge[(cuts, sizes.side, variant.rows // merged["TOGETHER"])](
             lengths,
             offsets,
             args.out,
@@ -300,10 +312,7 @@ class TritonMla:
             *out_sizes,
             *numbers,
             sizes.each,
-            COLUMNS=columns,
-            WIDTH=_power_of_two(columns),
-            TOGETHER=together,
-            UNIT=unit,
+            **merged,
             **constants,
             num_warps=4,
         )
