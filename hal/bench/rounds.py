@@ -23,7 +23,7 @@ FEWEST_ROUNDS: Final = 3
 
 FILLS: Final = 2
 FILL_BYTES: Final = 256 << 20
-"""What keeps a device busy for each call that is queued behind it: some 0.1 ms a fill, more than queueing a call takes."""
+"""What keeps a device busy for each call queued behind it: some 0.1 ms a fill, more than queueing a call takes."""
 
 
 class Clock(Protocol):

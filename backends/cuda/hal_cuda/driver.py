@@ -66,7 +66,9 @@ def cache_folder(arch: str) -> Path | None:
     return folder if private else None
 
 
-def compile_source(source: Path, arch: str, options: Sequence[str] = (), headers: Mapping[str, str] | None = None) -> bytes:
+def compile_source(
+    source: Path, arch: str, options: Sequence[str] = (), headers: Mapping[str, str] | None = None
+) -> bytes:
     """Compile one file with NVRTC, or find it compiled already. Needs no device.
 
     Parameters
@@ -108,16 +110,16 @@ def compile_source(source: Path, arch: str, options: Sequence[str] = (), headers
 
 
 def _compile(nvrtc: Any, text: str, source: Path, flags: tuple[str, ...], headers: dict[str, str]) -> bytes:
-    names, texts = tuple(headers), tuple(headers.values())
+    names, texts = (tuple(part.encode() for part in parts) for parts in (headers, headers.values()))
     program = checked("nvrtcCreateProgram", nvrtc.createProgram, text, source.name, texts, names)
     try:
         nvrtc.compileProgram(program, flags)
     except nvrtc.NVRTCError as error:
         log = nvrtc.getProgramLog(program)
         raise CompileError(f"NVRTC: {error} for {' '.join(flags)}", log=log, source_path=str(source)) from error
-    finally_made: bytes = checked("nvrtcGetCUBIN", nvrtc.getCUBIN, program)
+    cubin: bytes = checked("nvrtcGetCUBIN", nvrtc.getCUBIN, program)
     checked("nvrtcDestroyProgram", nvrtc.destroyProgram, program)
-    return finally_made
+    return cubin
 
 
 def _keep(path: Path, content: bytes) -> None:

@@ -1,6 +1,6 @@
 """The Triton kernels in Triton's interpreter, against the float64 reference.
 
-`test_interpreter` runs this file in a process with ``TRITON_INTERPRET=1``, which has to be set before triton is imported.
+`test_interpreter` runs this file in a process with ``TRITON_INTERPRET=1``, which is read when triton is imported.
 """
 
 from __future__ import annotations
@@ -77,14 +77,14 @@ CASES: dict[str, dict[str, Any]] = {
     "poison inf": {"poison": "inf"},
     "entries of every kind": {"garbage": -(2**31)},
     "pages in common": {"pages": "shared", "lengths": (200, 190, 130)},
-    "strides": {"q_layout": "odd", "kv_layout": "odd", "out_layout": "padded", "table_layout": "strided", "d": 60, "d_v": 33},
+    "strides": {"q_layout": "odd", "kv_layout": "odd", "out_layout": "padded", "d": 60, "d_v": 33},
     "heads first": {"q_layout": "heads_first", "kv_layout": "heads_first", "out_layout": "heads_first", "h_kv": 2},
-    "with a plan": {"plan": True, "s_q": 2},
+    "with a plan": {"plan": True, "s_q": 2, "table_layout": "strided"},
     "underflow": {"data": "underflow"},
     "far below zero": {"data": "negative"},
     "large numbers": {"data": "large"},
     "invariant": {"batch_invariant": True, "lengths": (400, 3, 100)},
-    "invariant, several heads": {"batch_invariant": True, "lengths": (400, 90), "h_q": 40, "h_kv": 2, "d": 64, "d_v": 64},
+    "invariant, heads": {"batch_invariant": True, "lengths": (400, 90), "h_q": 40, "h_kv": 2, "d": 64, "d_v": 9},
 }  # fmt: skip
 
 
@@ -105,13 +105,15 @@ def test_one_token_comes_out_bit_by_bit() -> None:
     values = values[: len(values) // 576 * 576].view(-1, 1, 1, 576)
     count = len(values)
     table, lengths = torch.arange(count, dtype=torch.int32)[:, None], torch.ones(count, dtype=torch.int32)
-    out, _ = hal.mla_decode(torch.zeros(count, 1, 1, 576).bfloat16(), values, table, lengths, head_dim_v=576, backend=NAME)
+    out, _ = hal.mla_decode(
+        torch.zeros(count, 1, 1, 576).bfloat16(), values, table, lengths, head_dim_v=576, backend=NAME
+    )
     assert out.equal(values)
 
 
 shapes = st.fixed_dictionaries(
     {
-        "lengths": st.lists(st.integers(0, 200), min_size=1, max_size=4).map(tuple),
+        "lengths": st.lists(st.integers(0, 150), min_size=1, max_size=3).map(tuple),
         "h_kv": st.integers(1, 2),
         "page": st.sampled_from([1, 5, 16, 32, 64, 100, 256]),
         "d": st.integers(1, 80),
@@ -128,7 +130,7 @@ shapes = st.fixed_dictionaries(
 
 
 @seed(SEED)
-@settings(max_examples=50, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(shape=shapes, group=st.integers(1, 24), s_q=st.integers(0, 3), ragged=st.booleans(), data=st.data())
 def test_anything_legal(shape: dict[str, Any], group: int, s_q: int, ragged: bool, data: st.DataObject) -> None:
     case = BASE.but(**shape, h_q=shape["h_kv"] * group, s_q=s_q, d_v=data.draw(st.integers(1, shape["d"])))
@@ -219,7 +221,9 @@ def test_lengths_that_shrank_or_grew_under_a_plan_stay_within_their_memory() -> 
     hal.set_validation("off")
     try:
         for planned in ((1, 1), (100_000, 7), (0, 0), (2**31 - 1, 2**31 - 1)):
-            plan = hal.mla_plan(torch.tensor(planned, dtype=torch.int32), h_q=16, head_dim=32, head_dim_v=32, backend=NAME)
+            plan = hal.mla_plan(
+                torch.tensor(planned, dtype=torch.int32), h_q=16, head_dim=32, head_dim_v=32, backend=NAME
+            )
             hal.mla_decode(*args, **keywords, plan=plan, backend=NAME)
     finally:
         hal.set_validation("shapes")

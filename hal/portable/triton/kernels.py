@@ -42,8 +42,7 @@ def _queries(j, cu, s_q, total_q, mask, RAGGED: tl.constexpr):
         first = tl.minimum(tl.maximum(tl.load(cu + j, mask=mask, other=0), 0), total_q)
         last = tl.minimum(tl.maximum(tl.load(cu + j + 1, mask=mask, other=0), first), total_q)
         return first, last - first
-    else:
-        return j * 0, j * 0 + s_q
+    return j * 0, j * 0 + s_q
 
 
 @triton.jit
@@ -92,8 +91,7 @@ def _offsets(i, stride_i, h, stride_h, WIDE: tl.constexpr):
     """Offsets within a tile; 32 bits are enough for most strides and take half the registers."""
     if WIDE:
         return i.to(tl.int64) * stride_i + h.to(tl.int64) * stride_h
-    else:
-        return i * stride_i + h * stride_h
+    return i * stride_i + h * stride_h
 
 
 @triton.jit
@@ -219,7 +217,7 @@ def _piece(
 
 
 # Sizes and strides are run-time numbers, so that few variants are ever compiled; what the machine code really turns on
-# is a constant. Strides count UNIT elements: 8 where all are multiples of it, and memory is then moved 16 bytes at once.
+# is a constant. Strides count UNIT elements: 8 where all are multiples of it, and memory then moves 16 bytes at once.
 _SIZES = ["batch", "s_q", "total_q", "group", "h_kv", "d_v", "max_tokens", "side", "parts"]
 _OUT = ["o_b", "o_s", "o_h", "l_b", "l_h"]
 _IN = ["d", "q_b", "q_s", "q_h", "kv_p", "kv_t", "kv_h", "t_b", "page_size", "num_blocks", "causal"]
@@ -408,8 +406,8 @@ def decode(
                     if TAIL_V:
                         acc_tail = tl.dot(share, k_tail, acc_tail * fade[:, None], input_precision="ieee")
                     top = highest
-                # A zero the compiler cannot see through: it would keep all it knows of this piece in registers through the
-                # loop, which has none to spare. Finding the piece again is cheaper.
+                # A zero the compiler cannot see through: it would keep all it knows of this piece in registers during
+                # the loop, which has none to spare. Finding the piece again is cheaper.
                 zero = tl.max(faults, 0) >> 1
                 length, row0, queries, tiles, head, tile, lo, hi, take, alone, slot = _piece(
                     x + zero, end, j + zero, start, seqlens, cu, s_q, total_q, group, h_kv, max_tokens, side, g, p,
@@ -503,7 +501,7 @@ def merge(
     start = tl.load(prefix + j)
     length = _length(j, seqlens, max_tokens, True)
     row0, queries = _queries(j, cu, s_q, total_q, True, RAGGED)
-    tiles, units, blocks, steps, span, room = _shape(
+    tiles, units, blocks, steps, _span, room = _shape(
         length, queries, group, h_kv, side, ROWS, BLOCK_N, BEGIN, INVARIANT, CHUNKS, CHUNK_BLOCKS
     )
     if INVARIANT:

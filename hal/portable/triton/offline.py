@@ -1,7 +1,7 @@
 """Compile the kernels for architectures that are not here, and look at the machine code.
 
-What a kernel would be launched with on a device is written down as a `Build`; its result says whether the architecture's
-matrix instructions are in it, whether registers were spilled, and how much shared memory it takes.
+What a kernel would be launched with on a device is written down as a `Build`; its `Code` says whether the chip's matrix
+instructions are in it, whether registers were spilled, and how much shared memory it takes.
 """
 
 from __future__ import annotations
@@ -91,7 +91,13 @@ def builds(arch: str) -> Iterator[Build]:
     """Every variant of an architecture's table with the options that change the code, both dtypes."""
     for variant in tuning.table(arch).variants:
         dims = (576, 512) if variant.width == 512 else (192, 128) if variant.width < 256 else (256, 256)
-        options = [{}, {"ragged_q": True}, {"batch_invariant": True}, {"page_size": 16}, {"dtype": torch.float16}]
+        options: list[dict[str, Any]] = [
+            {},
+            {"ragged_q": True},
+            {"batch_invariant": True},
+            {"page_size": 16},
+            {"dtype": torch.float16},
+        ]
         for changed in options:
             group = variant.rows // 2 if changed.get("ragged_q") else variant.rows
             yield Build(arch, "decode", usual(group, *dims, **changed))
@@ -99,7 +105,8 @@ def builds(arch: str) -> Iterator[Build]:
     yield Build(arch, "decode", usual(16, 192, 128))
     yield Build(arch, "decode", usual(16, 576, 576))
     yield Build(arch, "decode", usual(16, 65, 33))
-    for changed in ({}, {"ragged_q": True}, {"batch_invariant": True}):
+    kinds: list[dict[str, Any]] = [{}, {"ragged_q": True}, {"batch_invariant": True}]
+    for changed in kinds:
         yield Build(arch, "schedule", usual(64, 576, 512, **changed))
         yield Build(arch, "merge", usual(64, 576, 512, **changed))
 

@@ -72,7 +72,7 @@ class Table:
 
 
 USUAL_TOKENS: Final = (576, 512)
-"""Elements from one token of a cache to the next that kernels are compiled for: their addresses then need few registers."""
+"""Elements from one token of a cache to the next that kernels are compiled for, which saves them registers."""
 
 _HOPPER: Final = (
     Variant(512, 16, 64, 8, 3),
