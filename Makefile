@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DISTRIBUTIONS := . backends/cpu conformance
+DISTRIBUTIONS := . backends/cpu backends/cuda conformance
 # Whatever decides what is installed; Python sources are live in an editable install and need no reinstall.
 INPUTS := constraints.txt $(wildcard pyproject.toml */pyproject.toml backends/*/pyproject.toml) \
           $(wildcard backends/*/CMakeLists.txt backends/*/native/* backends/*/native/*/*)
@@ -19,7 +19,7 @@ test: lint
 lint: $(VENV)/.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy --strict hal conformance/hal_conformance
+	$(BIN)/mypy --strict hal conformance/hal_conformance backends/cuda/hal_cuda
 	$(BIN)/mypy --strict -p examples.deepseek_v3
 
 # Every case of the published sweep; about half an hour on two cores.

@@ -239,10 +239,12 @@ def _require_plots(folder: Path | None) -> None:
 
 
 def _require_room(cases: Sequence[MlaCase], device: torch.device) -> None:
+    import torch
+
     from hal.bench.machine import free_memory
     from hal.bench.mla import footprint
 
-    free = free_memory()
+    free = free_memory() if device.type == "cpu" else torch.get_device_module(device.type).mem_get_info()[0]
     for case in cases:
         needed = footprint(case, device)
         if needed > free:
