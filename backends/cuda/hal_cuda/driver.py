@@ -119,7 +119,8 @@ def _compile(nvrtc: Any, text: str, source: Path, flags: tuple[str, ...], header
         raise CompileError(f"NVRTC: {error} for {' '.join(flags)}", log=log, source_path=str(source)) from error
     cubin: bytes = checked("nvrtcGetCUBIN", nvrtc.getCUBIN, program)
     checked("nvrtcDestroyProgram", nvrtc.destroyProgram, program)
-    return cubin
+    # cupy leaves out the last byte, as it does with the zero that ends a text; here it is the last of a program header.
+    return cubin + b"\0"
 
 
 def _keep(path: Path, content: bytes) -> None:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import ctypes
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hal.spec.mla import MlaDecodeArgs, MlaGeometry
-from hal_cuda.hopper.driver import Kernel, TensorMap, tensor_map
+from hal_cuda.hopper.lib import Kernel, TensorMap, tensor_map
 
 ROWS: Final = 64
 TOKENS: Final = 64
 HEAD_DIM: Final = 576
 HEAD_DIM_V: Final = 512
 MERGE_WARPS: Final = 4
-MOST_TOKENS: Final = 2**31 - 128
+MOST_TOKENS: Final = 2**30
 SHARED_BYTES: Final = 3 * 9 * 8192 + 6 * ROWS * 4 + 22 * 8
 """What ``Shared`` in decode.cu measures."""
 
@@ -91,16 +92,18 @@ def make_schedule(kernels: Kernels, geometry: MlaGeometry, cache_seqlens: Tensor
     return Schedule(bounds, partial_out, partial_lse, parts, row_blocks)
 
 
-def cache_map(kv_cache: Tensor) -> TensorMap:
-    """Describe a cache [num_blocks, page_size, h_kv, 576] to the copy engine: one box is a tile of 64 columns."""
-    num_blocks, page_size, h_kv, _ = kv_cache.shape
-    block, row, head, _ = (stride * 2 for stride in kv_cache.stride())
-    return tensor_map(
-        kv_cache.data_ptr(),
-        (HEAD_DIM, h_kv, page_size, num_blocks),
-        (head, row, block),
-        (64, 1, min(page_size, TOKENS), 1),
-    )
+@lru_cache(maxsize=1024)
+def cache_map(address: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> TensorMap:
+    """Describe a cache [num_blocks, page_size, h_kv, 576] to the copy engine: one box is a tile of 64 columns.
+
+    Kept per cache: every layer has one, and it comes back at every step.
+    """
+    num_blocks, page_size, h_kv, _ = shape
+    block, row, head, _ = (stride * 2 for stride in strides)
+    sizes = (HEAD_DIM, h_kv, page_size, num_blocks)
+    # The stride of a dimension of one is never used, but zero is refused.
+    spans = tuple(stride or HEAD_DIM * 2 for stride in (head, row, block))
+    return tensor_map(address, sizes, spans, (64, 1, min(page_size, TOKENS), 1))
 
 
 def decode(kernels: Kernels, args: MlaDecodeArgs, schedule: Schedule) -> None:
@@ -133,6 +136,8 @@ def decode(kernels: Kernels, args: MlaDecodeArgs, schedule: Schedule) -> None:
         args.causal,
         1.0 if args.lse_base == "2" else math.log(2.0),
     )
-    kernels.decode((schedule.row_blocks, args.h_kv, schedule.parts), stream, problem, cache_map(args.kv_cache))
+    cache = args.kv_cache
+    cached = cache_map(cache.data_ptr(), tuple(cache.shape), cache.stride())
+    kernels.decode((schedule.row_blocks, args.h_kv, schedule.parts), stream, problem, cached)
     rows = args.s_q * group
     kernels.merge((math.ceil(rows / MERGE_WARPS), args.h_kv, args.batch), stream, problem)

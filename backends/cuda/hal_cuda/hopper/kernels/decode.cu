@@ -35,6 +35,7 @@ struct Shared {
     u64 full[2][kTiles];
     u64 empty[2][2];  // a buffer's left half; its right half
 };
+static_assert(sizeof(Shared) == HAL_SHARED_BYTES, "the host reserves what a block uses");
 
 
 constexpr float kSlack = 8.0f;  // in powers of two; 2^8 times a probability still fits fp16
@@ -191,7 +192,7 @@ struct Computer {
 
     // Scales, masks what lies past each row's limit, and returns the maxima of this thread's two rows.
     __device__ __forceinline__ void mask(float (&s)[32], int step, int least_limit, float (&found)[2]) const {
-        found[0] = found[1] = -INFINITY;
+        found[0] = found[1] = -HAL_INFINITY;
         const int first = step * kTokens;
         if (first + kTokens <= least_limit) {
 #pragma unroll
@@ -203,7 +204,7 @@ struct Computer {
 #pragma unroll
             for (int i = 0; i < 32; ++i) {
                 const int key = first + (i / 4) * 8 + column + i % 2;
-                s[i] = key < limit[(i / 2) % 2] ? s[i] * problem.scale_log2 : -INFINITY;
+                s[i] = key < limit[(i / 2) % 2] ? s[i] * problem.scale_log2 : -HAL_INFINITY;
                 found[(i / 2) % 2] = fmaxf(found[(i / 2) % 2], s[i]);
             }
         }
@@ -217,7 +218,7 @@ struct Computer {
     // s becomes exp2(s - most); returns each row's sum over this thread's columns.
     __device__ __forceinline__ void exponentials(float (&s)[32], const float (&highest)[2], float (&total)[2]) const {
         // A row that has seen nothing subtracts 0 from -inf.
-        const float base[2] = {highest[0] == -INFINITY ? 0.0f : highest[0], highest[1] == -INFINITY ? 0.0f : highest[1]};
+        const float base[2] = {highest[0] == -HAL_INFINITY ? 0.0f : highest[0], highest[1] == -HAL_INFINITY ? 0.0f : highest[1]};
         total[0] = total[1] = 0.0f;
 #pragma unroll
         for (int i = 0; i < 32; ++i) {
@@ -414,7 +415,7 @@ struct Computer {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             sum[r] = 0.0f;
-            most[r] = -INFINITY;
+            most[r] = -HAL_INFINITY;
             const int position = min(row_block * kRows + row + r * 8, rows - 1) / group;
             limit[r] = problem.causal ? length - problem.s_q + position + 1 : length;
         }
@@ -447,13 +448,13 @@ struct Computer {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 const int index = row_block * kRows + row + r * 8;
-                const float lse = sum[r] > 0.0f ? most[r] + ptx::log2(sum[r]) : -INFINITY;
+                const float lse = sum[r] > 0.0f ? most[r] + ptx::log2(sum[r]) : -HAL_INFINITY;
                 if (!item.whole) {
                     problem.partial_lse[partial_row(problem, part, item.slot, kv_head, row_block) + row + r * 8] = lse;
                 } else if (index < rows) {
                     const int head = kv_head * group + index % group;
                     problem.lse[(static_cast<long long>(item.sequence) * problem.h_q + head) * problem.s_q + index / group] =
-                        sum[r] > 0.0f ? lse * problem.lse_factor : INFINITY;
+                        sum[r] > 0.0f ? lse * problem.lse_factor : HAL_INFINITY;
                 }
             }
         }

@@ -44,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32) merge(const __grid_con
         const Bound from = problem.bounds[part], to = problem.bounds[part + 1];
         return from.sequence == to.sequence && from.step == to.step;
     };
-    float most = -INFINITY;
+    float most = -HAL_INFINITY;
     for (int part = first + lane; part <= last; part += 32)
         if (!empty(part)) most = fmaxf(most, lse_of(part));
     for (int distance = 16; distance > 0; distance /= 2)
@@ -52,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32) merge(const __grid_con
 
     float sums[kColumns] = {};
     float weights = 0.0f;
-    if (most != -INFINITY) {
+    if (most != -HAL_INFINITY) {
         for (int part = first; part <= last; ++part) {
             if (empty(part)) continue;
             const float weight = ptx::exp2(lse_of(part) - most);
@@ -87,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32) merge(const __grid_con
         }
     }
     if (lane == 0) {
-        const float lse = most == -INFINITY ? INFINITY : (most + ptx::log2(weights)) * problem.lse_factor;
+        const float lse = most == -HAL_INFINITY ? HAL_INFINITY : (most + ptx::log2(weights)) * problem.lse_factor;
         problem.lse[(static_cast<long long>(sequence) * problem.h_q + head) * problem.s_q + position] = lse;
     }
 }

@@ -39,12 +39,13 @@ struct Problem {
     int causal;
     float lse_factor;          // from base 2 to the caller's base
 };
+static_assert(sizeof(Problem) == HAL_PROBLEM_BYTES, "the host fills what the kernels read");
 
 __device__ __forceinline__ int length_of(const Problem& problem, int sequence) {
     return min(max(problem.cache_seqlens[sequence], 0), problem.most_tokens);
 }
 
-// Lengths stay below 2^31 - kTokens.
+// Lengths stay far below 2^31: the host takes no table of more than 2^30 tokens.
 __device__ __forceinline__ int steps_of(int length) { return (length + kTokens - 1) / kTokens; }
 
 // Where a part keeps what it computed of one of its sequences: slot 0 its first, slot 1 its last.

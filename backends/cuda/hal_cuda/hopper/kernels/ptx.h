@@ -6,6 +6,8 @@ using u16 = unsigned short;
 using u32 = unsigned int;
 using u64 = unsigned long long;
 
+#define HAL_INFINITY __int_as_float(0x7f800000)
+
 // A CUtensorMap as the driver encodes it; only ever passed on.
 struct alignas(64) TensorMap {
     u64 opaque[16];

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cache
-from typing import Final
+from typing import Any, Final
 
 from hal.spec.errors import DeviceError
 
@@ -80,7 +80,9 @@ class Kernel:
             code = _library().cuFuncSetAttribute(self._handle, _MAX_DYNAMIC_SHARED, shared_bytes)
             check(code, f"cuFuncSetAttribute({name}, {shared_bytes} bytes of shared memory)")
 
-    def __call__(self, grid: tuple[int, int, int], stream: int, *arguments: ctypes.Structure | ctypes._SimpleCData) -> None:
+    def __call__(
+        self, grid: tuple[int, int, int], stream: int, *arguments: ctypes.Structure | ctypes._SimpleCData[Any]
+    ) -> None:
         """Launch on a stream (a ``CUstream``); the arguments are copied before this returns."""
         config = self._config
         config.grid[:] = grid
