@@ -3,7 +3,7 @@
 #
 #   scripts/gpu/mla.sh [--backend NAME] [--wheels DIR] [--tiers "A B"] [--quick] OUT [STAGE...]
 #
-# Stages, all of them where none is named: install doctor conform sanitize bench. Each has a time limit of its own and
+# Stages, all of them where none is named: install doctor conform graph sanitize bench. Each has a time limit of its own and
 # writes OUT/STAGE*.log; one that fails does not stop the next. OUT/verdict.txt has a line for each.
 # Wheels are made with: pip wheel --no-deps --no-build-isolation -w DIR ./ ./backends/cuda ./conformance
 set -uo pipefail
@@ -24,7 +24,7 @@ done
 mkdir -p "$1"
 OUT=$(realpath "$1"); shift
 stages=("$@")
-[[ ${#stages[@]} -gt 0 ]] || stages=(install doctor conform sanitize bench)
+[[ ${#stages[@]} -gt 0 ]] || stages=(install doctor conform graph sanitize bench)
 PYTHON=${PYTHON:-python3}
 export HAL_BACKEND=$backend PYTHONUNBUFFERED=1 COLUMNS=120
 : >"$OUT/verdict.txt"
@@ -46,13 +46,9 @@ limited() {
 
 hal() { "$PYTHON" -m hal "$@"; }
 
-# The tiers of the backend that can be used here; a backend without tiers has one without a name.
+# What to judge: the tiers as users get them (auto: the best that takes a call), then the one that takes every call alone.
 usable_tiers() {
-  if [[ -n $tiers ]]; then echo "$tiers"; return; fi
-  hal backends --json 2>/dev/null | "$PYTHON" -c "
-import json, sys
-found = {b['name']: b for b in json.load(sys.stdin)['backends']}.get('$backend', {})
-print(found.get('details', {}).get('tiers', 'only').replace(',', ' '))"
+  if [[ -n $tiers ]]; then echo "$tiers"; elif [[ $backend == cuda ]]; then echo "auto triton"; else echo auto; fi
 }
 
 stage_install() {
@@ -65,9 +61,19 @@ stage_doctor() { limited 300 doctor "$PYTHON" -m hal doctor "$backend"; }
 stage_conform() {
   local tier
   for tier in $(usable_tiers); do
-    [[ $tier == only ]] || export HAL_CUDA_TIER=$tier
+    [[ $tier == auto ]] || export HAL_CUDA_TIER=$tier
     # Kernels are compiled on first use, which the suite's limits do not allow for.
     limited 1500 "conform-$tier" "$PYTHON" -m hal conform --backend "$backend" $quick --patience 4 --out "$OUT/conform-$tier"
+    unset HAL_CUDA_TIER
+  done
+}
+
+stage_graph() {
+  local tier
+  if [[ $backend == cpu ]]; then say "graph: not applicable to the cpu"; return; fi
+  for tier in $(usable_tiers); do
+    [[ $tier == auto ]] || export HAL_CUDA_TIER=$tier
+    limited 200 "graph-$tier" "$PYTHON" "$ROOT/scripts/gpu/graph.py"
     unset HAL_CUDA_TIER
   done
 }
@@ -77,7 +83,7 @@ stage_sanitize() {
   if [[ $backend == cpu ]]; then say "sanitize: not applicable to the cpu"; return; fi
   if ! command -v "$tool" >/dev/null; then say "sanitize: FAIL, $tool is not installed"; failed=1; return; fi
   for tier in $(usable_tiers); do
-    [[ $tier == only ]] || export HAL_CUDA_TIER=$tier
+    [[ $tier == auto ]] || export HAL_CUDA_TIER=$tier
     limited 420 "sanitize-$tier" "$tool" --tool memcheck --error-exitcode 9 "$PYTHON" "$ROOT/scripts/gpu/small_set.py"
     limited 420 "racecheck-$tier" "$tool" --tool racecheck --error-exitcode 9 "$PYTHON" "$ROOT/scripts/gpu/small_set.py" --few
     unset HAL_CUDA_TIER
@@ -91,7 +97,7 @@ stage_bench() {
     if [[ $q == 1 ]]; then cases+=(--case "b${b}_h${h}_s${s}"); else cases+=(--case "b${b}_h${h}_s${s}_q${q}_causal"); fi
   done; done; done
   for tier in $(usable_tiers); do
-    [[ $tier == only ]] || export HAL_CUDA_TIER=$tier
+    [[ $tier == auto ]] || export HAL_CUDA_TIER=$tier
     limited 1200 "bench-$tier" "$PYTHON" -m hal bench mla --backend "$backend" --peer flash_mla "${cases[@]}" \
       --rounds $rounds --json "$OUT/bench-$tier.json" --record "$OUT/bench-$tier-samples.json"
     unset HAL_CUDA_TIER
