@@ -1,4 +1,4 @@
-"""Plan and decode captured in one CUDA graph, replayed over other lengths and other data: no waiting, no stale schedule."""
+"""Plan and decode captured in one CUDA graph, replayed over other lengths and other data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from hal_conformance.limits import DENSE_LSE, DENSE_OUT, compare
 
 import hal
-from hal.reference import mla_decode as reference
+from hal.reference.mla import mla_decode as reference
 
 PAGE, BATCH, MOST = 64, 4, 1000
 

@@ -20,7 +20,7 @@ HEAD_DIM: Final = 576
 HEAD_DIM_V: Final = 512
 MERGE_WARPS: Final = 4
 MOST_TOKENS: Final = 2**30
-SHARED_BYTES: Final = 3 * 9 * 8192 + 6 * ROWS * 4 + 22 * 8
+SHARED_BYTES: Final = 3 * 9 * 8192 + 8 * ROWS * 4 + 22 * 8
 """What ``Shared`` in decode.cu measures."""
 
 

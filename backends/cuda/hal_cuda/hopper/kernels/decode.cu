@@ -31,7 +31,7 @@ struct Shared {
     unsigned char kv[2][kBufferBytes];
     float most0[kRows], most1[kRows];    // running row maxima after step 0 and step 1 of a pair
     float scale0[kRows], scale1[kRows];  // what each does to sums so far
-    float sums[2][kRows];
+    float sums[2][kRows], weights[2][kRows];
     u64 full[2][kTiles];
     u64 empty[2][2];  // a buffer's left half; its right half
 };
@@ -157,7 +157,8 @@ struct Computer {
     int row;      // of this thread's first row; its second is eight further
     int column;   // of its first two columns in eight
     float o[128];
-    float sum[2];
+    float sum[2];     // of the exponentials, for lse
+    float weight[2];  // of the same, rounded, for out
     float most[2];
     int limit[2];  // keys each of its rows may see
     u32 rounds[2];
@@ -238,9 +239,15 @@ struct Computer {
         return after == before ? 1.0f : ptx::exp2(before - after);
     }
 
-    __device__ __forceinline__ static void pack(const float (&s)[32], u32 (&p)[16]) {
+    // Rounds s to what is multiplied, and adds that up too: out is divided by the sum of its own weights, so that
+    // rounding a large weight does not scale the row.
+    __device__ __forceinline__ static void pack(const float (&s)[32], u32 (&p)[16], float (&rounded)[2]) {
+        rounded[0] = rounded[1] = 0.0f;
 #pragma unroll
-        for (int i = 0; i < 16; ++i) p[i] = ptx::pack(s[2 * i], s[2 * i + 1]);
+        for (int i = 0; i < 16; ++i) {
+            p[i] = ptx::pack(s[2 * i], s[2 * i + 1]);
+            rounded[i % 2] += ptx::low_of(p[i]) + ptx::high_of(p[i]);
+        }
     }
 
     // A 64 × 64 tile from registers in accumulator order into swizzled shared memory. Free of bank conflicts: the eight
@@ -298,7 +305,7 @@ struct Computer {
 
     __device__ __forceinline__ void pair(const Item& item, int step, int length, int least_limit) {
         const bool second = step + 1 < item.end;
-        float s[32], found[2], total[2], scale0[2], scale1[2];
+        float s[32], found[2], total[2], rounded[2], scale0[2], scale1[2];
         u32 p[16];
         if constexpr (kGroup == 0) {
             scores(s);
@@ -314,7 +321,7 @@ struct Computer {
                 }
             }
             exponentials(s, most, total);
-            pack(s, p);
+            pack(s, p, rounded);
             scale_out(scale0[0], scale0[1]);
             clear_past(0, step, length);
             accumulate(p, 0);
@@ -322,7 +329,10 @@ struct Computer {
             ptx::proxy_fence();
             ptx::named_arrive<kP0, kComputing>();
 #pragma unroll
-            for (int r = 0; r < 2; ++r) sum[r] = sum[r] * scale0[r] + total[r];
+            for (int r = 0; r < 2; ++r) {
+                sum[r] = sum[r] * scale0[r] + total[r];
+                weight[r] = weight[r] * scale0[r] + rounded[r];
+            }
             ptx::product_wait<0>();
             ptx::settle(o);
             release(0, 0);
@@ -333,6 +343,7 @@ struct Computer {
                     scale1[r] = shared.scale1[row + r * 8];
                     most[r] = shared.most1[row + r * 8];
                     sum[r] *= scale1[r];
+                    weight[r] *= scale1[r];
                 }
                 scale_out(scale1[0], scale1[1]);
 #pragma unroll
@@ -360,6 +371,7 @@ struct Computer {
                     shared.scale1[row + r * 8] = scale1[r];
                 }
                 sum[r] *= scale0[r];
+                weight[r] *= scale0[r];
             }
             scale_out(scale0[0], scale0[1]);
 #pragma unroll
@@ -368,12 +380,15 @@ struct Computer {
             accumulate(0);
             if (second) {
                 exponentials(s, most, total);
-                pack(s, p);
+                pack(s, p, rounded);
                 store_tile(tile(1, kRope), p);
                 ptx::proxy_fence();
                 ptx::named_arrive<kP1, kComputing>();
 #pragma unroll
-                for (int r = 0; r < 2; ++r) sum[r] = sum[r] * scale1[r] + total[r];
+                for (int r = 0; r < 2; ++r) {
+                    sum[r] = sum[r] * scale1[r] + total[r];
+                    weight[r] = weight[r] * scale1[r] + rounded[r];
+                }
             }
             ptx::product_wait<0>();
             ptx::settle(o);
@@ -414,7 +429,7 @@ struct Computer {
         for (int i = 0; i < 128; ++i) o[i] = 0.0f;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            sum[r] = 0.0f;
+            sum[r] = weight[r] = 0.0f;
             most[r] = -HAL_INFINITY;
             const int position = min(row_block * kRows + row + r * 8, rows - 1) / group;
             limit[r] = problem.causal ? length - problem.s_q + position + 1 : length;
@@ -430,14 +445,20 @@ struct Computer {
         for (int r = 0; r < 2; ++r) {
             sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
             sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
-            if (column == 0) shared.sums[kGroup][row + r * 8] = sum[r];
+            weight[r] += __shfl_xor_sync(~0u, weight[r], 1);
+            weight[r] += __shfl_xor_sync(~0u, weight[r], 2);
+            if (column == 0) {
+                shared.sums[kGroup][row + r * 8] = sum[r];
+                shared.weights[kGroup][row + r * 8] = weight[r];
+            }
         }
         ptx::named_sync<kAll, kComputing>();
         float factor[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             sum[r] = shared.sums[0][row + r * 8] + shared.sums[1][row + r * 8];
-            factor[r] = sum[r] > 0.0f ? 1.0f / sum[r] : 0.0f;
+            weight[r] = shared.weights[0][row + r * 8] + shared.weights[1][row + r * 8];
+            factor[r] = weight[r] > 0.0f ? 1.0f / weight[r] : 0.0f;
         }
         if (item.whole) {
             store_out(item, group, rows, factor);

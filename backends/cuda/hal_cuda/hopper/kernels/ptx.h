@@ -163,6 +163,27 @@ __device__ __forceinline__ u32 pack(float low, float high) {
     return packed;
 }
 
+// The floats that two packed values stand for.
+__device__ __forceinline__ float low_of(u32 packed) {
+#ifdef HAL_FP16
+    float value;
+    asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, low;}" : "=f"(value) : "r"(packed));
+    return value;
+#else
+    return __uint_as_float(packed << 16);
+#endif
+}
+
+__device__ __forceinline__ float high_of(u32 packed) {
+#ifdef HAL_FP16
+    float value;
+    asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, high;}" : "=f"(value) : "r"(packed));
+    return value;
+#else
+    return __uint_as_float(packed & 0xFFFF0000u);
+#endif
+}
+
 // ---- warpgroup matrix products -------------------------------------------------------------------------------------
 
 // A matrix in shared memory, in rows of 128 bytes swizzled in groups of eight (PTX ISA, matrix descriptor): bits 0-13 the
