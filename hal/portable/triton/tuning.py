@@ -105,7 +105,14 @@ TABLES: Final[dict[str, Table]] = {
     "gfx906": Table(_GCN, 65_536, ()),
     # Small tiles, so that the sizes a test can afford make several of them; lengths of a few hundred are split.
     "interpreter": Table(
-        (Variant(512, 16, 32, 4, 1), Variant(512, 32, 32, 4, 1)), 0, (), begin=1, chunks=4, chunk_tokens=64, side=2, together=16
+        (Variant(512, 16, 32, 4, 1), Variant(512, 32, 32, 4, 1)),
+        0,
+        (),
+        begin=1,
+        chunks=4,
+        chunk_tokens=64,
+        side=2,
+        together=16,
     ),
 }
 """By architecture, as its compiler names it."""
