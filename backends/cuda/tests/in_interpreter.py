@@ -197,8 +197,9 @@ def test_what_is_out_of_range_is_noticed_and_never_followed(
     inputs.seal()
     outcome = call(inputs, NAME)
     assert not outcome.problems, outcome.problems
-    # Around the cache and in its unused pages there is NaN. Rows that no query offset covers are not computed.
-    if name != "cu_seqlens_q":
+    # Around the cache and in its unused pages there is NaN. A length too long takes in what the table has of those, and
+    # rows that no query offset covers are not computed.
+    if name == "block_table":
         assert not outcome.out.isnan().any() and not outcome.lse.isnan().any()
     # The front's own check of values is left out, so that the kernels' is seen.
     hal.set_validation("full")
