@@ -130,7 +130,7 @@ shapes = st.fixed_dictionaries(
 
 
 @seed(SEED)
-@settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(shape=shapes, group=st.integers(1, 24), s_q=st.integers(0, 3), ragged=st.booleans(), data=st.data())
 def test_anything_legal(shape: dict[str, Any], group: int, s_q: int, ragged: bool, data: st.DataObject) -> None:
     case = BASE.but(**shape, h_q=shape["h_kv"] * group, s_q=s_q, d_v=data.draw(st.integers(1, shape["d"])))
