@@ -113,7 +113,7 @@ class MlaData:
             table[used] = torch.arange(len(pages), dtype=torch.int32)
             self._expected[layer] = mla.mla_decode(
                 self.q[rows],
-                self.kv_cache[pages.to(self.kv_cache.device)],
+                self.kv_cache[pages.to(self.kv_cache.device)].cpu(),
                 table,
                 lengths,
                 head_dim_v=self.case.d_v,

@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
 # MLA decode on a machine with a device: what is there, whether it conforms, whether it reads out of bounds, how fast it is.
 #
-#   scripts/gpu/mla.sh [--backend NAME] [--wheels DIR] [--tiers "A B"] [--quick] OUT [STAGE...]
+#   scripts/gpu/mla.sh [--backend NAME] [--wheels DIR] [--tiers "A B"] [--limit SECONDS] [--quick] OUT [STAGE...]
 #
-# Stages, all of them where none is named: install doctor conform graph sanitize bench. Each has a time limit of its own and
-# writes OUT/STAGE*.log; one that fails does not stop the next. OUT/verdict.txt has a line for each.
+# Stages, all of them where none is named: install doctor conform graph sanitize bench. Each has a time limit of its own,
+# at most --limit, and writes OUT/STAGE*.log; one that fails does not stop the next. OUT/verdict.txt has a line for each.
 # Wheels are made with: pip wheel --no-deps --no-build-isolation -w DIR ./ ./backends/cuda ./conformance
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 ROOT=$PWD
 
-backend=cuda wheels="" tiers="" quick=""
+backend=cuda wheels="" tiers="" quick="" most=100000
 while [[ ${1:-} == --* ]]; do
   case $1 in
     --backend) backend=$2; shift 2 ;;
     --wheels) wheels=$(realpath "$2"); shift 2 ;;
     --tiers) tiers=$2; shift 2 ;;
+    --limit) most=$2; shift 2 ;;
     --quick) quick=--quick; shift ;;
     *) echo "mla.sh: what is $1?" >&2; exit 2 ;;
   esac
@@ -27,7 +28,6 @@ stages=("$@")
 [[ ${#stages[@]} -gt 0 ]] || stages=(install doctor conform graph sanitize bench)
 PYTHON=${PYTHON:-python3}
 export HAL_BACKEND=$backend PYTHONUNBUFFERED=1 COLUMNS=120
-: >"$OUT/verdict.txt"
 failed=0
 
 say() { echo "$*" | tee -a "$OUT/verdict.txt"; }
@@ -36,6 +36,7 @@ say() { echo "$*" | tee -a "$OUT/verdict.txt"; }
 limited() {
   local seconds=$1 name=$2 start=$SECONDS code=0 verdict=PASS
   shift 2
+  [[ $seconds -le $most ]] || seconds=$most
   # Not from the checkout: what is tested is what is installed.
   (cd "$OUT" && timeout --kill-after=10 "$seconds" "$@") >"$OUT/$name.log" 2>&1 || code=$?
   if [[ $code == 124 || $code == 137 ]]; then verdict="TIMEOUT after ${seconds} s"; elif [[ $code != 0 ]]; then verdict="FAIL, exit code $code"; fi
@@ -104,6 +105,8 @@ stage_bench() {
   done
 }
 
+# Runs of single stages add up to one list.
+say "== $(date -u +'%F %H:%M UTC') $backend: ${stages[*]}"
 for stage in "${stages[@]}"; do
   if declare -F "stage_$stage" >/dev/null; then "stage_$stage"; else say "$stage: FAIL, no such stage"; failed=1; fi
 done

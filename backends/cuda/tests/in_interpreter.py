@@ -130,7 +130,7 @@ shapes = st.fixed_dictionaries(
 
 
 @seed(SEED)
-@settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(shape=shapes, group=st.integers(1, 24), s_q=st.integers(0, 3), ragged=st.booleans(), data=st.data())
 def test_anything_legal(shape: dict[str, Any], group: int, s_q: int, ragged: bool, data: st.DataObject) -> None:
     case = BASE.but(**shape, h_q=shape["h_kv"] * group, s_q=s_q, d_v=data.draw(st.integers(1, shape["d"])))
@@ -197,8 +197,9 @@ def test_what_is_out_of_range_is_noticed_and_never_followed(
     inputs.seal()
     outcome = call(inputs, NAME)
     assert not outcome.problems, outcome.problems
-    # Around the cache and in its unused pages there is NaN. Rows that no query offset covers are not computed.
-    if name != "cu_seqlens_q":
+    # Around the cache and in its unused pages there is NaN. A length too long takes in what the table has of those, and
+    # rows that no query offset covers are not computed.
+    if name == "block_table":
         assert not outcome.out.isnan().any() and not outcome.lse.isnan().any()
     # The front's own check of values is left out, so that the kernels' is seen.
     hal.set_validation("full")

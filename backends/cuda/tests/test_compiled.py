@@ -11,8 +11,16 @@ from hal.portable.triton import offline, tuning  # noqa: E402
 ARCHS = ["sm_90", "sm_100", "gfx942", "gfx90a", "gfx906"]
 BUILDS = [build for arch in ARCHS for build in offline.builds(arch)]
 
-# sm_100 keeps the output in tensor memory and takes it through registers to rescale it, in pieces that do not all fit.
-SPILLING = {"sm_100": 64}
+
+def spills_allowed(build: offline.Build) -> int:
+    """Instructions of the loop over tokens that may move spilled registers.
+
+    None in the usual calls. 64 rows of 512 columns leave no register free: offsets of ragged queries, chunks and small
+    pages then cost a few, and so does the way sm_100 takes its output through registers to rescale it.
+    """
+    g = build.geometry
+    usual = g.page_size == 64 and not g.ragged_q and not g.batch_invariant
+    return {"sm_90": 0 if usual else 40, "sm_100": 100}.get(build.arch, 0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,7 +45,7 @@ def test_it_compiles_for_the_chip_and_uses_what_the_chip_has(build: offline.Buil
         assert code.count("v_fma")
         return
     assert any(code.count(name) for name in table.matrix), f"none of {', '.join(table.matrix)} in the code"
-    assert code.spilled_in_loop <= SPILLING.get(build.arch, 0)
+    assert code.spilled_in_loop <= spills_allowed(build)
     if build.arch.startswith("gfx"):
         assert code.spilled == 0
     if build.geometry.head_dim % 8 == 0:

@@ -303,146 +303,158 @@ def decode(
     faults = tl.zeros([BLOCK_N], tl.int32)
     rows = tl.arange(0, ROWS)
     main = tl.arange(0, MAIN)
-    # At most so many pieces; a while loop cannot be told to leave addresses where they are used.
-    most = (end - x).to(tl.int32) if INVARIANT else ((end - x) // BEGIN + 2).to(tl.int32)
-    for _ in tl.range(0, most, num_stages=1, disable_licm=True):
-        if x < end:
-            start = tl.load(prefix + j)
-            stop = tl.load(prefix + j + 1)
-            while stop <= x:
-                j += 1
-                start = stop
+    # A while loop alone cannot be told to leave addresses where they are used. The inner bound is that of the pieces
+    # there can be, and 256 since lengths that are out of range make it meaningless.
+    while x < end:
+        pieces = tl.minimum((end - x) if INVARIANT else (end - x) // BEGIN + 2, 256).to(tl.int32)
+        for _ in tl.range(0, pieces, num_stages=1, disable_licm=True):
+            if x < end:
+                start = tl.load(prefix + j)
                 stop = tl.load(prefix + j + 1)
-            length, row0, queries, tiles, head, tile, lo, hi, take, alone, slot = _piece(
-                x, end, j, start, seqlens, cu, s_q, total_q, group, h_kv, max_tokens, side, g, p,
-                RAGGED, ROWS, BLOCK_N, BEGIN, INVARIANT, CHUNKS, CHUNK_BLOCKS,
-            )  # fmt: skip
-            if length != tl.load(seqlens + j):
-                tl.atomic_or(flag, BAD_LENGTH)
-            # A unit beyond the last: the schedule was made for longer lengths than the table holds.
-            if head >= h_kv:
-                take = stop - x
-            if (head < h_kv) & (tile < tiles) & (alone | (lo < hi)):
-                base = (tile * ROWS // group).to(tl.int32)
-                i, h = _rows(rows, tile, group, ROWS)
-                live = i < queries - base
-                at = q + (j.to(tl.int64) * q_b + (row0 + base).to(tl.int64) * q_s + head * group * q_h) * UNIT
-                at = at + _offsets(i, q_s, h, q_h, WIDE) * UNIT
-                if FULL or TAIL:
-                    q_main = tl.load(at[:, None] + main[None, :], mask=live[:, None], other=0.0)
-                else:
-                    q_main = tl.load(at[:, None] + main[None, :], mask=live[:, None] & (main < d)[None, :], other=0.0)
-                if INTERPRETED:
-                    q_main = q_main.to(tl.float32)
-                if TAIL:
-                    tail = MAIN + tl.arange(0, TAIL)
-                    if FULL:
-                        q_tail = tl.load(at[:, None] + tail[None, :], mask=live[:, None], other=0.0)
-                    else:
-                        q_tail = tl.load(
-                            at[:, None] + tail[None, :], mask=live[:, None] & (tail < d)[None, :], other=0.0
-                        )
-                    if INTERPRETED:
-                        q_tail = q_tail.to(tl.float32)
-                acc = tl.zeros([ROWS, MAIN], tl.float32)
-                if TAIL_V:
-                    acc_tail = tl.zeros([ROWS, TAIL], tl.float32)
-                top = tl.full([ROWS], float("-inf"), tl.float32)
-                weight = tl.zeros([ROWS], tl.float32)
-                seen = length - (queries - 1 - base - i) * causal
-                entries = table + j.to(tl.int64) * t_b
-                tokens = kv + head * kv_h * UNIT
-                for block in tl.range(lo, hi, num_stages=STAGES, disable_licm=True):
-                    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-                    wanted = n < length
-                    if WHOLE:
-                        place = block * BLOCK_N // page_size
-                        page = tl.load(entries + place)
-                        real = (page >= 0) & (page < num_blocks)
-                        held = n < tl.where(real, length, 0)
-                        inside = (block * BLOCK_N - place * page_size).to(tl.int64) * kv_t * UNIT
-                        offset = tl.arange(0, BLOCK_N)
-                    else:
-                        page = tl.load(entries + n // page_size, mask=wanted, other=0)
-                        real = (page >= 0) & (page < num_blocks)
-                        held = wanted & real
-                        inside = 0
-                        offset = n % page_size
-                    page = tl.where(real, page, 0)
-                    faults |= wanted.to(tl.int32) - held.to(tl.int32)
-                    if TOKEN:
-                        offset = offset * TOKEN
-                    elif WIDE:
-                        offset = offset.to(tl.int64) * kv_t * UNIT
-                    else:
-                        offset = offset * kv_t * UNIT
-                    k_at = tokens + page.to(tl.int64) * kv_p * UNIT + inside + offset
-                    # What is not held is zero here, since zero weight times NaN would still be NaN.
-                    if FULL or TAIL:
-                        k = tl.load(k_at[:, None] + main[None, :], mask=held[:, None], other=0.0)
-                    else:
-                        k = tl.load(k_at[:, None] + main[None, :], mask=held[:, None] & (main < d)[None, :], other=0.0)
-                    if INTERPRETED:
-                        k = k.to(tl.float32)
-                    s = tl.dot(q_main, tl.trans(k), input_precision="ieee")
-                    if TAIL:
-                        if FULL:
-                            k_tail = tl.load(k_at[:, None] + tail[None, :], mask=held[:, None], other=0.0)
-                        else:
-                            k_tail = tl.load(
-                                k_at[:, None] + tail[None, :], mask=held[:, None] & (tail < d)[None, :], other=0.0
-                            )
-                        if INTERPRETED:
-                            k_tail = k_tail.to(tl.float32)
-                        s = tl.dot(q_tail, tl.trans(k_tail), s, input_precision="ieee")
-                    s = tl.where(held[None, :] & (n[None, :] < seen[:, None]), s * scale, float("-inf"))
-                    highest = tl.maximum(top, tl.max(s, 1))
-                    shift = tl.where(highest == float("-inf"), 0.0, highest)
-                    fade = tl.exp2(top - shift)
-                    share = tl.exp2(s - shift[:, None])
-                    weight = weight * fade + tl.sum(share, 1)
-                    share = share.to(q_main.dtype)
-                    acc = tl.dot(share, k, acc * fade[:, None], input_precision="ieee")
-                    if TAIL_V:
-                        acc_tail = tl.dot(share, k_tail, acc_tail * fade[:, None], input_precision="ieee")
-                    top = highest
-                # A zero the compiler cannot see through: it would keep all it knows of this piece in registers during
-                # the loop, which has none to spare. Finding the piece again is cheaper.
-                zero = tl.max(faults, 0) >> 1
+                while stop <= x:
+                    j += 1
+                    start = stop
+                    stop = tl.load(prefix + j + 1)
                 length, row0, queries, tiles, head, tile, lo, hi, take, alone, slot = _piece(
-                    x + zero, end, j + zero, start, seqlens, cu, s_q, total_q, group, h_kv, max_tokens, side, g, p,
+                    x, end, j, start, seqlens, cu, s_q, total_q, group, h_kv, max_tokens, side, g, p,
                     RAGGED, ROWS, BLOCK_N, BEGIN, INVARIANT, CHUNKS, CHUNK_BLOCKS,
                 )  # fmt: skip
-                base = (tile * ROWS // group).to(tl.int32)
-                rows_again = rows + zero
-                i, h = _rows(rows_again, tile, group, ROWS)
-                if alone:
+                if length != tl.load(seqlens + j):
+                    tl.atomic_or(flag, BAD_LENGTH)
+                # A unit beyond the last: the schedule was made for longer lengths than the table holds.
+                if head >= h_kv:
+                    take = stop - x
+                if (head < h_kv) & (tile < tiles) & (alone | (lo < hi)):
+                    base = (tile * ROWS // group).to(tl.int32)
+                    i, h = _rows(rows, tile, group, ROWS)
                     live = i < queries - base
-                    nothing = weight == 0.0
-                    norm = 1.0 / tl.where(nothing, 1.0, weight)
-                    o_at = out + (j.to(tl.int64) * o_b + (row0 + base).to(tl.int64) * o_s + head * group * o_h) * UNIT
-                    o_at = o_at + _offsets(i, o_s, h, o_h, WIDE) * UNIT
-                    value = _rounded(acc * norm[:, None], out.dtype.element_ty)
-                    if FULL_V:
-                        tl.store(o_at[:, None] + main[None, :], value, mask=live[:, None])
+                    at = q + (j.to(tl.int64) * q_b + (row0 + base).to(tl.int64) * q_s + head * group * q_h) * UNIT
+                    at = at + _offsets(i, q_s, h, q_h, WIDE) * UNIT
+                    if FULL or TAIL:
+                        q_main = tl.load(at[:, None] + main[None, :], mask=live[:, None], other=0.0)
                     else:
-                        tl.store(o_at[:, None] + main[None, :], value, mask=live[:, None] & (main < d_v)[None, :])
+                        q_main = tl.load(
+                            at[:, None] + main[None, :], mask=live[:, None] & (main < d)[None, :], other=0.0
+                        )
+                    if INTERPRETED:
+                        q_main = q_main.to(tl.float32)
+                    if TAIL:
+                        tail = MAIN + tl.arange(0, TAIL)
+                        if FULL:
+                            q_tail = tl.load(at[:, None] + tail[None, :], mask=live[:, None], other=0.0)
+                        else:
+                            q_tail = tl.load(
+                                at[:, None] + tail[None, :], mask=live[:, None] & (tail < d)[None, :], other=0.0
+                            )
+                        if INTERPRETED:
+                            q_tail = q_tail.to(tl.float32)
+                    acc = tl.zeros([ROWS, MAIN], tl.float32)
                     if TAIL_V:
-                        value = _rounded(acc_tail * norm[:, None], out.dtype.element_ty)
-                        tl.store(o_at[:, None] + tail[None, :], value, mask=live[:, None] & (tail < d_v)[None, :])
-                    log = (top + tl.log2(weight)) * log_unit
-                    l_at = lse + j.to(tl.int64) * l_b + head * group * l_h + row0 + base
-                    tl.store(l_at + h.to(tl.int64) * l_h + i, tl.where(nothing, float("inf"), log), mask=live)
-                else:
-                    tl.store(states + slot * (2 * ROWS) + rows_again, top)
-                    tl.store(states + slot * (2 * ROWS) + ROWS + rows_again, weight)
-                    if TAIL_V:
-                        s_at = slots + slot * (ROWS * (MAIN + TAIL)) + rows_again * (MAIN + TAIL)
-                        tl.store(s_at[:, None] + tail[None, :], acc_tail)
+                        acc_tail = tl.zeros([ROWS, TAIL], tl.float32)
+                    top = tl.full([ROWS], float("-inf"), tl.float32)
+                    weight = tl.zeros([ROWS], tl.float32)
+                    taken = tl.zeros([ROWS], tl.float32)
+                    seen = length - (queries - 1 - base - i) * causal
+                    entries = table + j.to(tl.int64) * t_b
+                    tokens = kv + head * kv_h * UNIT
+                    for block in tl.range(lo, hi, num_stages=STAGES, disable_licm=True):
+                        n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+                        wanted = n < length
+                        if WHOLE:
+                            place = block * BLOCK_N // page_size
+                            page = tl.load(entries + place)
+                            real = (page >= 0) & (page < num_blocks)
+                            held = n < tl.where(real, length, 0)
+                            inside = (block * BLOCK_N - place * page_size).to(tl.int64) * kv_t * UNIT
+                            offset = tl.arange(0, BLOCK_N)
+                        else:
+                            page = tl.load(entries + n // page_size, mask=wanted, other=0)
+                            real = (page >= 0) & (page < num_blocks)
+                            held = wanted & real
+                            inside = 0
+                            offset = n % page_size
+                        page = tl.where(real, page, 0)
+                        faults |= wanted.to(tl.int32) - held.to(tl.int32)
+                        if TOKEN:
+                            offset = offset * TOKEN
+                        elif WIDE:
+                            offset = offset.to(tl.int64) * kv_t * UNIT
+                        else:
+                            offset = offset * kv_t * UNIT
+                        k_at = tokens + page.to(tl.int64) * kv_p * UNIT + inside + offset
+                        # What is not held is zero here, since zero weight times NaN would still be NaN.
+                        if FULL or TAIL:
+                            k = tl.load(k_at[:, None] + main[None, :], mask=held[:, None], other=0.0)
+                        else:
+                            k = tl.load(
+                                k_at[:, None] + main[None, :], mask=held[:, None] & (main < d)[None, :], other=0.0
+                            )
+                        if INTERPRETED:
+                            k = k.to(tl.float32)
+                        s = tl.dot(q_main, tl.trans(k), input_precision="ieee")
+                        if TAIL:
+                            if FULL:
+                                k_tail = tl.load(k_at[:, None] + tail[None, :], mask=held[:, None], other=0.0)
+                            else:
+                                k_tail = tl.load(
+                                    k_at[:, None] + tail[None, :], mask=held[:, None] & (tail < d)[None, :], other=0.0
+                                )
+                            if INTERPRETED:
+                                k_tail = k_tail.to(tl.float32)
+                            s = tl.dot(q_tail, tl.trans(k_tail), s, input_precision="ieee")
+                        s = tl.where(held[None, :] & (n[None, :] < seen[:, None]), s * scale, float("-inf"))
+                        highest = tl.maximum(top, tl.max(s, 1))
+                        shift = tl.where(highest == float("-inf"), 0.0, highest)
+                        fade = tl.exp2(top - shift)
+                        share = tl.exp2(s - shift[:, None])
+                        weight = weight * fade + tl.sum(share, 1)
+                        # The output is divided by the sum of what was multiplied: rounding scales no row.
+                        share = share.to(q_main.dtype)
+                        taken = taken * fade + tl.sum(share.to(tl.float32), 1)
+                        acc = tl.dot(share, k, acc * fade[:, None], input_precision="ieee")
+                        if TAIL_V:
+                            acc_tail = tl.dot(share, k_tail, acc_tail * fade[:, None], input_precision="ieee")
+                        top = highest
+                    # A zero the compiler cannot see through: it would keep what it knows of this piece in registers
+                    # during the loop, which has none to spare. Finding the piece again is cheaper.
+                    zero = tl.max(faults, 0) >> 1
+                    length, row0, queries, tiles, head, tile, lo, hi, take, alone, slot = _piece(
+                        x + zero, end, j + zero, start, seqlens, cu, s_q, total_q, group, h_kv, max_tokens, side, g, p,
+                        RAGGED, ROWS, BLOCK_N, BEGIN, INVARIANT, CHUNKS, CHUNK_BLOCKS,
+                    )  # fmt: skip
+                    base = (tile * ROWS // group).to(tl.int32)
+                    rows_again = rows + zero
+                    i, h = _rows(rows_again, tile, group, ROWS)
+                    if alone:
+                        live = i < queries - base
+                        nothing = weight == 0.0
+                        norm = 1.0 / tl.where(nothing, 1.0, taken)
+                        o_at = (
+                            out + (j.to(tl.int64) * o_b + (row0 + base).to(tl.int64) * o_s + head * group * o_h) * UNIT
+                        )
+                        o_at = o_at + _offsets(i, o_s, h, o_h, WIDE) * UNIT
+                        value = _rounded(acc * norm[:, None], out.dtype.element_ty)
+                        if FULL_V:
+                            tl.store(o_at[:, None] + main[None, :], value, mask=live[:, None])
+                        else:
+                            tl.store(o_at[:, None] + main[None, :], value, mask=live[:, None] & (main < d_v)[None, :])
+                        if TAIL_V:
+                            value = _rounded(acc_tail * norm[:, None], out.dtype.element_ty)
+                            tl.store(o_at[:, None] + tail[None, :], value, mask=live[:, None] & (tail < d_v)[None, :])
+                        log = (top + tl.log2(weight)) * log_unit
+                        l_at = lse + j.to(tl.int64) * l_b + head * group * l_h + row0 + base
+                        tl.store(l_at + h.to(tl.int64) * l_h + i, tl.where(nothing, float("inf"), log), mask=live)
                     else:
-                        s_at = slots + slot * (ROWS * MAIN) + rows_again * MAIN
-                    tl.store(s_at[:, None] + main[None, :], acc)
-            x += take
+                        true = weight / tl.where(weight == 0.0, 1.0, taken)  # so that one weight serves out and lse
+                        tl.store(states + slot * (2 * ROWS) + rows_again, top)
+                        tl.store(states + slot * (2 * ROWS) + ROWS + rows_again, weight)
+                        if TAIL_V:
+                            s_at = slots + slot * (ROWS * (MAIN + TAIL)) + rows_again * (MAIN + TAIL)
+                            tl.store(s_at[:, None] + tail[None, :], acc_tail * true[:, None])
+                        else:
+                            s_at = slots + slot * (ROWS * MAIN) + rows_again * MAIN
+                        tl.store(s_at[:, None] + main[None, :], acc * true[:, None])
+                x += take
     if tl.max(faults, 0) > 0:
         tl.atomic_or(flag, BAD_ENTRY)
 
