@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import statistics
 import time
+import types
 
 import pytest
 import torch
 
-from hal.bench import machine
+from hal.bench import machine, rounds
 from hal.bench.cases import QUICK, MlaCase, standard
 from hal.bench.data import UNUSED_ENTRY, make
 from hal.bench.limits import COPY, READ, SGEMM, LimitContenders, Limits
@@ -132,10 +134,10 @@ class Ticking:
     def __init__(self):
         self.order = []
 
-    def time(self, call):
-        name, seconds = call()
-        self.order.append(name)
-        return seconds
+    def times(self, calls):
+        answers = [call() for call in calls]
+        self.order += [name for name, _ in answers]
+        return [seconds for _, seconds in answers]
 
 
 def test_rounds_are_interleaved_and_alternate():
@@ -189,6 +191,36 @@ def test_each_clock_is_for_its_purpose():
         assert clock.time(lambda: None) >= 0
 
 
+class _Mark:
+    """An event of a device that takes a millisecond a call, and counts what was queued before it."""
+
+    queue = ()
+
+    def __init__(self, device, enable_timing):
+        assert enable_timing
+        self.at = None
+
+    def record(self):
+        self.queue.append("mark")
+        self.at = float(sum(entry == "call" for entry in self.queue))
+
+    def synchronize(self):
+        self.queue.append("wait")
+
+    def elapsed_time(self, after):
+        return after.at - self.at
+
+
+def test_calls_on_a_device_are_queued_behind_other_work_and_awaited_once(monkeypatch):
+    queue = []
+    monkeypatch.setattr(_Mark, "queue", queue)
+    monkeypatch.setattr(torch, "Event", _Mark)
+    monkeypatch.setattr(EventClock, "_fill", lambda self: queue.append("fill"))
+    clock = EventClock(torch.device("meta"))
+    assert clock.times([lambda: queue.append("call")] * 3) == [1e-3] * 3
+    assert queue == ["fill"] * (3 * rounds.FILLS) + ["mark", "call", "mark"] * 3 + ["wait"]
+
+
 def test_processor_time_does_not_run_while_waiting():
     done = []
     assert CpuClock().time(lambda: done.append(time.sleep(0.05))) < 0.05
@@ -220,6 +252,20 @@ def test_layers_keep_a_cache_out_of_the_caches_and_tables_are_disjoint():
     waste = sum(-length % 64 for length in data.lengths) * data.layers
     assert int(data.kv_cache.isnan().all(-1).sum()) == waste
     assert [len(rows) for rows in data.gathered(1)] == data.lengths
+
+
+@pytest.mark.usefixtures("small_machine")
+def test_a_device_is_checked_in_as_many_sequences_as_the_host_can_afford(monkeypatch):
+    data = make(MlaCase.parse("b9_h1_s512_varlen"), 0, CPU)
+    assert data.checked == list(range(9))
+    whole = data.expected(1)
+    monkeypatch.setattr("hal.bench.data._DEVICE_CHECKED", data.flop * 5 / 9)
+    some = dataclasses.replace(data, q=types.SimpleNamespace(device=torch.device("meta")), _expected={})
+    assert some.checked == [0, 2, 4, 6, 8]
+    some.q = data.q
+    monkeypatch.setattr(type(data), "checked", property(lambda self: [0, 2, 4, 6, 8]))
+    for have, want in zip(some.expected(1), whole, strict=True):
+        assert torch.equal(have, want[[0, 2, 4, 6, 8]])
 
 
 @pytest.mark.usefixtures("small_machine")

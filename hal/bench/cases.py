@@ -18,7 +18,7 @@ import torch
 FORMULAS: Final = (
     "FLOP  = 2 · h_q · (d + d_v) · keys attended, over all queries; d 576, d_v 512",
     "bytes = q + each attended KV row once + out",
-    "limit = share of min(sgemm peak, FLOP / bytes · copy), both of the same rounds",
+    "limit = share of min(gemm peak, FLOP / bytes · copy), both of the same rounds",
     "×     = p50 of the peer / p50 of the backend: above 1 the backend is faster;",
     "        p10–p90 of the ratio taken round by round",
 )

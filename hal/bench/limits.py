@@ -30,7 +30,7 @@ class Limits:
     Attributes
     ----------
     sgemm_gflops : Spread
-        torch.mm of two float32 matrices of 2048² (on an accelerator: bf16, 8192²).
+        The peak: torch.mm of two float32 matrices of 2048²; on an accelerator two of bf16, 8192².
     bf16_gemm_gflops : Spread or None
         The same in bf16, for information.
     copy_gbps : Spread
@@ -77,7 +77,8 @@ class LimitContenders:
         self._add(READ, float(size), lambda _: source.sum(), enter)
         if compute:
             n = GEMM if on_host else _DEVICE_GEMM
-            for key, dtype in ((SGEMM, torch.float32 if on_host else torch.bfloat16), (BF16_GEMM, torch.bfloat16)):
+            products = ((SGEMM, torch.float32), (BF16_GEMM, torch.bfloat16)) if on_host else ((SGEMM, torch.bfloat16),)
+            for key, dtype in products:
                 left = torch.randn(n, n, device=device).to(dtype)
                 right = torch.randn(n, n, device=device).to(dtype)
                 result = torch.empty(n, n, device=device, dtype=dtype)

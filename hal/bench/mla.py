@@ -122,6 +122,8 @@ class CaseResult:
         FLOPs and bytes of one call.
     layers : int
         Caches walked through.
+    checked : int
+        Sequences compared with the reference.
     backend : Entry
     peers : tuple of Entry
     """
@@ -130,6 +132,7 @@ class CaseResult:
     flop: int
     moved: int
     layers: int
+    checked: int
     backend: Entry
     peers: tuple[Entry, ...]
 
@@ -359,6 +362,9 @@ def verdict(prepared: Prepared, data: MlaData) -> str:
     prepared.poison()
     prepared.call(0)
     out, lse = prepared.result()
+    if len(out) != data.case.b:
+        return f"out has {len(out)} sequences, not {data.case.b}"
+    out, lse = out[data.checked], None if lse is None else lse[data.checked]
     if out.shape != want_out.shape:
         return f"out has shape {list(out.shape)}, not {list(want_out.shape)}"
     if lse is not None and lse.shape != want_lse.shape:
@@ -390,6 +396,7 @@ def _result(item: _Checked, backend: str, peers: Sequence[Peer]) -> CaseResult:
         data.flop,
         data.moved,
         data.layers,
+        len(data.checked),
         item.entries[backend],
         tuple(item.entries[peer.name] for peer in peers),
     )

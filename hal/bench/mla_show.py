@@ -27,6 +27,8 @@ def results(report: MlaReport) -> Iterator[Text]:
     for result in report.results:
         bound = "memory" if report.limits.memory_bound(result.flop, result.moved) else "compute"
         about = f"{short(result.flop / 1e9)} GFLOP, {short(result.moved / 1e6)} MB, {bound}-bound"
+        if result.checked < result.case.b:
+            about += f"; {result.checked} of {result.case.b} sequences checked"
         yield Text.assemble((result.case.name, "bold"), f"  {about}")
         for entry in (result.backend, *result.peers):
             yield from _entry(report, result, entry)
@@ -44,7 +46,9 @@ def summary(report: MlaReport) -> Iterator[Text]:
         yield from wrapped(
             "  too few rounds for a median: time ran out, on a machine too slow or too busy", style="red"
         )
-    yield limit_line("sgemm peak", limits.sgemm_gflops, "GFLOP/s", "torch.mm 2048³, float32")
+    # On an accelerator the peak is that of bf16, and nothing else is measured for information.
+    product = "torch.mm 8192³, bf16" if limits.bf16_gemm_gflops is None else "torch.mm 2048³, float32"
+    yield limit_line("gemm peak", limits.sgemm_gflops, "GFLOP/s", product)
     yield limit_line("copy", limits.copy_gbps, "GB/s", "read + written, beyond the caches")
     if limits.read_gbps is not None:
         yield limit_line("read", limits.read_gbps, "GB/s", "not a limit here, for information")

@@ -7,6 +7,7 @@ one; the median of a turn is the contender's sample of the round. Ratios are tak
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -20,16 +21,32 @@ MOST_CALLS: Final = 32
 REST_SECONDS: Final = 0.002
 FEWEST_ROUNDS: Final = 3
 
+FILLS: Final = 2
+FILL_BYTES: Final = 256 << 20
+"""What keeps a device busy for each call queued behind it: some 0.1 ms a fill, more than queueing a call takes."""
+
 
 class Clock(Protocol):
-    """How long one call takes."""
+    """How long calls take."""
 
-    def time(self, call: Callable[[], object]) -> float:
-        """Seconds from the start of the call until its result is complete."""
+    def times(self, calls: Sequence[Callable[[], object]]) -> list[float]:
+        """For each call, in order, the seconds from its start until its result is complete."""
         ...
 
 
-class HostClock:
+class _OneByOne:
+    """For clocks of the host, where a call is over when it returns."""
+
+    def times(self, calls: Sequence[Callable[[], object]]) -> list[float]:
+        """One after the other."""
+        return [self.time(call) for call in calls]
+
+    def time(self, call: Callable[[], object]) -> float:
+        """One call."""
+        raise NotImplementedError
+
+
+class HostClock(_OneByOne):
     """For work that is complete when the call returns."""
 
     def time(self, call: Callable[[], object]) -> float:
@@ -39,7 +56,7 @@ class HostClock:
         return (time.perf_counter_ns() - start) * 1e-9
 
 
-class CpuClock:
+class CpuClock(_OneByOne):
     """For work of one thread on a machine shared with others: processor time, which does not run while it waits.
 
     What it does not see is time lost to caches and memory bandwidth that others use.
@@ -53,7 +70,10 @@ class CpuClock:
 
 
 class EventClock:
-    """For work queued on a device: the time between two events on its current stream.
+    """For work queued on a device: the time between events on its current stream.
+
+    The device is kept busy with something else while the calls are queued, so that what is timed is its work and not
+    the host's: an engine queues far ahead, or replays a graph.
 
     Parameters
     ----------
@@ -63,16 +83,27 @@ class EventClock:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._filler: torch.Tensor | None = None
 
-    def time(self, call: Callable[[], object]) -> float:
-        """Device seconds between an event recorded before the call and one recorded after it."""
-        before = torch.Event(self._device, enable_timing=True)
-        after = torch.Event(self._device, enable_timing=True)
-        before.record()
-        call()
-        after.record()
-        after.synchronize()
-        return before.elapsed_time(after) * 1e-3
+    def times(self, calls: Sequence[Callable[[], object]]) -> list[float]:
+        """Device seconds between an event recorded before each call and one recorded after it."""
+        marks = [self._mark() for _ in range(2 * len(calls))]
+        for _ in range(FILLS * len(calls)):
+            self._fill()
+        for number, call in enumerate(calls):
+            marks[2 * number].record()
+            call()
+            marks[2 * number + 1].record()
+        marks[-1].synchronize()
+        return [before.elapsed_time(after) * 1e-3 for before, after in zip(marks[::2], marks[1::2], strict=True)]
+
+    def _mark(self) -> torch.Event:
+        return torch.Event(self._device, enable_timing=True)
+
+    def _fill(self) -> None:
+        if self._filler is None:
+            self._filler = torch.empty(FILL_BYTES, dtype=torch.uint8, device=self._device)
+        self._filler.zero_()
 
 
 def clock_for(device: torch.device, cpu_time: bool = False) -> Clock:
@@ -101,11 +132,11 @@ class Contender:
     enter: Callable[[], object] | None = None
     calls: int = field(default=0, init=False)
 
-    def once(self, clock: Clock) -> float:
-        """One timed call."""
-        number = self.calls
-        self.calls += 1
-        return clock.time(lambda: self.call(number))
+    def timed(self, clock: Clock, count: int) -> list[float]:
+        """Seconds of so many calls."""
+        numbers = range(self.calls, self.calls + count)
+        self.calls += count
+        return clock.times([functools.partial(self.call, number) for number in numbers])
 
 
 @dataclass(slots=True)
@@ -207,5 +238,5 @@ def _turn(contender: Contender, size: int | None, clock: Clock) -> float:
         contender.enter()
     if size is None or size > 1:
         # A call as long as a whole turn needs no warming: what it costs to wake threads is lost in it.
-        contender.once(clock)
-    return statistics.median(contender.once(clock) for _ in range(size or 1))
+        contender.timed(clock, 1)
+    return statistics.median(contender.timed(clock, size or 1))

@@ -82,23 +82,29 @@ QUICK_SECONDS: Final = 38.0
 def mla(
     backend: BackendOption = None,
     peer: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Only this peer; may be repeated; 'none' for none.")
+        list[str] | None,
+        typer.Option("--peer", metavar="NAME", help="Only this peer; may be repeated; 'none' for none."),
     ] = None,
     case: Annotated[
-        list[str] | None, typer.Option(metavar="CASE", help="Only this case, e.g. b4_h128_s1024; may be repeated.")
+        list[str] | None,
+        typer.Option("--case", metavar="CASE", help="Only this case, e.g. b4_h128_s1024; may be repeated."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few cases, within a minute.")] = False,
-    rounds: Annotated[int | None, typer.Option(min=3, max=10_000, help=f"Rounds; {ROUNDS} if absent.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads for every contender; all if absent.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", min=3, max=10_000, help=f"Rounds; {ROUNDS} if absent.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Threads for every contender; all if absent.")
+    ] = None,
     clock: Annotated[
-        Clock, typer.Option(help="cpu: processor time, for --threads 1 on a machine shared with others.")
+        Clock, typer.Option("--clock", help="cpu: processor time, for --threads 1 on a machine shared with others.")
     ] = Clock.WALL,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the inputs.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of the inputs.")] = 0,
     json_file: JsonOption = None,
     record_file: RecordOption = None,
     against: AgainstOption = None,
     plots: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Draw roofline and scaling; needs kernel-hal[bench].")
+        Path | None, typer.Option("--plots", metavar="DIR", help="Draw roofline and scaling; needs kernel-hal[bench].")
     ] = None,
     list_only: Annotated[bool, typer.Option("--list", help="List cases and peers and stop.")] = False,
 ) -> None:
@@ -239,10 +245,12 @@ def _require_plots(folder: Path | None) -> None:
 
 
 def _require_room(cases: Sequence[MlaCase], device: torch.device) -> None:
+    import torch
+
     from hal.bench.machine import free_memory
     from hal.bench.mla import footprint
 
-    free = free_memory()
+    free = free_memory() if device.type == "cpu" else torch.get_device_module(device.type).mem_get_info()[0]
     for case in cases:
         needed = footprint(case, device)
         if needed > free:

@@ -23,7 +23,7 @@ from torch import Tensor
 import hal
 from hal import plugins
 from hal.cli.text import plain
-from hal.cli.verify import Agreement, compare
+from hal.cli.verify import Agreement, compare, published
 from hal.cli.workload import empty_cache, rows_of, shuffled_table
 from hal.reference.mla import mla_decode as reference_decode
 from hal.spec.capability import Capabilities, Ints, MlaCapabilities
@@ -208,8 +208,8 @@ def _known_answer(name: str, s: _Sizes, device: torch.device) -> Agreement:
 def _against_reference(name: str, s: _Sizes, device: torch.device) -> tuple[Agreement, float]:
     generator = torch.Generator().manual_seed(20250224)
     lengths = _lengths(s)
-    q = torch.randn(len(lengths), s.s_q, s.h_q, s.head_dim, generator=generator).to(s.dtype)
-    rows = [torch.randn(length, s.head_dim, generator=generator) for length in lengths]
+    q = published(generator, len(lengths), s.s_q, s.h_q, s.head_dim).to(s.dtype)
+    rows = [published(generator, length, s.head_dim) for length in lengths]
     out, lse, seconds = _decode(name, s, device, q, lengths, rows)
     cache, table = _cache(s, lengths, rows)
     right = reference_decode(

@@ -58,6 +58,11 @@ class Agreement:
         )
 
 
+def published(generator: torch.Generator, *shape: int) -> Tensor:
+    """Data of the kind that the limits were published for: normal, of standard deviation 0.1, within ±1."""
+    return torch.randn(shape, generator=generator).div_(10).clamp_(-1, 1)
+
+
 def compare(
     out: Tensor, lse: Tensor, right_out: Tensor, right_lse: Tensor, where: str = "", first_sequence: int = 0
 ) -> Agreement:

@@ -13,6 +13,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from hal.cli.verify import published
+
 UNUSED_ENTRY: Final = 2147480000
 """What table entries past the last page hold, as in the published tests."""
 
@@ -148,4 +150,4 @@ class Workload:
         cache.view(-1, s.h_kv, s.head_dim)[rows] = self._normal(stop - start, s.h_kv, s.head_dim)
 
     def _normal(self, *size: int) -> Tensor:
-        return torch.randn(size, generator=self._generator).to(self.device, self.shape.dtype)
+        return published(self._generator, *size).to(self.device, self.shape.dtype)

@@ -1,0 +1,62 @@
+"""Every kernel in the tuning tables, compiled for chips that are not here, and what the machine code looks like."""
+
+from __future__ import annotations
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+from hal.portable.triton import offline, tuning  # noqa: E402
+
+ARCHS = ["sm_90", "sm_100", "gfx942", "gfx90a", "gfx906"]
+BUILDS = [build for arch in ARCHS for build in offline.builds(arch)]
+
+
+def spills_allowed(build: offline.Build) -> int:
+    """Instructions of the loop over tokens that may move spilled registers.
+
+    Next to none in the usual calls. 64 rows of 512 columns leave no register free: offsets of ragged queries, chunks and small
+    pages then cost a few, and so does the way sm_100 takes its output through registers to rescale it.
+    """
+    g = build.geometry
+    usual = g.page_size == 64 and not g.ragged_q and not g.batch_invariant
+    return {"sm_90": 4 if usual else 80, "sm_100": 100}.get(build.arch, 0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Compiled here and now, not found from an earlier run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("build", BUILDS, ids=str)
+def test_it_compiles_for_the_chip_and_uses_what_the_chip_has(build: offline.Build) -> None:
+    table = tuning.table(build.arch)
+    code = offline.compile_build(build)
+    assert code.shared <= table.shared, f"{code.shared} bytes of shared memory, the chip has {table.shared}"
+    if build.kernel != "decode":
+        assert code.spilled == 0
+        return
+    if build.arch == "gfx906":
+        # No matrix instructions on this chip: products are plain multiply-adds, and registers do not suffice.
+        assert not code.count("v_mfma")
+        assert code.count("v_fma")
+        return
+    assert any(code.count(name) for name in table.matrix), f"none of {', '.join(table.matrix)} in the code"
+    assert code.spilled_in_loop <= spills_allowed(build)
+    if build.arch.startswith("gfx"):
+        assert code.spilled == 0
+    if build.geometry.head_dim % 8 == 0:
+        wide = ("cp.async.cg.shared.global", "ld.global.v4", "global_load_dwordx4", "buffer_load_dwordx4")
+        assert any(code.count(name) for name in wide), "nothing is loaded 16 bytes at a time"
+
+
+@pytest.mark.parametrize("group", [64, 128])
+def test_hopper_multiplies_whole_warpgroups_and_loads_k_once(group: int) -> None:
+    code = offline.compile_build(offline.Build("sm_90", "decode", offline.usual(group, 576, 512)))
+    assert code.count("wgmma.mma_async") > 0
+    assert not code.count("mma.sync")
+    # 64 tokens × 576 columns × 2 bytes over 256 threads are 18 loads of 16 bytes: once before the loop, once in it.
+    assert code.count("cp.async.cg.shared.global") == 2 * 18

@@ -1,0 +1,125 @@
+"""The Hopper kernel without a Hopper: compiled by NVRTC, its machine code read, its tier asked what it takes."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from hal_cuda.hopper import launch, tier
+
+from hal.spec.mla import MlaGeometry, check_decode
+
+MOST_SHARED = 227 * 1024
+DTYPES = [torch.bfloat16, torch.float16]
+USUAL = MlaGeometry(2, False, 1, 128, 1, 576, 512, 64, torch.bfloat16, "plain", False, False, torch.device("cuda:0"))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HAL_CUDA_CACHE", str(tmp_path))
+
+
+def dump(cubin: bytes, folder: Path, what: str) -> str:
+    """Read machine code by what Triton brings along."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}  # cuobjdump calls nvdisasm
+    command = [tools / "cuobjdump", what, path]
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+
+
+def assembly(cubin: bytes, folder: Path) -> str:
+    return dump(cubin, folder, "--dump-sass")
+
+
+def resources(cubin: bytes, folder: Path) -> dict[str, int]:
+    said = dump(cubin, folder, "--dump-resource-usage")
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", said)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_decode_multiplies_whole_warpgroups_loads_by_tma_and_spills_nothing(dtype: torch.dtype, tmp_path: Path) -> None:
+    cubin = tier.compiled("decode", dtype)
+    code = assembly(cubin, tmp_path)
+    # A pair of steps: two times 9 tiles × 4 for the scores, four times 4 for the output.
+    assert code.count("HGMMA.64x64x16") == 2 * 9 * 4
+    assert code.count("HGMMA.64x256x16") == 4 * 4
+    assert "BF16" in re.findall(r"HGMMA\.\S+", code)[0] or dtype is torch.float16
+    assert "UTMALDG.4D" in code
+    assert not re.search(r"\b(LDL|STL)\b", code)
+    used = resources(cubin, tmp_path)
+    assert (used["STACK"], used["LOCAL"]) == (0, 0)
+    assert used["REG"] <= 65536 // 384
+    assert launch.SHARED_BYTES <= MOST_SHARED
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["schedule", "merge"])
+def test_schedule_and_merge_spill_nothing(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    used = resources(tier.compiled(name, dtype), tmp_path)
+    assert (used["STACK"], used["LOCAL"]) == (0, 0)
+
+
+def test_it_is_out_without_a_device() -> None:
+    assert tier.HopperTier().missing()
+
+
+@pytest.fixture
+def there(monkeypatch: pytest.MonkeyPatch) -> tier.HopperTier:
+    """A tier that believes in a device."""
+    monkeypatch.setattr(tier.HopperTier, "_devices", frozenset({0}))
+    return tier.HopperTier()
+
+
+def test_the_usual_geometry_is_taken(there: tier.HopperTier) -> None:
+    assert there._geometry(USUAL) == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"device": torch.device("cuda:1")}, "capability"),
+        ({"head_dim": 512}, "d 512"),
+        ({"head_dim_v": 256}, "head_dim_v 256"),
+        ({"dtype": torch.float32}, "bf16"),
+        ({"kv_format": "v32"}, "bf16"),
+        ({"page_size": 4}, "pages of 4"),
+        ({"page_size": 48}, "pages of 48"),
+        ({"page_size": 96}, "pages of 96"),
+        ({"ragged_q": True}, "ragged"),
+        ({"batch_invariant": True}, "batch_invariant"),
+        ({"batch": 70000}, "65535"),
+    ],
+)
+def test_what_it_cannot_do_it_says(there: tier.HopperTier, change: dict[str, object], word: str) -> None:
+    assert word in there._geometry(USUAL._replace(**change))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("page_size", [8, 16, 32, 64, 128, 192, 256])
+def test_pages_that_tile_a_step_or_are_tiled_by_it(there: tier.HopperTier, page_size: int) -> None:
+    assert there._geometry(USUAL._replace(page_size=page_size)) == ""
+
+
+def layout(q: torch.Tensor, kv_cache: torch.Tensor) -> str:
+    table, lengths = torch.zeros((2, 3), dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    arguments = (q, kv_cache, table, lengths, 512, None, False, *[None] * 9, "e", False)
+    return tier._layout(check_decode(*arguments))  # type: ignore[arg-type]
+
+
+def test_tensors_that_the_copy_engine_cannot_address_are_left_to_another_tier() -> None:
+    q = torch.zeros((2, 1, 16, 576), dtype=torch.bfloat16)
+    cache = torch.zeros((4, 64, 1, 576), dtype=torch.bfloat16)
+    assert layout(q, cache) == ""
+    assert "without pages" in layout(q, cache[:0])
+    odd = torch.zeros(4 * 64 * 577, dtype=torch.bfloat16).as_strided((4, 64, 1, 576), (64 * 577, 577, 577, 1))
+    assert "kv_cache" in layout(q, odd)
+    assert "strides" in layout(q, cache[:1].expand(4, -1, -1, -1))
+    shifted = torch.zeros(2 * 16 * 576 + 1, dtype=torch.bfloat16)[1:].view(2, 1, 16, 576)
+    assert "q" in layout(shifted, cache)

@@ -1,0 +1,276 @@
+"""What the backend does on the host: what it finds, which tier it chooses, what it compiles and keeps."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import stat
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fakes import FakeTier, decode_args, plan_args
+from hal_cuda import devices, driver, tiers
+from hal_cuda.backend import CudaBackend
+
+from hal.spec.errors import CompileError, DeviceError, UnsupportedError
+
+cupy = pytest.importorskip("cupy", reason="cupy is not installed")
+
+
+class _Properties:
+    name, multi_processor_count, total_memory = "A Card", 132, 80 << 30
+
+
+class _Driver:
+    """A libcuda of CUDA 13.0."""
+
+    @staticmethod
+    def cuDriverGetVersion(number: Any) -> int:  # noqa: N802  (the driver's name)
+        ctypes.cast(number, ctypes.POINTER(ctypes.c_int))[0] = 13000
+        return 0
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine with everything there; tests take parts away."""
+    monkeypatch.delenv(tiers.ENV, raising=False)
+    monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: _Driver())
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A Card")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: _Properties())
+    return monkeypatch
+
+
+def _no_driver(name: str) -> Any:
+    raise OSError(f"{name}: cannot open shared object file")
+
+
+def test_a_machine_with_everything(machine: pytest.MonkeyPatch) -> None:
+    probe = CudaBackend().probe()
+    assert (probe.available, probe.reason) == (True, "A Card, sm_90, driver for CUDA 13.0")
+    assert probe.details["device 0"] == "A Card, sm_90, 132 processors, 80 GiB"
+    assert probe.details["tiers"].split(", ")[-1] == "triton"
+    assert probe.evidence == "hardware"
+
+
+def _refusing() -> bool:
+    raise RuntimeError("CUDA driver initialization failed\nmore")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "fix"),
+    [
+        (
+            lambda m: m.setattr(devices.ctypes, "CDLL", _no_driver),
+            "no NVIDIA driver: libcuda.so.1",
+            "install the NVIDIA",
+        ),
+        (lambda m: m.setattr(torch.version, "cuda", None), "is built without CUDA", "install a torch built for CUDA"),
+        (lambda m: m.setattr(torch.cuda, "device_count", lambda: 0), "shows no device", "CUDA_VISIBLE_DEVICES"),
+        (lambda m: m.setattr(torch.cuda, "device_count", _refusing), "initialization failed", "nvidia-smi"),
+        (lambda m: m.setattr(torch.cuda, "get_device_capability", lambda i: (7, 5)), "7.5, the kernels need 8.0", ""),
+        (lambda m: m.setenv(tiers.ENV, "abacus"), "HAL_CUDA_TIER: got 'abacus'", "unset HAL_CUDA_TIER"),
+        (lambda m: m.setattr(tiers.importlib.util, "find_spec", lambda name: None), "no kernels", "pip install triton"),
+    ],
+    ids=["no driver", "torch for the CPU", "no device", "driver refuses", "too old", "no such tier", "no compiler"],
+)
+def test_what_is_missing_is_named_with_its_fix(machine: pytest.MonkeyPatch, change: Any, reason: str, fix: str) -> None:
+    change(machine)
+    probe = CudaBackend().probe()
+    assert not probe.available
+    assert reason in probe.reason and "\n" not in probe.reason
+    assert fix in probe.fix
+
+
+def test_packages_that_are_missing_are_shown(machine: pytest.MonkeyPatch) -> None:
+    def none(name: str) -> str:
+        raise devices.importlib.metadata.PackageNotFoundError(name)
+
+    machine.setattr(devices.importlib.metadata, "version", none)
+    details = CudaBackend().probe().details
+    assert (details["triton"], details["cupy"]) == ("missing", "missing")
+
+
+def test_doctor_and_backends_answer_without_a_driver() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("not applicable: this machine has a device")
+    done = subprocess.run([sys.executable, "-m", "hal", "doctor", "cuda", "--json"], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    (found,) = json.loads(done.stdout)["backends"]
+    assert found["state"] == "unavailable" and not found["works"]
+    assert "libcuda.so.1" in found["reason"] and found["fix"]
+    assert found["details"]["triton"] not in ("", "missing")
+    listed = subprocess.run([sys.executable, "-m", "hal", "backends", "--json"], capture_output=True, text=True)
+    assert listed.returncode == 0, listed.stderr
+    document = json.loads(listed.stdout)
+    states = {b["name"]: b["state"] for b in document["backends"]}
+    assert states["cuda"] == "unavailable"
+    assert document["in_force"]["name"] != "cuda"
+
+
+def test_making_the_backend_imports_no_compiler() -> None:
+    code = "import sys, hal_cuda.plugin as p; p.hal_backend(); print(sorted({'triton', 'cupy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_only_what_works_is_declared() -> None:
+    declared = CudaBackend().capabilities()
+    assert declared.device_types == ("cuda",)
+    assert declared.ep is None and declared.mla_sparse is None
+    assert declared.mla_dense is not None and declared.mla_dense.kv_formats == ("plain",)
+    with pytest.raises(UnsupportedError, match="expert"):
+        CudaBackend().ep_buffer(None)  # type: ignore[arg-type]
+
+
+def _backend(*made: FakeTier) -> CudaBackend:
+    backend = CudaBackend()
+    backend.__dict__["_loaded"] = (list(made), {})
+    return backend
+
+
+def test_the_first_tier_that_can_decodes_with_its_own_plan() -> None:
+    fast, sure = FakeTier("fast", refuses=(torch.float16,)), FakeTier("sure")
+    backend = _backend(fast, sure)
+    for dtype in (torch.bfloat16, torch.float16):
+        schedule = backend.mla_plan(plan_args(dtype))
+        backend.mla_decode(_with(decode_args(dtype), schedule))
+    assert (fast.schedules, sure.schedules) == ([("fast", 1)], [("sure", 1)])
+    backend.mla_decode(decode_args())
+    assert fast.schedules[-1] is None
+    assert backend.launches() == {"fake:fast@sm_0": 2, "fake:sure@sm_0": 1}
+
+
+def test_a_call_beyond_the_planning_tier_is_planned_once_by_the_next() -> None:
+    fast, sure = FakeTier("fast", refuses_decode=True), FakeTier("sure")
+    backend = _backend(fast, sure)
+    schedule = backend.mla_plan(plan_args())
+    for _ in range(3):
+        backend.mla_decode(_with(decode_args(), schedule))
+    assert fast.calls == {"plan": 1} and sure.calls == {"plan": 1, "decode": 3}
+
+
+def test_a_call_no_tier_can_do_says_why() -> None:
+    backend = _backend(FakeTier("fast", refuses=(torch.float16,)))
+    with pytest.raises(UnsupportedError, match=r"fast: torch\.float16"):
+        backend.mla_decode(decode_args(torch.float16))
+
+
+def _with(args: Any, schedule: object) -> Any:
+    args.schedule = schedule
+    return args
+
+
+@pytest.mark.parametrize("name", list(tiers.ORDER))
+def test_a_tier_can_be_forced(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(tiers.ENV, name)
+    usable, out = tiers.load()
+    assert [tier.name for tier in usable] in ([name], [])
+    assert all(out[other] == f"{tiers.ENV}={name}" for other in tiers.ORDER if other != name)
+
+
+def test_a_tier_that_does_not_import_is_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = types.ModuleType("broken_tier")
+    broken.Broken = lambda: (_ for _ in ()).throw(ImportError("libmissing.so"))  # type: ignore[attr-defined]
+    broken.__spec__ = types.SimpleNamespace(name="broken_tier")  # type: ignore[assignment]
+    monkeypatch.setitem(sys.modules, "broken_tier", broken)
+    monkeypatch.setattr(tiers, "ORDER", {"broken": ("broken_tier", "Broken")})
+    monkeypatch.delenv(tiers.ENV, raising=False)
+    assert tiers.load() == ([], {"broken": "does not import: libmissing.so"})
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(driver.CACHE_ENV, str(tmp_path))
+    return tmp_path / "cuda" / "sm_90a"
+
+
+KERNEL = 'extern "C" __global__ void fill(float* to, float value) { to[threadIdx.x] = value; }\n'
+
+
+def test_code_is_compiled_once_and_kept_by_its_content(cache: Path, tmp_path: Path) -> None:
+    source = tmp_path / "fill.cu"
+    source.write_text(KERNEL)
+    made = driver.compile_source(source, "sm_90a")
+    assert made[:4] == b"\x7fELF"
+    (kept,) = cache.iterdir()
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    kept.write_bytes(b"what was kept")
+    assert driver.compile_source(source, "sm_90a") == b"what was kept"
+    for change in (
+        lambda: driver.compile_source(source, "sm_90a", ["--use_fast_math"]),
+        lambda: driver.compile_source(source, "sm_90a", headers={"a.h": "int a;"}),
+        lambda: source.write_text(KERNEL + "// changed") and driver.compile_source(source, "sm_90a"),
+    ):
+        assert change()[:4] == b"\x7fELF"
+    assert len(list(cache.iterdir())) == 4
+
+
+def test_headers_are_found(cache: Path, tmp_path: Path) -> None:
+    source = tmp_path / "with_header.cu"
+    source.write_text('#include "value.h"\nextern "C" __global__ void fill(float* to) { to[0] = VALUE; }\n')
+    assert driver.compile_source(source, "sm_90a", headers={"value.h": "#define VALUE 1.0f\n"})[:4] == b"\x7fELF"
+
+
+def test_a_folder_others_can_write_to_is_not_trusted(cache: Path, tmp_path: Path) -> None:
+    cache.mkdir(parents=True)
+    cache.chmod(0o770)
+    source = tmp_path / "fill.cu"
+    source.write_text(KERNEL)
+    assert driver.compile_source(source, "sm_90a")[:4] == b"\x7fELF"
+    assert not list(cache.iterdir())
+
+
+def test_a_compile_error_carries_log_and_path(cache: Path, tmp_path: Path) -> None:
+    source = tmp_path / "wrong.cu"
+    source.write_text(KERNEL.replace("value;", "valve;"))
+    with pytest.raises(CompileError) as caught:
+        driver.compile_source(source, "sm_90a")
+    assert caught.value.source_path == str(source)
+    assert 'identifier "valve" is undefined' in caught.value.log
+    assert "wrong.cu(1)" in caught.value.log
+
+
+def test_a_refused_call_is_named() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("not applicable: this machine has a device")
+    with pytest.raises(DeviceError, match=r"cuModuleLoad: .*libcuda"):
+        driver.checked("cuModuleLoad", cupy.cuda.driver.moduleLoad, "nowhere.cubin")
+
+
+class _Function:
+    ptr = 7
+
+    def __init__(self, log: list[Any]) -> None:
+        self.log = log
+
+    def __call__(self, grid: Any, block: Any, arguments: Any, *, shared_mem: int) -> None:
+        self.log.append((grid, block, arguments, shared_mem))
+
+
+def test_kernels_are_launched_with_addresses_on_torchs_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    import contextlib
+
+    log: list[Any] = []
+    function = _Function(log)
+    loaded = types.SimpleNamespace(load=lambda cubin: log.append(cubin), get_function=lambda name: function)
+    monkeypatch.setattr("cupy.cuda.function.Module", lambda: loaded)
+    opened = lambda *given: log.append(given) or contextlib.nullcontext()  # noqa: E731
+    monkeypatch.setattr(cupy.cuda, "ExternalStream", opened)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: types.SimpleNamespace(cuda_stream=99))
+    monkeypatch.setattr("cupy.cuda.driver.funcSetAttribute", lambda *given: log.append(("attribute", *given)))
+    tensor = torch.zeros(3)
+    module = driver.Module(b"code", 0)
+    module.launch("fill", (2, 1, 1), (32, 1, 1), [tensor, 5], shared=60 << 10)
+    assert log[0] == b"code"
+    assert log[1][0] == "attribute" and log[1][1] == 7 and log[1][3] == 60 << 10
+    assert log[2:] == [(99, 0), ((2, 1, 1), (32, 1, 1), (tensor.data_ptr(), 5), 60 << 10)]

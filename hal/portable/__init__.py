@@ -1,0 +1,1 @@
+"""What many vendors share: written once here, launched by the backends."""

@@ -1,0 +1,152 @@
+"""Sizes the kernels are compiled with, as data: one table an architecture. Nothing is tuned at run time.
+
+An entry is used for calls whose padded V is at most ``width`` wide; among those of the least sufficient width the one
+with the fewest ``rows`` that hold all query rows of a sequence and KV head, else the one with the most.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from hal.spec.errors import SpecError
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to compile the decode kernel.
+
+    Attributes
+    ----------
+    width : int
+        The most columns of K in one power of two (MAIN of `kernels.decode`) it is for.
+    rows : int
+        Query rows a program holds: their output stays in registers.
+    block_n : int
+        Tokens a step.
+    warps, stages : int
+        Of the compiler; ``stages`` is how many loads of K are under way or in use.
+    shares : int
+        Shares of the work for each processor of the device.
+    """
+
+    width: int
+    rows: int
+    block_n: int
+    warps: int
+    stages: int
+    shares: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """What is known of an architecture.
+
+    Attributes
+    ----------
+    variants : tuple of Variant
+    shared : int
+        Bytes of shared memory a program may have.
+    matrix : tuple of str
+        Instructions of which the machine code must hold one; empty for an architecture without any.
+    begin : int
+        Steps that stand for the cost of beginning a unit: of reading Q, filling the pipeline and writing the result.
+    chunks : int
+        Most pieces a sequence is split into with ``batch_invariant``, over all its tiles of rows.
+    chunk_tokens : int
+        Least tokens of such a piece.
+    side : int
+        Most tiles of one sequence and KV head that run side by side.
+    together : int
+        Rows a program merges.
+    """
+
+    variants: tuple[Variant, ...]
+    shared: int
+    matrix: tuple[str, ...]
+    begin: int = 3
+    chunks: int = 32
+    chunk_tokens: int = 512
+    side: int = 8
+    together: int = 4
+
+
+USUAL_TOKENS: Final = (576, 512)
+"""Elements from one token of a cache to the next that kernels are compiled for, which saves them registers."""
+
+_HOPPER: Final = (
+    Variant(512, 16, 64, 8, 3),
+    Variant(512, 64, 64, 8, 2),
+    Variant(256, 16, 64, 4, 3),
+    Variant(256, 64, 64, 8, 2),
+    Variant(256, 128, 64, 8, 2),
+)
+
+# 64 KiB of local memory hold one block of 32 tokens and no second.
+_CDNA: Final = (
+    Variant(512, 16, 32, 4, 1),
+    Variant(512, 32, 32, 4, 1),
+    Variant(256, 16, 32, 4, 1),
+    Variant(256, 64, 32, 4, 1),
+)
+
+_GCN: Final = (
+    Variant(512, 16, 16, 4, 1),
+    Variant(256, 16, 16, 4, 1),
+)
+
+_ANY: Final = Table((Variant(512, 16, 32, 4, 1), Variant(512, 64, 32, 8, 1)), 1 << 16, ())
+
+TABLES: Final[dict[str, Table]] = {
+    "sm_90": Table(_HOPPER, 232_448, ("wgmma", "mma.sync")),
+    "sm_100": Table(_HOPPER, 232_448, ("tcgen05.mma", "mma.sync")),
+    "gfx942": Table(_CDNA, 65_536, ("v_mfma",)),
+    "gfx90a": Table(_CDNA, 65_536, ("v_mfma",)),
+    "gfx906": Table(_GCN, 65_536, ()),
+    # Small tiles, so that the sizes a test can afford make several of them; lengths of a few hundred are split.
+    "interpreter": Table(
+        (Variant(512, 16, 32, 4, 1), Variant(512, 32, 32, 4, 1)),
+        0,
+        (),
+        begin=1,
+        chunks=4,
+        chunk_tokens=64,
+        side=2,
+        together=16,
+    ),
+}
+"""By architecture, as its compiler names it."""
+
+
+def table(arch: str) -> Table:
+    """The table of an architecture; a modest one for those without.
+
+    Parameters
+    ----------
+    arch : str
+        For instance ``sm_90`` or ``gfx942``.
+    """
+    return TABLES.get(arch, _ANY)
+
+
+def choose(arch: str, width: int, rows: int) -> Variant:
+    """The variant for a padded width and the query rows of a sequence and KV head.
+
+    Raises
+    ------
+    SpecError
+        Wider than any variant.
+    """
+    variants = table(arch).variants
+    wide = [variant.width for variant in variants if variant.width >= width]
+    if not wide:
+        raise SpecError("head_dim", width, f"at most {max(v.width for v in variants)} columns in one power of two")
+    fitting = sorted((v for v in variants if v.width == min(wide)), key=lambda v: v.rows)
+    return next((v for v in fitting if v.rows >= rows), fitting[-1])
+
+
+def split_columns(head_dim: int) -> tuple[int, int]:
+    """The columns of K as two powers of two, at least 16 each where not 0: 576 → (512, 64), 512 → (512, 0)."""
+    main = 1 << max(4, head_dim.bit_length() - 1)
+    rest = head_dim - main
+    return main, 0 if rest <= 0 else 1 << max(4, (rest - 1).bit_length())

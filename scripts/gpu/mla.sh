@@ -1,0 +1,113 @@
+#!/usr/bin/env bash
+# MLA decode on a machine with a device: what is there, whether it conforms, whether it reads out of bounds, how fast it is.
+#
+#   scripts/gpu/mla.sh [--backend NAME] [--wheels DIR] [--tiers "A B"] [--limit SECONDS] [--quick] OUT [STAGE...]
+#
+# Stages, all of them where none is named: install doctor conform graph sanitize bench. Each has a time limit of its own,
+# at most --limit, and writes OUT/STAGE*.log; one that fails does not stop the next. OUT/verdict.txt has a line for each.
+# Wheels are made with: pip wheel --no-deps --no-build-isolation -w DIR ./ ./backends/cuda ./conformance
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+ROOT=$PWD
+
+backend=cuda wheels="" tiers="" quick="" most=100000
+while [[ ${1:-} == --* ]]; do
+  case $1 in
+    --backend) backend=$2; shift 2 ;;
+    --wheels) wheels=$(realpath "$2"); shift 2 ;;
+    --tiers) tiers=$2; shift 2 ;;
+    --limit) most=$2; shift 2 ;;
+    --quick) quick=--quick; shift ;;
+    *) echo "mla.sh: what is $1?" >&2; exit 2 ;;
+  esac
+done
+[[ $# -ge 1 ]] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+mkdir -p "$1"
+OUT=$(realpath "$1"); shift
+stages=("$@")
+[[ ${#stages[@]} -gt 0 ]] || stages=(install doctor conform graph sanitize bench)
+PYTHON=${PYTHON:-python3}
+export HAL_BACKEND=$backend PYTHONUNBUFFERED=1 COLUMNS=120
+failed=0
+
+say() { echo "$*" | tee -a "$OUT/verdict.txt"; }
+
+# limited SECONDS NAME COMMAND...: run, keep the output, print one line.
+limited() {
+  local seconds=$1 name=$2 start=$SECONDS code=0 verdict=PASS
+  shift 2
+  [[ $seconds -le $most ]] || seconds=$most
+  # Not from the checkout: what is tested is what is installed.
+  (cd "$OUT" && timeout --kill-after=10 "$seconds" "$@") >"$OUT/$name.log" 2>&1 || code=$?
+  if [[ $code == 124 || $code == 137 ]]; then verdict="TIMEOUT after ${seconds} s"; elif [[ $code != 0 ]]; then verdict="FAIL, exit code $code"; fi
+  [[ $code == 0 ]] || failed=1
+  say "$name: $verdict ($((SECONDS - start)) s) $(grep -v '^[[:space:]]*$' "$OUT/$name.log" | tail -n 1 | cut -c1-160)"
+  return "$code"
+}
+
+hal() { "$PYTHON" -m hal "$@"; }
+
+# What to judge: the tiers as users get them (auto: the best that takes a call), then the one that takes every call alone.
+usable_tiers() {
+  if [[ -n $tiers ]]; then echo "$tiers"; elif [[ $backend == cuda ]]; then echo "auto triton"; else echo auto; fi
+}
+
+stage_install() {
+  if [[ -z $wheels ]]; then say "install: not asked for (no --wheels)"; return; fi
+  limited 300 install "$PYTHON" -m pip install --no-index --no-deps --force-reinstall "$wheels"/*.whl
+}
+
+stage_doctor() { limited 300 doctor "$PYTHON" -m hal doctor "$backend"; }
+
+stage_conform() {
+  local tier
+  for tier in $(usable_tiers); do
+    [[ $tier == auto ]] || export HAL_CUDA_TIER=$tier
+    # Kernels are compiled on first use, which the suite's limits do not allow for.
+    limited 1500 "conform-$tier" "$PYTHON" -m hal conform --backend "$backend" $quick --patience 4 --out "$OUT/conform-$tier"
+    unset HAL_CUDA_TIER
+  done
+}
+
+stage_graph() {
+  local tier
+  if [[ $backend == cpu ]]; then say "graph: not applicable to the cpu"; return; fi
+  for tier in $(usable_tiers); do
+    [[ $tier == auto ]] || export HAL_CUDA_TIER=$tier
+    limited 200 "graph-$tier" "$PYTHON" "$ROOT/scripts/gpu/graph.py"
+    unset HAL_CUDA_TIER
+  done
+}
+
+stage_sanitize() {
+  local tier tool=${SANITIZER:-compute-sanitizer}
+  if [[ $backend == cpu ]]; then say "sanitize: not applicable to the cpu"; return; fi
+  if ! command -v "$tool" >/dev/null; then say "sanitize: FAIL, $tool is not installed"; failed=1; return; fi
+  for tier in $(usable_tiers); do
+    [[ $tier == auto ]] || export HAL_CUDA_TIER=$tier
+    limited 420 "sanitize-$tier" "$tool" --tool memcheck --error-exitcode 9 "$PYTHON" "$ROOT/scripts/gpu/small_set.py"
+    limited 420 "racecheck-$tier" "$tool" --tool racecheck --error-exitcode 9 "$PYTHON" "$ROOT/scripts/gpu/small_set.py" --few
+    unset HAL_CUDA_TIER
+  done
+}
+
+stage_bench() {
+  local tier h s q cases=() lengths="4096 8192 16384 32768" heads="16 64 128" queries="1 2" b=128 rounds=15
+  if [[ $backend == cpu || -n $quick ]]; then lengths=256 heads="16 128" b=2 rounds=3; fi
+  for s in $lengths; do for h in $heads; do for q in $queries; do
+    if [[ $q == 1 ]]; then cases+=(--case "b${b}_h${h}_s${s}"); else cases+=(--case "b${b}_h${h}_s${s}_q${q}_causal"); fi
+  done; done; done
+  for tier in $(usable_tiers); do
+    [[ $tier == auto ]] || export HAL_CUDA_TIER=$tier
+    limited 1200 "bench-$tier" "$PYTHON" -m hal bench mla --backend "$backend" --peer flash_mla "${cases[@]}" \
+      --rounds $rounds --json "$OUT/bench-$tier.json" --record "$OUT/bench-$tier-samples.json"
+    unset HAL_CUDA_TIER
+  done
+}
+
+# Runs of single stages add up to one list.
+say "== $(date -u +'%F %H:%M UTC') $backend: ${stages[*]}"
+for stage in "${stages[@]}"; do
+  if declare -F "stage_$stage" >/dev/null; then "stage_$stage"; else say "$stage: FAIL, no such stage"; failed=1; fi
+done
+exit $failed
