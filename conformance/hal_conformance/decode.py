@@ -262,8 +262,13 @@ def judge(
     out: Tensor, lse: Tensor, expected: Expected, out_limits: Limits, lse_limits: Limits, slack: float = 1.0
 ) -> Verdict:
     """Compare with the reference; with ``slack`` 2, two results that may each be off by the limit with each other."""
-    for_out = Limits(out_limits.absolute * slack, out_limits.relative * slack, out_limits.cosine * slack * slack)
-    by_value = Limits(lse_limits.absolute * slack, lse_limits.relative * slack, float("inf"))
+    for_out = Limits(
+        out_limits.absolute * slack,
+        out_limits.relative * slack,
+        out_limits.cosine * slack * slack,
+        out_limits.row_cosine * slack * slack,
+    )
+    by_value = Limits(lse_limits.absolute * slack, lse_limits.relative * slack, float("inf"), float("inf"))
     with few_threads(out.numel() < _FEW):
         return Verdict(
             compare(out, expected.out, for_out, expected.out_magnitude),

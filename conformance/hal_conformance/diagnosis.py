@@ -118,8 +118,8 @@ def _by_looking(outcome: Outcome, expected: Expected, verdict: Verdict) -> str:
     return ""
 
 
-_NO_LIMITS = Limits(float("inf"), float("inf"), float("inf"))
-_LSE = Limits(DENSE_LSE.absolute, DENSE_LSE.relative, float("inf"))
+_NO_LIMITS = Limits(float("inf"), float("inf"), float("inf"), float("inf"))
+_LSE = Limits(DENSE_LSE.absolute, DENSE_LSE.relative, float("inf"), float("inf"))
 
 
 def _unswap(lse: Tensor) -> Tensor:

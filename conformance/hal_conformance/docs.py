@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hal.spec import SPEC_VERSION
-from hal.spec.limits import DENSE_LSE, DENSE_OUT
+from hal.spec.limits import DENSE_LSE, DENSE_OUT, DIRECTION, WHOLE
 from hal_conformance.requirements import REQUIREMENTS
 from hal_conformance.table import LEVELS, TABLE
 
@@ -18,10 +18,10 @@ declared: the suite makes the call all the same, and it must raise `UnsupportedE
 
 **Limits.** Against the float64 reference, for every (query, head) row:
 
-| | absolute | or relative | and cosine difference of the row |
-|---|---|---|---|
-| out | {DENSE_OUT.absolute:g} | {DENSE_OUT.relative * 128:g}/128 | {DENSE_OUT.cosine:g} |
-| lse | {DENSE_LSE.absolute:g} | {DENSE_LSE.relative * 65536:g}/65536 | implied by the relative limit of each value |
+| | absolute | or relative | and cosine difference of the row, from {DIRECTION} columns on | and of the whole, from {WHOLE} rows on |
+|---|---|---|---|---|
+| out | {DENSE_OUT.absolute:g} | {DENSE_OUT.relative * 128:g}/128 | {DENSE_OUT.row_cosine:g} | {DENSE_OUT.cosine:g} |
+| lse | {DENSE_LSE.absolute:g} | {DENSE_LSE.relative * 65536:g}/65536 | implied by that of each value | likewise |
 
 inf and NaN must be where the reference has them. The absolute limits are for data within ±1: where a row's V (or the
 sum of the absolute products behind its scores) is larger, they grow with it. A vendor may tighten limits, never loosen

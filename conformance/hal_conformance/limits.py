@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from hal.spec.limits import Limits
+from hal.spec.limits import DIRECTION, WHOLE, Limits
 
 COSINE_FLOOR: Final = 1e-30
 """Rows whose squared norms sum to less have no direction to compare."""
@@ -113,7 +113,15 @@ def compare(actual: Tensor, expected: Tensor, limits: Limits, magnitude: Tensor 
     # A row far below the absolute limit is rounding of zero; its direction means nothing.
     meaningful = squares.sqrt() > limits.absolute * magnitude * 1e-3
     cosine = cosine.masked_fill(~meaningful | (squares < COSINE_FLOOR), 0)
-    row_ratio = torch.maximum(ratio.amax(-1), cosine / limits.cosine)
+    if want.shape[-1] < DIRECTION:
+        cosine = torch.zeros_like(cosine)
+    row_ratio = torch.maximum(ratio.amax(-1), cosine / limits.row_cosine)
+    if cosine.numel() >= WHOLE and want.shape[-1] >= DIRECTION:
+        # The tensor as a whole: what it exceeds is laid at the door of the row that is furthest off.
+        counted = meaningful & (squares >= COSINE_FLOOR)
+        whole = (error * error).sum(-1)[counted].sum() / squares[counted].sum().clamp(min=COSINE_FLOOR)
+        furthest = cosine.flatten().argmax()
+        row_ratio.view(-1)[furthest] = torch.maximum(row_ratio.view(-1)[furthest], whole / limits.cosine)
     row_ratio = row_ratio.masked_fill(mask_bad, torch.inf)
     bad = row_ratio > 1
     at = int(row_ratio.flatten().argmax())

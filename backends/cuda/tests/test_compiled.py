@@ -15,8 +15,8 @@ BUILDS = [build for arch in ARCHS for build in offline.builds(arch)]
 def spills_allowed(build: offline.Build) -> int:
     """Instructions of the loop over tokens that may move spilled registers.
 
-    Next to none in the usual calls. 64 rows of 512 columns leave no register free: offsets of ragged queries, chunks and small
-    pages then cost a few, and so does the way sm_100 takes its output through registers to rescale it.
+    Next to none in the usual calls. 64 rows of 512 columns leave no register free: offsets of ragged queries, chunks
+    and small pages then cost a few, and so does the way sm_100 takes its output through registers to rescale it.
     """
     g = build.geometry
     usual = g.page_size == 64 and not g.ragged_q and not g.batch_invariant
