@@ -146,7 +146,8 @@ class EpBuffer:
     modes : tuple of str
         ``"normal"`` and ``"low_latency"``, those that will be used.
     max_recv_tokens : int, optional
-        Rows a rank has room for in one normal dispatch; by default all that can come.
+        Tokens a rank has room for in one normal dispatch, a token counting once in either layout; by default all that
+        can come.
     overflow : {"error", "drop", "grow"}
         What happens beyond that.
     ranks_per_node : int, optional

@@ -7,6 +7,7 @@ import os
 import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -22,8 +23,9 @@ from hal.ep.engine import (
 )
 from hal.ep.faults import KINDS, PHASES, EpFaults
 from hal.ep.layout import count_layout
-from hal.ep.nodes import NodeEngine, NodesEngine
+from hal.ep.nodes import NodeEngine, NodesEngine, Relayed
 from hal.ep.rendezvous import Doorbell, agree, exchange_over, host_identity
+from hal.ep.topology import Topology
 from hal.spec.capability import EpCapabilities, Ints
 from hal.spec.ep import (
     CASTS,
@@ -59,7 +61,7 @@ CAPABILITIES: Final = EpCapabilities(
     mask_ranks=True,
     zero_copy_combine=True,
     pre_reduce=True,
-    across_nodes=("normal", "error", "grow"),
+    across_nodes=("normal", "low_latency", "error", "drop", "grow"),
 )
 
 _TYPES: Final = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -106,7 +108,6 @@ def open_engine(args: EpBufferArgs) -> EpEngine:
     """The engine of a group: of its one node, or of all its nodes."""
     if args.num_nodes == 1:
         return CpuEpEngine(args)
-    NodesEngine.require(args, "cpu")
     return NodesEngine(args, CpuEpEngine(args))
 
 
@@ -127,9 +128,17 @@ class CpuEpEngine(NodeEngine):
         self._native = _ep
         self._args = args
         exchange = exchange_over(args.group)
-        node, here = divmod(args.rank, args.ranks_per_node)
-        self._first = first = node * args.ranks_per_node
-        self._ranks = ranks = min(args.ranks_per_node, args.num_ranks - first)
+        topology = Topology(args.num_ranks, args.ranks_per_node)
+        peers = topology.ranks(topology.node(args.rank))
+        self._first = first = peers[0]
+        self._ranks = ranks = len(peers)
+        here = args.rank - first
+        blocks = [topology.sources(peer) for peer in peers]
+        self._sources = len(blocks[0])
+        # The rank whose tokens each block carries, -1 for none: block s * ranks + i is what peer i sends for source s.
+        self._origins = torch.tensor(
+            [-1 if block[s] is None else block[s] for s in range(self._sources) for block in blocks], dtype=torch.int32
+        )
         crowded = ranks > len(os.sched_getaffinity(0))
         # One rank's secret serves the group; every rank brings one, so that none needs to be asked first.
         doorbell = Doorbell(args.num_ranks)
@@ -144,7 +153,7 @@ class CpuEpEngine(NodeEngine):
             self._engine = _ep.Engine(
                 here,
                 ranks,
-                args.num_nodes,
+                self._sources,
                 args.local_experts,
                 first * args.local_experts,
                 first,
@@ -153,6 +162,7 @@ class CpuEpEngine(NodeEngine):
                 args.max_recv_tokens,
                 OVERFLOW.index(args.overflow),
                 crowded,
+                args.num_ranks,
                 token,
             )
             failure: dict[str, Any] = {}
@@ -195,10 +205,13 @@ class CpuEpEngine(NodeEngine):
 
     def dispatch(self, args: EpDispatchArgs) -> EpDispatched:
         """Exchange counts, write rows into the receivers' windows, and leave the wait for the others' rows."""
-        return self.relay(args, (0, len(args.topk_idx)))
+        return self._dispatch(args, (0, len(args.topk_idx)), 0)
 
-    def relay(self, args: EpDispatchArgs, begin: Sequence[int]) -> EpDispatched:
-        """As `dispatch`, for tokens of one rank of every node."""
+    def relay(self, args: EpDispatchArgs, tokens: Relayed) -> EpDispatched:
+        """As `dispatch`, for tokens of several ranks."""
+        return self._dispatch(args, tokens.begin, tokens.positions.contiguous().data_ptr())
+
+    def _dispatch(self, args: EpDispatchArgs, begin: Sequence[int], positions: int) -> EpDispatched:
         x, scales, idx, weights, handle = args.x, args.scales, args.topk_idx, args.topk_weights, args.handle
         n, topk = idx.shape
         row_bytes = x.shape[1] * x.itemsize
@@ -232,6 +245,7 @@ class CpuEpEngine(NodeEngine):
                 args.num_worst_tokens,
                 self._args.num_experts,
                 begin,
+                positions,
                 None if handle is None else _routes(handle),
                 fields,
             )
@@ -257,6 +271,7 @@ class CpuEpEngine(NodeEngine):
             routes.dropped,
             idx,
             routes,
+            _Sources(op, self._origins, self._args.num_ranks, self._args.local_experts),
         )
         return EpDispatched(
             recv_x,
@@ -322,61 +337,140 @@ class CpuEpEngine(NodeEngine):
 
     def low_latency_dispatch(self, args: EpLowLatencyDispatchArgs) -> EpLowLatencyDispatched:
         """Write rows, cast where asked, into the packed slots of the receivers' windows."""
-        x, idx, buffer = args.x, args.topk_idx, self._args
-        local, slots, hidden = buffer.local_experts, buffer.num_ranks * buffer.max_tokens_per_rank, buffer.hidden
+        made = self._packed_outputs()
+        waits = args.dispatch_wait_recv_cost_stats
+        op = self._send_packed(args, made, (0, len(args.x)), 0, waits, None)
+        finish = self._finish(op, _PACKED_FIELDS, (made, args))
+        return self._packed_result(args, op, *made, finish)
+
+    def reserve_packed(self, args: EpLowLatencyDispatchArgs) -> EpLowLatencyDispatched:
+        """Take one of the two slots."""
+        op = self._engine.packed_reserve(self._args.hidden, _TYPES[args.x.dtype], _CAST_OF[args.cast], self._slots)
+        if not op.reserved:
+            got = f"a third result while two are live on rank {self._args.rank}"
+            raise SpecError("low_latency_dispatch", got, "at most two: combine one, or let go of it, first")
+        ranges = torch.zeros(self._args.local_experts, self._args.num_ranks, dtype=torch.int64)
+        count = torch.zeros(self._args.local_experts, dtype=torch.int32)
+        return self._packed_result(args, op, count, ranges, _nothing)
+
+    def relay_packed(self, args: EpLowLatencyDispatchArgs, reserved: EpLowLatencyDispatched, tokens: Relayed) -> Finish:
+        """Send several ranks' tokens into a reserved slot."""
+        made, positions = self._packed_outputs(), tokens.positions.contiguous()
+        waits = torch.zeros(self._ranks, dtype=torch.int64)
+        op = self._send_packed(
+            replace(args, async_finish=False, return_recv_hook=False),
+            made,
+            tokens.begin,
+            positions.data_ptr(),
+            waits,
+            _state(reserved.handle).op,
+        )
+        finish = self._finish(op, _PACKED_FIELDS, (made, args, positions))
+
+        def run() -> None:
+            finish()
+            reserved.recv_count.copy_(made[0])
+            # Blocks lie in the order of their ranks, and those of nobody are empty.
+            there = self._origins >= 0
+            reserved.handle.layout_range.copy_(made[1].flatten(1)[:, there])
+            if args.dispatch_wait_recv_cost_stats is not None:
+                args.dispatch_wait_recv_cost_stats[self._first : self._first + self._ranks] += waits
+
+        return run
+
+    @property
+    def _slots(self) -> int:
+        return self._args.num_ranks * self._args.max_tokens_per_rank
+
+    def _packed_outputs(self) -> tuple[Tensor, Tensor]:
+        """Counts by expert and ranges by block, to be filled."""
+        local = self._args.local_experts
         count = torch.empty(local, dtype=torch.int32)
-        ranges = torch.empty(local, buffer.num_ranks, dtype=torch.int64)
-        stats, waits = args.cumulative_local_expert_recv_stats, args.dispatch_wait_recv_cost_stats
+        return count, torch.empty(local, self._sources * self._ranks, dtype=torch.int64)
+
+    def _send_packed(
+        self,
+        args: EpLowLatencyDispatchArgs,
+        made: tuple[Tensor, Tensor],
+        begin: Sequence[int],
+        positions: int,
+        waits: Tensor | None,
+        reserved: Any,
+    ) -> Any:
+        x, idx, stats = args.x, args.topk_idx, args.cumulative_local_expert_recv_stats
         cast = _CAST_OF[args.cast]
         try:
             launches[f"low_latency_dispatch_{self._native.isa}"] += 1
-            op = self._engine.packed_dispatch(
+            return self._engine.packed_dispatch(
                 x.data_ptr(),
                 len(x),
                 x.stride(0) * x.itemsize,
-                hidden,
+                self._args.hidden,
                 _TYPES[x.dtype],
                 cast,
                 idx.data_ptr(),
                 idx.shape[1],
-                buffer.num_experts,
-                slots,
+                self._args.num_experts,
+                self._slots,
                 0 if stats is None else stats.data_ptr(),
                 0 if waits is None else waits.data_ptr(),
                 args.return_recv_hook or args.async_finish,
-                count.data_ptr(),
-                ranges.data_ptr(),
+                made[0].data_ptr(),
+                made[1].data_ptr(),
+                begin,
+                positions,
+                reserved,
                 (idx.shape[1], cast),
             )
         except Exception as error:
             raise self._translated(error, _PACKED_FIELDS) from None
-        scales = None
-        if cast:
+
+    def _packed_result(
+        self, args: EpLowLatencyDispatchArgs, op: Any, count: Tensor, ranges: Tensor, finish: Finish
+    ) -> EpLowLatencyDispatched:
+        """Tensors over an operation's slot."""
+        local, slots, hidden, scales = self._args.local_experts, self._slots, self._args.hidden, None
+        if args.cast == "none":
+            rows = op.x(_TYPES[args.x.dtype], (local, slots, hidden))
+        else:
             rows = op.x(_BYTES, (local, slots, hidden)).view(FP8)
             groups = -(-hidden // SCALE_GROUP)
             words, code = (-(-groups // 4), _INT32) if args.cast == "fp8_ue8m0" else (groups, _TYPES[torch.float32])
             scales = op.scales(code, (local, slots, words), (slots * words, 1, slots))
-        else:
-            rows = op.x(_TYPES[x.dtype], (local, slots, hidden))
         handle = EpLowLatencyHandle(
             self._owner,
             op.idx(_INT32, (local, slots)),
             ranges,
-            buffer.max_tokens_per_rank,
+            self._args.max_tokens_per_rank,
             hidden,
-            buffer.num_experts,
-            len(x),
-            idx.shape[1],
-            _Packed(op.routes),
+            self._args.num_experts,
+            len(args.x),
+            args.topk_idx.shape[1],
+            _Packed(op.routes, op if finish is _nothing else None, ranges),
         )
-        finish = self._finish(op, _PACKED_FIELDS, (count, ranges, stats, waits, x))
         return EpLowLatencyDispatched(rows, scales, count, handle, finish)
 
     def low_latency_combine(self, args: EpLowLatencyCombineArgs) -> EpLowLatencyCombined:
         """Stage packed rows, or take the lent memory as it is; the finish fetches and sums."""
-        handle, x, buffer = args.handle, args.x, self._args
-        packed: _Packed = _state(handle)
-        lent = None
+        now = not (args.async_finish or args.return_recv_hook)
+        stride = args.out.stride(0) * args.out.itemsize
+        finish = self._fetch_packed(args, args.combine_wait_recv_cost_stats, args.out, stride, False, now)
+        return EpLowLatencyCombined(args.out, finish)
+
+    def gather_packed(self, args: EpLowLatencyCombineArgs) -> Tensor:
+        """One fetch into zeros; rows that a choice does not have stay 0."""
+        out = torch.zeros(*args.topk_idx.shape, self._args.hidden, dtype=args.x.dtype)
+        counter = args.combine_wait_recv_cost_stats
+        waits = None if counter is None else torch.zeros(self._ranks, dtype=torch.int64)
+        self._fetch_packed(args, waits, out, 0, True, True)()
+        if counter is not None:
+            counter[self._first : self._first + self._ranks] += waits
+        return out
+
+    def _fetch_packed(
+        self, args: EpLowLatencyCombineArgs, waits: Tensor | None, out: Tensor, stride: int, gather: bool, now: bool
+    ) -> Finish:
+        x, packed, lent = args.x, _state(args.handle), None
         if args.zero_copy:
             lent, packed.lent = packed.lent, None
             if lent is None or lent.address != x.data_ptr():
@@ -386,24 +480,24 @@ class CpuEpEngine(NodeEngine):
             launches[f"low_latency_combine_{self._native.isa}"] += 1
             op = self._engine.packed_combine(
                 x.data_ptr(),
-                buffer.hidden,
+                self._args.hidden,
                 x.shape[1],
                 _TYPES[x.dtype],
                 packed.routes,
                 args.topk_idx.data_ptr(),
                 args.topk_weights.data_ptr(),
-                args.out.data_ptr(),
-                args.out.stride(0) * args.out.itemsize,
-                0 if args.combine_wait_recv_cost_stats is None else args.combine_wait_recv_cost_stats.data_ptr(),
+                out.data_ptr(),
+                stride,
+                0 if waits is None else waits.data_ptr(),
                 lent,
-                handle.layout_range.data_ptr(),
-                not (args.async_finish or args.return_recv_hook),
+                packed.ranges.data_ptr(),
+                gather,
+                now,
                 (packed.routes.id,),
             )
         except Exception as error:
             raise self._translated(error, _PACKED_COMBINE_FIELDS) from None
-        keep = (x, args.topk_idx, args.topk_weights, args.out, args.combine_wait_recv_cost_stats, handle)
-        return EpLowLatencyCombined(args.out, self._finish(op, _PACKED_COMBINE_FIELDS, keep))
+        return self._finish(op, _PACKED_COMBINE_FIELDS, (args, out, waits, packed))
 
     def low_latency_combine_buffer(self, handle: EpLowLatencyHandle) -> Tensor:
         """Memory of the own window for the handle's next combine."""
@@ -437,19 +531,7 @@ class CpuEpEngine(NodeEngine):
         """Read every peer's recorder from its window."""
         found = []
         for rank in range(self._ranks):
-            for seq, kind, phase, waits_for, tokens, begin, end in self._engine.records(rank):
-                found.append(
-                    {
-                        "rank": self._first + rank,
-                        "operation": seq,
-                        "kind": _KINDS[kind] if kind < len(_KINDS) else "?",
-                        "phase": phase,
-                        "waits_for": None if end or waits_for < 0 else self._first + waits_for,
-                        "tokens": tokens,
-                        "begin_ns": begin,
-                        "microseconds": (end - begin) / 1000 if end else None,
-                    }
-                )
+            found += [_record(self._first, rank, one) for one in self._engine.records(rank)]
         return sorted(found, key=lambda record: record["begin_ns"])
 
     def memory(self) -> Mapping[str, int]:
@@ -508,13 +590,69 @@ class CpuEpEngine(NodeEngine):
 
 
 class _Packed:
-    """What a low-latency handle carries: its routes, and the memory lent for its combine."""
+    """What a low-latency handle carries: its routes, ranges by block, a reserved slot, the memory lent to combine."""
 
-    __slots__ = ("lent", "routes")
+    __slots__ = ("lent", "op", "ranges", "routes")
 
-    def __init__(self, routes: Any) -> None:
+    def __init__(self, routes: Any, op: Any, ranges: Tensor) -> None:
         self.routes = routes
+        self.op = op
+        self.ranges = ranges
         self.lent: Any = None
+
+
+class _Sources:
+    """Where the rows of a dispatch came from."""
+
+    __slots__ = ("_experts", "_op", "_origins", "_ranks")
+
+    def __init__(self, op: Any, origins: Tensor, ranks: int, experts: int) -> None:
+        self._op, self._origins, self._ranks, self._experts = op, origins, ranks, experts
+
+    def rank(self) -> Tensor:
+        """Blocks are known from the counts; the rows of a rank that was lost meanwhile are nobody's."""
+        block = torch.empty(self._op.rows, dtype=torch.int32)
+        self._op.routes.blocks_of_rows(block.data_ptr(), len(block))
+        rank = self._origins[block.clamp(min=0)]
+        return rank.masked_fill_((block < 0) | (self.position() < 0), -1)
+
+    def position(self) -> Tensor:
+        """As the senders wrote them."""
+        found: Tensor = self._op.source()
+        return found
+
+    def counts(self) -> Tensor:
+        """Blocks put in the order of their ranks."""
+        by_block = torch.empty(len(self._origins), self._experts, dtype=torch.int32)
+        self._op.routes.counts_of_blocks(by_block.data_ptr())
+        found = torch.zeros(self._ranks, self._experts, dtype=torch.int32)
+        there = self._origins >= 0
+        found[self._origins[there].long()] = by_block[there]
+        return found
+
+
+def _nothing() -> None:
+    """The finish of what is only reserved."""
+
+
+def _record(first: int, rank: int, fields: Sequence[Any]) -> dict[str, Any]:
+    """One entry of the flight recorder, in the numbering of the whole group."""
+    seq, kind, phase, waits_for, tokens, expert, expected, received, begin, end = fields
+    waits = not end and waits_for >= 0
+    awaits_rows = waits and phase == "receive"
+    return {
+        "rank": first + rank,
+        "operation": seq,
+        "kind": _KINDS[kind] if kind < len(_KINDS) else "?",
+        "phase": phase,
+        "waits_for": first + waits_for if waits else None,
+        "expert": expert if awaits_rows and expert >= 0 else None,
+        "expected": expected if awaits_rows else None,
+        "received": received if awaits_rows else None,
+        "tokens": tokens,
+        "begin_ns": begin,
+        "microseconds": (end - begin) / 1000 if end else None,
+    }
 
 
 def _routes(handle: EpHandle) -> Any:

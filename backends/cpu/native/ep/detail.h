@@ -211,10 +211,8 @@ void Engine::wait(Phase phase, const Operation& op, int64_t* waits, Ready ready)
     failure.phase = std::string(kind_name(op.kind)) + " (" + kPhases[phase] + ")";
     failure.reason = reason;
     if (phase == kReceive && size_t(lost[0]) < op.expected.size()) {
-      uint64_t progress = flags_from(lost[0]).progress.load(std::memory_order_acquire);
       failure.expected = op.expected[size_t(lost[0])];
-      failure.received = std::min(int64_t(progress >> 32 == (op.seq & 0xFFFFFFFF) ? progress & 0xFFFFFFFF : 0),
-                                  failure.expected);
+      failure.received = received(op, lost[0]);
       failure.expert = op.first_expert[size_t(lost[0])];
     }
     fail(failure);

@@ -110,7 +110,7 @@ void Engine::check_posts(const Operation& op, int round) {
 void Engine::refuse(const Text& text) {
   std::unique_lock<std::mutex> hold(api_);
   idle_.wait(hold, [&] { return !job_running_; });
-  auto op = begin(Kind::none, 0);
+  auto op = begin(Kind::none);
   post(*op, nullptr, nullptr, 0, 0, 0, &text, 0);
   wait(kPost, *op, nullptr, [&](int peer) {
     return post_from(peer, op->seq).seq.load(std::memory_order_seq_cst) >= op->seq * 4;

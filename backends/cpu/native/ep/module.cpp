@@ -50,6 +50,14 @@ nb::object tensor(const std::shared_ptr<Lease>& lease, const std::shared_ptr<int
   return array.cast();
 }
 
+nb::list record_list(const std::vector<Record>& records) {
+  nb::list list;
+  for (const Record& r : records)
+    list.append(nb::make_tuple(r.seq, uint32_t(r.kind), kPhases[r.phase], r.waits_for, r.tokens, r.expert, r.expected,
+                               r.received, r.begin_ns, r.end_ns));
+  return list;
+}
+
 }  // namespace
 
 NB_MODULE(_ep, m) {
@@ -81,7 +89,18 @@ NB_MODULE(_ep, m) {
       .def_ro("recv_rows", &Routes::recv_rows)
       .def_ro("dropped", &Routes::dropped)
       .def_ro("recv_experts", &Routes::recv_experts)
-      .def_prop_ro("rows", [](const Routes& r) { return r.row; });
+      // For each received row the block it came in (source * ranks + peer), -1 for none; how many came by block and
+      // local expert.
+      .def("blocks_of_rows",
+           [](const Routes& r, uint64_t out, int64_t rows) {
+             auto* block = pointer<int32_t>(out);
+             std::fill_n(block, rows, -1);
+             for (size_t i = 0; i < r.came_at.size(); ++i)
+               std::fill_n(block + r.came_at[i].first, r.came_at[i].second, int32_t(i % r.came.size()));
+           })
+      .def("counts_of_blocks", [](const Routes& r, uint64_t out) {
+        std::memcpy(pointer<uint32_t>(out), r.came_for.data(), r.came_for.size() * 4);
+      });
 
   nb::class_<Lease>(m, "Lease").def_prop_ro("address", [](const Lease& lease) {
     return reinterpret_cast<uint64_t>(lease.data());
@@ -91,7 +110,7 @@ NB_MODULE(_ep, m) {
       .def_ro("seq", &Operation::seq)
       .def_ro("rows", &Operation::rows)
       .def_ro("routes", &Operation::routes)
-      .def_ro("expected", &Operation::expected)
+      .def_prop_ro("reserved", [](const Operation& op) { return op.slot != nullptr; })
       .def("x", [](const Operation& op, int code, const std::vector<size_t>& shape) {
         return tensor(op.slot, op.use, op.x_at, code, shape, {});
       })
@@ -102,17 +121,20 @@ NB_MODULE(_ep, m) {
       .def("idx", [](const Operation& op, int code, const std::vector<size_t>& shape) {
         return tensor(op.slot, op.use, op.idx_at, code, shape, {});
       })
+      .def("source", [](const Operation& op) {
+        return tensor(op.slot, op.use, op.source_at, 4, {size_t(op.rows)}, {});
+      })
       .def("weights", [](const Operation& op, const std::vector<size_t>& shape) {
         return tensor(op.slot, op.use, op.weights_at, 2, shape, {});
       });
 
   nb::class_<Engine>(m, "Engine")
       .def("__init__",
-           [](Engine* self, int rank, int ranks, int sources, int experts, int64_t expert_base, int first_rank, double timeout,
-              bool mask, int64_t room, int policy, bool crowded, nb::bytes token) {
+           [](Engine* self, int rank, int ranks, int sources, int experts, int64_t expert_base, int first_rank,
+              double timeout, bool mask, int64_t room, int policy, bool crowded, int all_ranks, nb::bytes token) {
              if (token.size() != 32) throw std::invalid_argument("the token must have 32 bytes");
-             Config config{rank, ranks,  sources, experts, expert_base, first_rank, timeout,
-                           mask, room, Policy(policy), crowded};
+             Config config{rank, ranks, sources, experts,        expert_base, first_rank, timeout,
+                           mask, room,  Policy(policy), crowded, all_ranks};
              new (self) Engine(config, static_cast<const uint8_t*>(token.data()));
              self->poll_signals = [] {
                nb::gil_scoped_acquire hold;
@@ -132,7 +154,7 @@ NB_MODULE(_ep, m) {
            [](Engine& self, uint64_t x, int64_t tokens, int64_t stride, int64_t row_bytes, uint64_t scales,
               int64_t scales_stride, int64_t scale_bytes, uint64_t idx, int64_t topk, uint64_t weights, bool expand,
               int64_t alignment, int64_t worst, int64_t num_experts, const std::vector<int64_t>& begin,
-              std::shared_ptr<Routes> cached, const std::vector<uint64_t>& arguments) {
+              uint64_t positions, std::shared_ptr<Routes> cached, const std::vector<uint64_t>& arguments) {
              DispatchCall call;
              call.x = pointer<const uint8_t>(x);
              call.tokens = tokens, call.stride = stride, call.row_bytes = row_bytes;
@@ -143,13 +165,14 @@ NB_MODULE(_ep, m) {
              call.weights = pointer<const float>(weights);
              call.expand = expand, call.alignment = alignment, call.worst = worst, call.num_experts = num_experts;
              call.begin = begin;
+             call.positions = pointer<const int32_t>(positions);
              call.cached = std::move(cached);
              set_arguments(call, arguments);
              nb::gil_scoped_release release;
              return self.dispatch(call);
            },
            nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg())
+           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg())
       .def("combine",
            [](Engine& self, uint64_t x, int64_t row_bytes, int64_t columns, int type, int out_type,
               std::shared_ptr<Routes> routes, uint64_t row_weights, uint64_t weights_out, uint64_t bias0,
@@ -170,11 +193,21 @@ NB_MODULE(_ep, m) {
              nb::gil_scoped_release release;
              return self.combine(call);
            })
+      .def("packed_reserve",
+           [](Engine& self, int64_t columns, int type, int cast, int64_t slots) {
+             PackedCall call;
+             call.columns = columns, call.type = Type(type), call.cast = cast, call.slots = slots;
+             return self.packed_reserve(call);
+           })
       .def("packed_dispatch",
            [](Engine& self, uint64_t x, int64_t tokens, int64_t stride, int64_t columns, int type, int cast,
               uint64_t idx, int64_t topk, int64_t num_experts, int64_t slots, uint64_t stats, uint64_t waits,
-              bool deferred, uint64_t count, uint64_t ranges, const std::vector<uint64_t>& arguments) {
+              bool deferred, uint64_t count, uint64_t ranges, const std::vector<int64_t>& begin, uint64_t positions,
+              std::shared_ptr<Operation> reserved, const std::vector<uint64_t>& arguments) {
              PackedCall call;
+             call.begin = begin;
+             call.positions = pointer<const int32_t>(positions);
+             call.reserved = std::move(reserved);
              call.x = pointer<const uint8_t>(x);
              call.tokens = tokens, call.stride = stride, call.columns = columns;
              call.type = Type(type), call.cast = cast;
@@ -186,11 +219,13 @@ NB_MODULE(_ep, m) {
              set_arguments(call, arguments);
              nb::gil_scoped_release release;
              return self.packed_dispatch(call);
-           })
+           },
+           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg())
       .def("packed_combine",
            [](Engine& self, uint64_t x, int64_t columns, int64_t slots, int type, std::shared_ptr<Routes> routes,
               uint64_t idx, uint64_t weights, uint64_t out, int64_t out_stride, uint64_t waits,
-              std::shared_ptr<Lease> lent, uint64_t ranges, bool now, const std::vector<uint64_t>& arguments) {
+              std::shared_ptr<Lease> lent, uint64_t ranges, bool gather, bool now, const std::vector<uint64_t>& arguments) {
              PackedCombineCall call;
              call.x = pointer<const uint8_t>(x);
              call.columns = columns, call.slots = slots, call.type = Type(type);
@@ -199,14 +234,14 @@ NB_MODULE(_ep, m) {
              call.out = pointer<uint8_t>(out), call.out_stride = out_stride;
              call.waits = pointer<int64_t>(waits);
              call.lent = std::move(lent);
-             call.now = now;
+             call.now = now, call.gather = gather;
              call.ranges = pointer<const int64_t>(ranges);
              set_arguments(call, arguments);
              nb::gil_scoped_release release;
              return self.packed_combine(call);
            },
            nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-           nb::arg().none(), nb::arg(), nb::arg(), nb::arg())
+           nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg())
       .def("lend", &Engine::lend)
       .def_static("lent_tensor",
                   [](std::shared_ptr<Lease> lease, int code, const std::vector<size_t>& shape) {
@@ -228,17 +263,16 @@ NB_MODULE(_ep, m) {
         for (bool one : self.masked()) list.append(one);
         return list;
       })
-      .def("records",
-           [](Engine& self, int rank) {
-             nb::list list;
-             for (const Record& r : self.records(rank))
-               list.append(nb::make_tuple(r.seq, uint32_t(r.kind), kPhases[r.phase], r.waits_for, r.tokens, r.begin_ns,
-                                          r.end_ns));
-             return list;
-           })
+      .def("records", [](Engine& self, int rank) { return record_list(self.records(rank)); })
       .def("bytes", &Engine::bytes)
       .def("in_use", &Engine::in_use)
       .def("close", &Engine::close, nb::call_guard<nb::gil_scoped_release>());
+
+  m.def("inspect", [](int fd) {
+    const Glimpse seen = inspect(fd);
+    return nb::make_tuple(seen.group, seen.pid, seen.rank, seen.ranks, seen.first_rank, seen.all_ranks, seen.timeout,
+                          seen.states, record_list(seen.records));
+  });
 
   // Single kernels, for tests and measurements.
   m.def("copy_streaming", [](uint64_t to, uint64_t from, size_t bytes) {

@@ -10,7 +10,7 @@
 
 namespace hal_ep {
 
-constexpr char kMagic[8] = {'H', 'A', 'L', '-', 'E', 'P', '0', '1'};
+constexpr char kMagic[8] = {'H', 'A', 'L', '-', 'E', 'P', '0', '2'};
 constexpr uint32_t kRing = 16;       // operations whose mail may be unread at once
 constexpr uint32_t kArguments = 16;  // values of a call that must agree on all ranks
 constexpr uint32_t kRecords = 64;    // entries of the flight recorder
@@ -30,6 +30,9 @@ struct Header {
   char magic[8];
   uint32_t rank, ranks, sources, experts;  // experts: L
   uint64_t control_bytes;
+  int32_t first_rank, all_ranks;  // of this node in the whole group, and its size: for whoever looks from outside
+  int64_t pid;
+  double timeout;
   uint8_t token[32];
   alignas(64) std::atomic<uint32_t> bell;
   alignas(64) std::atomic<uint32_t> sleepers;
@@ -80,6 +83,8 @@ struct Record {
   uint32_t phase;    // index into phase_name
   int32_t waits_for; // lowest rank waited for, -1
   uint32_t tokens;
+  int32_t expert;               // first expert that rows of that rank are for, -1
+  uint32_t expected, received;  // rows of that rank, while rows are waited for
   uint64_t begin_ns, end_ns;  // CLOCK_REALTIME; end 0 while under way
 };
 
