@@ -227,10 +227,10 @@ def check_received(case: Case, got: Any, want: oracle.RankReceived) -> None:
     if got.recv_topk_weights is not None:
         same("recv_topk_weights", got.recv_topk_weights[:rows], want.topk_weights)
     assert got.handle.num_dropped == want.num_dropped
-    check_sources(got.handle, want)
+    check_sources(got.handle, want, dist.get_rank())
 
 
-def check_sources(handle: EpHandle, want: oracle.RankReceived) -> None:
+def check_sources(handle: EpHandle, want: oracle.RankReceived, rank: int) -> None:
     """Where every row came from, and how many tokens of each rank for each expert."""
     ranks, positions = handle.recv_src_rank.tolist(), handle.recv_src_position.tolist()
     assert len(ranks) == len(positions) == handle.num_recv_tokens
@@ -239,11 +239,12 @@ def check_sources(handle: EpHandle, want: oracle.RankReceived) -> None:
     told = list(zip(ranks, positions, strict=True))
     assert told[: len(there)] == there
     assert told[len(there) :] == [none] * (len(told) - len(there))
+    assert int(handle.sent_counts[:, rank].sum()) == len(set(there) - {none}) + handle.num_dropped
     counts = torch.zeros_like(handle.recv_counts)
     columns = want.topk_idx[:, None] if want.topk_idx.dim() == 1 else want.topk_idx
-    for (rank, _), experts in zip(there, columns.tolist(), strict=True):
+    for (source, _), experts in zip(there, columns.tolist(), strict=True):
         for expert in {one for one in experts if one >= 0}:
-            counts[rank, expert] += 1
+            counts[source, expert] += 1
     assert torch.equal(handle.recv_counts, counts), f"{handle.recv_counts} instead of {counts}"
 
 

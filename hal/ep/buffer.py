@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from hal import plugins
 from hal.ep.engine import EpEngine, Finish
+from hal.ep.launch import launched_ranks_per_node, resolved_device
 from hal.ep.rendezvous import agree, exchange_over
 from hal.spec.ep import (
     MODES,
@@ -33,7 +33,7 @@ from hal.spec.ep import (
 )
 from hal.spec.errors import SpecError, UnsupportedError
 
-RANKS_PER_NODE_ENV = "HAL_EP_RANKS_PER_NODE"
+_TIMEOUT: Final = 30.0
 
 _Args = TypeVar("_Args", bound=EpCallArgs)
 Hook = Callable[[], None]
@@ -97,6 +97,21 @@ class EpDispatchResult(NamedTuple):
     event: EpCompletion
     hook: EpCompletion | None
 
+    @property
+    def recv_src_rank(self) -> Tensor:
+        """[rows] int32: source rank of each received row, -1 for padding and for rows that never came."""
+        return self.handle.recv_src_rank
+
+    @property
+    def recv_src_position(self) -> Tensor:
+        """[rows] int32: position at its source of each received row, -1 likewise. Complete when the rows are."""
+        return self.handle.recv_src_position
+
+    @property
+    def recv_counts(self) -> Tensor:
+        """[R, L] int32: how many tokens of each rank came for each local expert."""
+        return self.handle.recv_counts
+
 
 class EpCombineResult(NamedTuple):
     """What `EpBuffer.combine` returns: the sums [n, H], the summed weights [n, K] or None, event and hook."""
@@ -155,7 +170,7 @@ class EpBuffer:
     pre_reduce : bool
         Between nodes combine sends a partial sum a node: fewer bytes, another order of summation.
     timeout : float
-        Seconds within which a rank that does not answer is named.
+        Seconds within which a rank that does not answer is named, here too.
     mask_ranks : bool
         Carry on without failed ranks.
     device : torch.device, optional
@@ -187,7 +202,7 @@ class EpBuffer:
         overflow: str = "error",
         ranks_per_node: int | None = None,
         pre_reduce: bool = False,
-        timeout: float = 30.0,
+        timeout: float = _TIMEOUT,
         mask_ranks: bool = False,
         device: torch.device | str | None = None,
         faults: object = None,
@@ -198,11 +213,11 @@ class EpBuffer:
         group = dist.group.WORLD if group is None else group
         if not isinstance(group, dist.ProcessGroup):
             raise SpecError("group", type(group).__name__, "a torch.distributed.ProcessGroup this process belongs to")
-        exchange = exchange_over(group)
+        exchange = exchange_over(group, float(timeout) if _is_number(timeout) and timeout > 0 else _TIMEOUT)
         num_ranks = dist.get_world_size(group)
-        if ranks_per_node is None:
-            ranks_per_node = _launched_ranks_per_node(num_ranks)
         try:
+            if ranks_per_node is None:
+                ranks_per_node = launched_ranks_per_node(num_ranks)
             chosen = plugins.select(backend)
             args = check_buffer(
                 group,
@@ -220,7 +235,7 @@ class EpBuffer:
                 overflow,
                 timeout,
                 mask_ranks,
-                chosen.capabilities.device_types[0] if device is None else device,
+                resolved_device(device, chosen.capabilities.device_types, chosen.name),
                 faults,
             )
             require_ep_declared(args, chosen.capabilities.ep, chosen.name)
@@ -498,6 +513,20 @@ class EpBuffer:
         handle.check(self._engine.owner)
         return self._engine.low_latency_combine_buffer(handle)
 
+    def refuse(self, error: SpecError) -> NoReturn:
+        """Make every rank's call raise this error, in place of a call that this rank cannot make. Collective.
+
+        For callers that check arguments of their own: a rank that simply raised would leave the others waiting.
+
+        Raises
+        ------
+        SpecError
+            ``error``, or what another rank refused at the same time: the same on every rank.
+        """
+        if not isinstance(error, SpecError):
+            raise SpecError("error", type(error).__name__, "a SpecError")
+        raise self._engine.refuse("refuse", error)
+
     def set_mask(self, rank: int, masked: bool = True) -> None:
         """Carry on without a rank, or with it again; needs ``mask_ranks=True``. Local."""
         if not self._args.mask_ranks:
@@ -529,8 +558,12 @@ class EpBuffer:
         dtype: torch.dtype = torch.bfloat16,
         modes: Sequence[str] = MODES,
         max_recv_tokens: int | None = None,
+        expand: bool = False,
+        expert_alignment: int = 1,
     ) -> dict[str, int]:
         """Bytes a rank needs at most for one call of each kind, by purpose, before anything is allocated.
+
+        ``expand`` and ``expert_alignment`` are those of the dispatches to come.
 
         Returns
         -------
@@ -544,11 +577,14 @@ class EpBuffer:
         )
         row = hidden * dtype.itemsize
         groups = -(-hidden // 128)
+        rows, columns = args.max_recv_tokens, topk
+        if expand:
+            rows, columns = rows * min(topk, args.local_experts) + (expert_alignment - 1) * args.local_experts, 1
         cells = args.local_experts * num_ranks * max_tokens_per_rank
         normal, low_latency = "normal" in args.modes, "low_latency" in args.modes
         found = {
-            "normal_recv": args.max_recv_tokens * (max(row, hidden + 4 * groups) + 12 * topk) * normal,
-            "normal_combine": args.max_recv_tokens * (row + 4 * topk) * normal,
+            "normal_recv": rows * (max(row, hidden + 4 * groups) + 12 * columns + 4) * normal,
+            "normal_combine": rows * (row + 4 * columns) * normal,
             "low_latency_recv": 2 * cells * (max(row, hidden + 4 * groups) + 4) * low_latency,
             "low_latency_combine": 2 * cells * row * low_latency,
         }
@@ -579,15 +615,8 @@ def _completion(finish: Finish, async_finish: bool, return_recv_hook: bool) -> t
     return _DONE, None
 
 
-def _launched_ranks_per_node(num_ranks: int) -> int | None:
-    said = os.environ.get(RANKS_PER_NODE_ENV)
-    if said is not None:
-        if not said.isdigit() or int(said) < 1:
-            raise SpecError(RANKS_PER_NODE_ENV, repr(said), "a positive integer, or unset")
-        return int(said)
-    local, world = os.environ.get("LOCAL_WORLD_SIZE", ""), os.environ.get("WORLD_SIZE", "")
-    # A group that is not the whole world says nothing about how its ranks lie on nodes.
-    return int(local) if local.isdigit() and int(local) > 0 and world == str(num_ranks) else None
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _agreed(args: EpBufferArgs) -> dict[str, Any]:

@@ -53,10 +53,13 @@ class Relayed:
         Where the tokens of each of `Topology.sources` begin, and their end.
     positions : Tensor
         int32: position of each token at its source.
+    sent : Tensor
+        [sources, R] int32: how many tokens each source sends to each rank of the group.
     """
 
     begin: list[int]
     positions: Tensor
+    sent: Tensor
 
 
 class NodeEngine(EpEngine):
@@ -158,7 +161,7 @@ class NodesEngine(EpEngine):
             args.num_worst_tokens,
             0 if state is None else 1,
         ]
-        counts = self._wire.agree("dispatch", fields, [len(one) for one in chosen])
+        counts = self._wire.agree("dispatch", fields, self._counts(chosen, idx))
         parts = [x, idx] + ([] if scales is None else [scales]) + ([] if weights is None else [weights])
         merged, tokens = self._exchange(parts, chosen, counts, "dispatch")
         relay = replace(
@@ -183,7 +186,7 @@ class NodesEngine(EpEngine):
         n, topk = handle.num_tokens, handle.topk
         weights = args.topk_weights
         fields = [int(weights is not None), topk, 0, 0, 0, int(handle.expand)]
-        self._wire.agree("combine", fields, [len(one) for one in state.chosen])
+        self._wire.agree("combine", fields, ())
         total = torch.zeros(n, self._args.hidden, device=args.x.device)
         for bias in args.bias:
             total += bias.float()
@@ -223,7 +226,7 @@ class NodesEngine(EpEngine):
 
         def send() -> None:
             fields = [0, given.topk_idx.shape[1], CASTS.index(given.cast)]
-            counts = [len(one) for one in state.chosen]
+            counts = self._counts(state.chosen, given.topk_idx)
             waits = given.dispatch_wait_recv_cost_stats
             announced = self._wire.agree("low_latency_dispatch", fields, counts, waits=waits)
             parts = [given.x, given.topk_idx]
@@ -249,9 +252,8 @@ class NodesEngine(EpEngine):
             if bool(((idx != mine) & (idx >= 0)).any()):
                 legal = "what the dispatch of this handle was given, or -1"
                 raise self._refused("low_latency_combine", SpecError("topk_idx", "other routes", legal))
-            counts = [len(one) for one in state.chosen]
             waits = args.combine_wait_recv_cost_stats
-            self._wire.agree("low_latency_combine", [0, handle.topk], counts, waits=waits)
+            self._wire.agree("low_latency_combine", [0, handle.topk], (), waits=waits)
             relay = replace(args, topk_idx=state.idx, handle=state.inner)
             sent = self._wire.inside(lambda: self._node_engine.gather_packed(relay))
             table = self._table(sent, mine, state, "low_latency_combine")
@@ -329,6 +331,11 @@ class NodesEngine(EpEngine):
         node = self._node_of(idx)
         return [(node == one).any(1).nonzero()[:, 0] for one in range(self._args.num_nodes)]
 
+    def _counts(self, chosen: list[Tensor], idx: Tensor) -> list[int]:
+        """Tokens of this rank for each node, then for each rank."""
+        per_rank: list[int] = count_layout(self._args, idx).num_tokens_per_rank.tolist()
+        return [len(one) for one in chosen] + per_rank
+
     def _first_rows(self, handle: EpHandle) -> Tensor:
         """[n, K] bool: the choices that carry a row, the first of each rank or, expanded, of each expert."""
         idx = handle.topk_idx
@@ -392,7 +399,9 @@ class NodesEngine(EpEngine):
             begin.append(begin[-1] + len(blocks[-1][0]))
         self._wire.trade(sends, receives, phase)
         merged = [torch.cat([block[i] for block in blocks]) for i in range(len(parts))]
-        return merged[:-1], Relayed(begin, merged[-1][:, 0])
+        nothing = [0] * self._args.num_ranks
+        sent = [nothing if source is None else counts[source][self._args.num_nodes :] for source in self._sources]
+        return merged[:-1], Relayed(begin, merged[-1][:, 0], torch.tensor(sent, dtype=torch.int32))
 
     def _return(self, rows: Tensor, state: _Routes, phase: str) -> list[Tensor]:
         """Send relayed tokens' rows back to where they came from; for each node what came for this rank."""

@@ -73,7 +73,7 @@ class Wire:
         fields : sequence of int
             What must agree, as the rest of `FIELDS` names it; missing ones are 0.
         counts : sequence of int
-            Tokens for each node.
+            Tokens for each node, then for each rank; none where nothing is sent.
         error : SpecError, optional
             What every rank is to raise instead of making the call.
         waits : Tensor, optional
@@ -116,8 +116,7 @@ class Wire:
                 if value != other:
                     shown = (KINDS[value], KINDS[other]) if name == "call" else (value, other)
                     raise SpecError(name, f"{shown[0]} on rank {r}", f"{shown[1]}, as on rank 0")
-        begin = len(FIELDS) + 1
-        return [header[begin : begin + self._args.num_nodes] for header in headers]
+        return [header[len(FIELDS) + 1 : -1 - _WORDS] for header in headers]
 
     def trade(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], phase: str) -> None:
         """Send and receive rows, all at once.
@@ -157,10 +156,10 @@ class Wire:
                     work.wait(timedelta(seconds=max(end - time.monotonic(), 0.001)))
 
     def _header(self, kind: str, fields: Sequence[int], counts: Sequence[int], text: Sequence[str]) -> Tensor:
-        """Kind, fields, the number of the call, tokens for each node, and a text of up to 512 bytes."""
+        """Kind, fields, the number of the call, counts, and a text of up to 512 bytes."""
         said = "\0".join(text).encode()[: 8 * _WORDS].ljust(8 * _WORDS, b"\0")
         filled = [KINDS.index(kind), *fields, *[0] * (len(FIELDS) - 1 - len(fields))]
-        tokens = [*counts, *[0] * (self._args.num_nodes - len(counts))]
+        tokens = [*counts, *[0] * (self._args.num_nodes + self._args.num_ranks - len(counts))]
         words = struct.unpack(f"<{_WORDS}q", said)
         return torch.tensor([*filled, self._calls, *tokens, len(text), *words], device=self._args.device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import secrets
@@ -69,6 +70,9 @@ _BYTES, _INT32, _INT64 = 3, 4, 5
 launches: Counter[str] = Counter()
 """Calls of this process, by name and instruction set."""
 
+_PARTING: Final = 1.0
+"""Seconds to tell the others of a rank that did not come."""
+
 _WINDOW_FROM: Final = 1 << 20
 _KINDS: Final = ("", "dispatch", "combine", "low_latency_dispatch", "low_latency_combine")
 _CAST_OF: Final = {name: i for i, name in enumerate(CASTS)}
@@ -127,7 +131,7 @@ class CpuEpEngine(NodeEngine):
 
         self._native = _ep
         self._args = args
-        exchange = exchange_over(args.group)
+        exchange = exchange_over(args.group, args.timeout)
         topology = Topology(args.num_ranks, args.ranks_per_node)
         peers = topology.ranks(topology.node(args.rank))
         self._first = first = peers[0]
@@ -182,6 +186,10 @@ class CpuEpEngine(NodeEngine):
                             os.close(pidfd)
             except SpecError as error:
                 failure = {"group": error}
+            except RankFailure as error:
+                with contextlib.suppress(RankFailure):
+                    agree(exchange_over(args.group, min(args.timeout, _PARTING)), {"group": error})
+                raise
             agree(exchange, failure)
         finally:
             doorbell.close()
@@ -205,13 +213,14 @@ class CpuEpEngine(NodeEngine):
 
     def dispatch(self, args: EpDispatchArgs) -> EpDispatched:
         """Exchange counts, write rows into the receivers' windows, and leave the wait for the others' rows."""
-        return self._dispatch(args, (0, len(args.topk_idx)), 0)
+        return self._dispatch(args, (0, len(args.topk_idx)), 0, 0)
 
     def relay(self, args: EpDispatchArgs, tokens: Relayed) -> EpDispatched:
         """As `dispatch`, for tokens of several ranks."""
-        return self._dispatch(args, tokens.begin, tokens.positions.contiguous().data_ptr())
+        positions, sent = tokens.positions.contiguous(), tokens.sent.contiguous()
+        return self._dispatch(args, tokens.begin, positions.data_ptr(), sent.data_ptr())
 
-    def _dispatch(self, args: EpDispatchArgs, begin: Sequence[int], positions: int) -> EpDispatched:
+    def _dispatch(self, args: EpDispatchArgs, begin: Sequence[int], positions: int, sent: int) -> EpDispatched:
         x, scales, idx, weights, handle = args.x, args.scales, args.topk_idx, args.topk_weights, args.handle
         n, topk = idx.shape
         row_bytes = x.shape[1] * x.itemsize
@@ -246,6 +255,7 @@ class CpuEpEngine(NodeEngine):
                 self._args.num_experts,
                 begin,
                 positions,
+                sent,
                 None if handle is None else _routes(handle),
                 fields,
             )
@@ -365,6 +375,7 @@ class CpuEpEngine(NodeEngine):
             waits,
             _state(reserved.handle).op,
         )
+        _state(reserved.handle).ranges = made[1]
         finish = self._finish(op, _PACKED_FIELDS, (made, args, positions))
 
         def run() -> None:
@@ -618,14 +629,28 @@ class _Sources:
 
     def position(self) -> Tensor:
         """As the senders wrote them."""
+        return self._told()[:, 0]
+
+    def choice(self) -> Tensor:
+        """As the senders wrote them."""
+        return self._told()[:, 1]
+
+    def _told(self) -> Tensor:
         found: Tensor = self._op.source()
         return found
 
     def counts(self) -> Tensor:
         """Blocks put in the order of their ranks."""
-        by_block = torch.empty(len(self._origins), self._experts, dtype=torch.int32)
-        self._op.routes.counts_of_blocks(by_block.data_ptr())
-        found = torch.zeros(self._ranks, self._experts, dtype=torch.int32)
+        return self._by_rank(self._op.routes.counts_of_blocks, self._experts)
+
+    def sent(self) -> Tensor:
+        """Blocks put in the order of their ranks."""
+        return self._by_rank(self._op.routes.sent_by_blocks, self._ranks)
+
+    def _by_rank(self, fill: Callable[[int], None], columns: int) -> Tensor:
+        by_block = torch.empty(len(self._origins), columns, dtype=torch.int32)
+        fill(by_block.data_ptr())
+        found = torch.zeros(self._ranks, columns, dtype=torch.int32)
         there = self._origins >= 0
         found[self._origins[there].long()] = by_block[there]
         return found

@@ -16,8 +16,8 @@ from hal.compat.deep_ep.handle import EPHandle, Route
 from hal.compat.deep_ep.metadata import Metadata
 from hal.compat.deep_ep.pool import Pool, published, unsupported
 from hal.compat.deep_ep.rows import Rows, given_rows, padded, tma_aligned
-from hal.compat.deep_ep.sources import exchange
-from hal.ep.buffer import EpBuffer, _launched_ranks_per_node
+from hal.ep.buffer import EpBuffer
+from hal.ep.launch import launched_ranks_per_node
 from hal.plugins import select
 from hal.spec.errors import SpecError
 from hal.spec.tensors import require_bool, require_device, require_int, require_shape, require_tensor
@@ -179,7 +179,7 @@ class ElasticBuffer(Elsewhere):
 
     def get_physical_domain_size(self) -> tuple[int, int]:
         """Nodes, and ranks of a node."""
-        per_node = _launched_ranks_per_node(self.num_ranks) or self.num_ranks
+        per_node = launched_ranks_per_node(self.num_ranks) or self.num_ranks
         return -(-self.num_ranks // per_node), min(per_node, self.num_ranks)
 
     def get_logical_domain_size(self) -> tuple[int, int]:
@@ -341,7 +341,6 @@ class ElasticBuffer(Elsewhere):
                     x, routes, topk_weights, expand=do_expand, expert_alignment=alignment, async_finish=True
                 )
                 layout = buffer.layout(routes)
-                tell = exchange(self._pool, num_experts, routes, layout.num_tokens_per_rank)
             meta = Metadata(
                 ranks=self.num_ranks,
                 local_experts=num_experts // self.num_ranks,
@@ -354,7 +353,7 @@ class ElasticBuffer(Elsewhere):
             handle._route = Route(buffer, sent.handle)
 
             def learn() -> None:
-                meta.fill(handle, tell())
+                meta.fill(handle, sent)
 
         rows = handle.num_expanded_tokens if handle.do_expand else handle.num_recv_tokens
         steps = [sent.event.wait] if learn is None else [sent.event.wait, learn]

@@ -41,8 +41,14 @@ class EpSources(Protocol):
     def position(self) -> Tensor:
         """[rows] int32: position of each received row's token at its source, -1 likewise."""
 
+    def choice(self) -> Tensor:
+        """[rows] int32: the first of the token's choices that led to each row, -1 likewise."""
+
     def counts(self) -> Tensor:
         """[R, L] int32: tokens of each rank for each local expert."""
+
+    def sent(self) -> Tensor:
+        """[R, R] int32: tokens of each rank for each rank of the group."""
 
 
 @dataclass(slots=True, eq=False)
@@ -95,6 +101,16 @@ class EpHandle:
     def recv_src_position(self) -> Tensor:
         """[rows] int32: position at its source of each received row, -1 as above. Complete when the rows are."""
         return self._told().position()
+
+    @property
+    def recv_src_choice(self) -> Tensor:
+        """[rows] int32: the first of the token's K choices that led to each row, -1 as above. Complete likewise."""
+        return self._told().choice()
+
+    @property
+    def sent_counts(self) -> Tensor:
+        """[R, R] int32: how many tokens each rank sent to each rank of the group."""
+        return self._told().sent()
 
     @property
     def recv_counts(self) -> Tensor:

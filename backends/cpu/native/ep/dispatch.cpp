@@ -124,7 +124,7 @@ bool Engine::grant(Operation& op, const DispatchCall& call, int round) {
   op.idx_at = op.scales_at + up64(size_t(rows * call.scale_bytes));
   op.weights_at = op.idx_at + up64(size_t(rows * columns) * 8);
   op.source_at = op.weights_at + (call.arguments[0] ? up64(size_t(rows * columns) * 4) : 0);
-  const size_t bytes = op.source_at + up64(size_t(rows) * 4);
+  const size_t bytes = op.source_at + up64(size_t(rows) * sizeof(Source));
   try {
     op.slot = arena_->take(bytes);
   } catch (const SystemError&) {
@@ -135,9 +135,9 @@ bool Engine::grant(Operation& op, const DispatchCall& call, int round) {
   uint8_t* slot = op.slot->data();
   auto* idx = reinterpret_cast<int64_t*>(slot + op.idx_at);
   auto* weights = reinterpret_cast<float*>(slot + op.weights_at);
-  auto* source = reinterpret_cast<int32_t*>(slot + op.source_at);
+  auto* source = reinterpret_cast<Source*>(slot + op.source_at);
   auto nobody = [&](int64_t from, int64_t to) {
-    std::fill(source + from, source + to, -1);
+    std::fill(source + from, source + to, Source{});
     std::fill(idx + from * columns, idx + to * columns, int64_t(-1));
     if (call.arguments[0]) std::fill(weights + from * columns, weights + to * columns, 0.0f);
   };
@@ -158,6 +158,13 @@ bool Engine::grant(Operation& op, const DispatchCall& call, int round) {
       std::copy_n(rows_of + sources + s * experts, experts, &routes.came_for[block * experts]);
     }
   }
+  const size_t all = size_t(config_.all_ranks);
+  routes.sent.assign(blocks * all, 0);
+  for (int peer = 0; peer < ranks; ++peer)
+    if (alive(peer))
+      for (size_t s = 0; s < sources; ++s)
+        std::copy_n(post_rows(post_from(peer, op.seq)) + sources * (1 + experts) + s * all, all,
+                    &routes.sent[(s * size_t(ranks) + size_t(peer)) * all]);
   routes.came_at.clear();
   routes.came_at.reserve(call.expand ? blocks * experts : blocks);
   routes.own.clear();
@@ -234,7 +241,7 @@ void Engine::push(Operation& op, const DispatchCall& call, const int64_t*) {
     uint8_t *x, *scales;
     int64_t* idx;
     float* weights;
-    int32_t* source;
+    Source* source;
     const uint32_t* starts;
     uint64_t rows;
     bool skip;
@@ -251,7 +258,7 @@ void Engine::push(Operation& op, const DispatchCall& call, const int64_t*) {
     const size_t idx_at = scales_at + up64(size_t(mail.rows) * size_t(call.scale_bytes));
     const size_t weights_at = idx_at + up64(size_t(mail.rows) * size_t(columns) * 8);
     const size_t source_at = weights_at + (weighted ? up64(size_t(mail.rows) * size_t(columns) * 4) : 0);
-    const size_t bytes = source_at + up64(size_t(mail.rows) * 4);
+    const size_t bytes = source_at + up64(size_t(mail.rows) * sizeof(Source));
     Window& window = *peers_[size_t(peer)].window;
     if (mail.rows > uint64_t(INT32_MAX) || mail.offset < map_.end || !window.contains(mail.offset, bytes)) {
       RankFailed failure;
@@ -265,7 +272,7 @@ void Engine::push(Operation& op, const DispatchCall& call, const int64_t*) {
               base + scales_at,
               reinterpret_cast<int64_t*>(base + idx_at),
               reinterpret_cast<float*>(base + weights_at),
-              reinterpret_cast<int32_t*>(base + source_at),
+              reinterpret_cast<Source*>(base + source_at),
               reinterpret_cast<const uint32_t*>(&mail + 1),
               mail.rows,
               !faults_.empty() && fault(kPush, op.seq, peer)};
@@ -317,8 +324,8 @@ void Engine::push(Operation& op, const DispatchCall& call, const int64_t*) {
               target.weights[to * uint64_t(columns) + uint64_t(j)] = here ? call.weights[at + size_t(j)] : 0.0f;
           }
         }
-        target.source[to] =
-            call.positions != nullptr ? call.positions[token] : int32_t(token - routes.begin[s]);
+        target.source[to] = {call.positions != nullptr ? call.positions[token] : int32_t(token - routes.begin[s]),
+                             int32_t(k)};
         ++target.written;
       }
       if ((token & 63) == 63) tell_progress();
@@ -358,6 +365,10 @@ std::shared_ptr<Operation> Engine::dispatch(const DispatchCall& call) {
     routes->expand = call.expand;
     routes->begin = call.begin;
     fine = route(*routes, call.idx, call.num_experts, &bad);
+    if (call.sent != nullptr)
+      routes->to_all.assign(call.sent, call.sent + config_.sources * config_.all_ranks);
+    else
+      routes->to_all = routes->rows_to;
   }
   auto op = begin(Kind::dispatch);
   op->routes = routes;
@@ -400,7 +411,7 @@ std::shared_ptr<Operation> Engine::dispatch(const DispatchCall& call) {
         std::memset(slot + at * row_bytes, 0, size_t(count * row_bytes));
         std::memset(slot + raw->scales_at + size_t(at * scale_bytes), 0, size_t(count * scale_bytes));
         std::fill_n(reinterpret_cast<int64_t*>(slot + raw->idx_at) + at * columns, count * columns, int64_t(-1));
-        std::fill_n(reinterpret_cast<int32_t*>(slot + raw->source_at) + at, count, -1);
+        std::fill_n(reinterpret_cast<Source*>(slot + raw->source_at) + at, count, Source{});
         if (weighted)
           std::fill_n(reinterpret_cast<float*>(slot + raw->weights_at) + at * columns, count * columns, 0.0f);
       }

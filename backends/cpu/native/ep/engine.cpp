@@ -11,11 +11,10 @@ namespace hal_ep {
 const char* const kPhases[kPhaseCount] = {"post", "grant", "push", "receive", "stage", "fetch", "acknowledge"};
 
 Engine::Engine(const Config& config, const uint8_t token[32])
-    : config_(config), map_(uint32_t(config.ranks), uint32_t(config.sources), uint32_t(config.experts)) {
+    : config_(config), map_(uint32_t(config.ranks), uint32_t(config.sources), uint32_t(config.experts), uint32_t(config.all_ranks)) {
   window_ = Window::create(map_, uint32_t(config.rank), token);
   auto* header = reinterpret_cast<Header*>(window_->at(0));
   header->first_rank = config.first_rank;
-  header->all_ranks = config.all_ranks;
   header->pid = getpid();
   header->timeout = config.timeout;
   arena_ = std::make_shared<Arena>(window_, map_.end);
@@ -204,7 +203,7 @@ Glimpse inspect(int fd) {
   const auto* bytes = static_cast<const uint8_t*>(mapping.at);
   const auto* header = reinterpret_cast<const Header*>(bytes);
   if (std::memcmp(header->magic, kMagic, 8) != 0) throw std::invalid_argument("the file is not a peer window");
-  const Map map(header->ranks, header->sources, header->experts);
+  const Map map(header->ranks, header->sources, header->experts, header->all_ranks);
   if (header->ranks > 65536 || map.end != header->control_bytes || mapping.size < map.end)
     throw std::invalid_argument("the window has an impossible geometry");
   Glimpse seen{};
@@ -216,7 +215,7 @@ Glimpse inspect(int fd) {
   }
   seen.pid = header->pid;
   seen.rank = int(header->rank), seen.ranks = int(header->ranks);
-  seen.first_rank = header->first_rank, seen.all_ranks = header->all_ranks;
+  seen.first_rank = header->first_rank, seen.all_ranks = int(header->all_ranks);
   seen.timeout = header->timeout;
   const auto* flags = reinterpret_cast<const Flags*>(bytes + map.flags);
   for (uint32_t i = 0; i < header->ranks; ++i) seen.states.push_back(flags[i].state.load(std::memory_order_acquire));

@@ -90,6 +90,8 @@ struct Routes {
   std::vector<uint32_t> rows_to, experts_to;  // [ranks, sources], [ranks, sources, L]
   int64_t recv_rows = 0, dropped = 0;
   // What came, by block: block s * ranks + peer is what peer sent for its source s.
+  std::vector<uint32_t> to_all;                        // [sources, all ranks] what each source sends to each rank
+  std::vector<uint32_t> sent;                          // [blocks, all ranks] the same of every block
   std::vector<uint32_t> came, came_for;                // [blocks], [blocks, L]
   std::vector<std::pair<int64_t, int64_t>> came_at;    // [blocks], in the expand layout [L, blocks]: begin, count
   std::vector<int64_t> recv_experts;  // [L] aligned
@@ -99,6 +101,11 @@ struct Routes {
 };
 
 class Engine;
+
+// Of a received row: its token's position at the source, and the first of the token's choices that led here.
+struct Source {
+  int32_t position = -1, choice = -1;
+};
 
 struct Operation {
   uint64_t seq = 0;
@@ -126,6 +133,7 @@ struct DispatchCall {
   int64_t topk = 0;
   const float* weights = nullptr;
   const int32_t* positions = nullptr;  // [tokens] at their sources; without them tokens are numbered from 0
+  const uint32_t* sent = nullptr;      // [sources, all ranks]; without it the group is one node
   bool expand = false;
   int64_t alignment = 1, worst = 0;
   int64_t num_experts = 0;

@@ -100,6 +100,9 @@ NB_MODULE(_ep, m) {
            })
       .def("counts_of_blocks", [](const Routes& r, uint64_t out) {
         std::memcpy(pointer<uint32_t>(out), r.came_for.data(), r.came_for.size() * 4);
+      })
+      .def("sent_by_blocks", [](const Routes& r, uint64_t out) {
+        std::memcpy(pointer<uint32_t>(out), r.sent.data(), r.sent.size() * 4);
       });
 
   nb::class_<Lease>(m, "Lease").def_prop_ro("address", [](const Lease& lease) {
@@ -122,7 +125,7 @@ NB_MODULE(_ep, m) {
         return tensor(op.slot, op.use, op.idx_at, code, shape, {});
       })
       .def("source", [](const Operation& op) {
-        return tensor(op.slot, op.use, op.source_at, 4, {size_t(op.rows)}, {});
+        return tensor(op.slot, op.use, op.source_at, 4, {size_t(op.rows), 2}, {});
       })
       .def("weights", [](const Operation& op, const std::vector<size_t>& shape) {
         return tensor(op.slot, op.use, op.weights_at, 2, shape, {});
@@ -154,7 +157,7 @@ NB_MODULE(_ep, m) {
            [](Engine& self, uint64_t x, int64_t tokens, int64_t stride, int64_t row_bytes, uint64_t scales,
               int64_t scales_stride, int64_t scale_bytes, uint64_t idx, int64_t topk, uint64_t weights, bool expand,
               int64_t alignment, int64_t worst, int64_t num_experts, const std::vector<int64_t>& begin,
-              uint64_t positions, std::shared_ptr<Routes> cached, const std::vector<uint64_t>& arguments) {
+              uint64_t positions, uint64_t sent, std::shared_ptr<Routes> cached, const std::vector<uint64_t>& arguments) {
              DispatchCall call;
              call.x = pointer<const uint8_t>(x);
              call.tokens = tokens, call.stride = stride, call.row_bytes = row_bytes;
@@ -166,13 +169,14 @@ NB_MODULE(_ep, m) {
              call.expand = expand, call.alignment = alignment, call.worst = worst, call.num_experts = num_experts;
              call.begin = begin;
              call.positions = pointer<const int32_t>(positions);
+             call.sent = pointer<const uint32_t>(sent);
              call.cached = std::move(cached);
              set_arguments(call, arguments);
              nb::gil_scoped_release release;
              return self.dispatch(call);
            },
            nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg())
+           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg())
       .def("combine",
            [](Engine& self, uint64_t x, int64_t row_bytes, int64_t columns, int type, int out_type,
               std::shared_ptr<Routes> routes, uint64_t row_weights, uint64_t weights_out, uint64_t bias0,
