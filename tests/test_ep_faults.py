@@ -433,16 +433,3 @@ def test_the_flight_recorder() -> None:
             kinds = [record["kind"] for record in outcome.value if record["rank"] == rank]
             assert kinds == ["dispatch", "combine", "low_latency_dispatch", "low_latency_combine"] * 2
         assert all(record["microseconds"] is not None for record in outcome.value)
-
-
-def test_many_random_faults() -> None:
-    """``HAL_EP_FAULTS=200`` runs the long version."""
-    generator = random.Random(SEED)
-    for _ in range(int(os.environ.get("HAL_EP_FAULTS", "4"))):
-        culprit = generator.randrange(3)
-        phases = ["post", "grant", "push"] if generator.random() < 0.5 else ["receive", "stage", "fetch"]
-        fault = EpFault("kill", generator.choice(phases), generator.choice([-1, 3, 6, 8]))
-        outcomes = run_ranks(3, faulty, culprit, fault, 3, check=False, limit=20)
-        if outcomes[culprit].exitcode is not None:
-            named(outcomes, culprit, "process ended")
-        assert not leftovers()

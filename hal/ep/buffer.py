@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, NamedTuple, NoReturn, TypeVar
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hal import plugins
+from hal.ep.doctor import write_dump
 from hal.ep.engine import EpEngine, Finish
 from hal.ep.launch import launched_ranks_per_node, resolved_device
 from hal.ep.rendezvous import agree, exchange_over
@@ -31,7 +33,7 @@ from hal.spec.ep import (
     require_ep_call_declared,
     require_ep_declared,
 )
-from hal.spec.errors import SpecError, UnsupportedError
+from hal.spec.errors import RankFailure, SpecError, UnsupportedError
 
 _TIMEOUT: Final = 30.0
 
@@ -250,6 +252,7 @@ class EpBuffer:
         assert chosen.capabilities.ep is not None
         self._args = args
         self._backend = chosen.name
+        self._recorded = False
         self._declared = chosen.capabilities.ep
         self._engine: EpEngine = chosen.backend.ep_buffer(args)
 
@@ -340,8 +343,12 @@ class EpBuffer:
         )
         if previous_event is not None:
             previous_event.wait()
-        done = self._engine.dispatch(args)
-        event, hook = _completion(done.finish, async_finish, return_recv_hook)
+        try:
+            done = self._engine.dispatch(args)
+            event, hook = self._completion(done.finish, async_finish, return_recv_hook)
+        except RankFailure as failure:
+            self._record(failure)
+            raise
         return EpDispatchResult(
             done.recv_x if done.recv_scales is None else (done.recv_x, done.recv_scales),
             done.recv_topk_idx,
@@ -394,8 +401,12 @@ class EpBuffer:
         )
         if previous_event is not None:
             previous_event.wait()
-        done = self._engine.combine(args)
-        event, hook = _completion(done.finish, async_finish, return_recv_hook)
+        try:
+            done = self._engine.combine(args)
+            event, hook = self._completion(done.finish, async_finish, return_recv_hook)
+        except RankFailure as failure:
+            self._record(failure)
+            raise
         return EpCombineResult(done.out, done.topk_weights, event, hook)
 
     def low_latency_dispatch(
@@ -451,8 +462,12 @@ class EpBuffer:
             ),
             "low_latency",
         )
-        done = self._engine.low_latency_dispatch(args)
-        event, hook = _completion(done.finish, async_finish, return_recv_hook)
+        try:
+            done = self._engine.low_latency_dispatch(args)
+            event, hook = self._completion(done.finish, async_finish, return_recv_hook)
+        except RankFailure as failure:
+            self._record(failure)
+            raise
         rows = done.recv_x if done.recv_scales is None else (done.recv_x, done.recv_scales)
         return EpLowLatencyDispatchResult(rows, done.recv_count, done.handle, event, hook)
 
@@ -502,8 +517,12 @@ class EpBuffer:
             ),
             "low_latency",
         )
-        done = self._engine.low_latency_combine(args)
-        event, hook = _completion(done.finish, async_finish, return_recv_hook)
+        try:
+            done = self._engine.low_latency_combine(args)
+            event, hook = self._completion(done.finish, async_finish, return_recv_hook)
+        except RankFailure as failure:
+            self._record(failure)
+            raise
         return EpLowLatencyCombineResult(done.out, event, hook)
 
     def low_latency_combine_buffer(self, handle: EpLowLatencyHandle) -> Tensor:
@@ -604,15 +623,29 @@ class EpBuffer:
             raise
         return args
 
+    def _completion(
+        self, finish: Finish, async_finish: bool, return_recv_hook: bool
+    ) -> tuple[EpCompletion, EpCompletion | None]:
+        if return_recv_hook:
+            hook = EpCompletion(partial(self._late, finish))
+            return hook, hook
+        if async_finish:
+            return EpCompletion(partial(self._late, finish)), None
+        finish()
+        return _DONE, None
 
-def _completion(finish: Finish, async_finish: bool, return_recv_hook: bool) -> tuple[EpCompletion, EpCompletion | None]:
-    if return_recv_hook:
-        hook = EpCompletion(finish)
-        return hook, hook
-    if async_finish:
-        return EpCompletion(finish), None
-    finish()
-    return _DONE, None
+    def _late(self, finish: Finish) -> None:
+        try:
+            finish()
+        except RankFailure as failure:
+            self._record(failure)
+            raise
+
+    def _record(self, failure: RankFailure) -> None:
+        """Leave a dump for ``hal ep doctor``, once."""
+        if not self._recorded:
+            self._recorded = True
+            write_dump(failure, self._args.rank, self._args.num_ranks, self.records())
 
 
 def _is_number(value: object) -> bool:

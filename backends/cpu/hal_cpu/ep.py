@@ -542,7 +542,7 @@ class CpuEpEngine(NodeEngine):
         """Read every peer's recorder from its window."""
         found = []
         for rank in range(self._ranks):
-            found += [_record(self._first, rank, one) for one in self._engine.records(rank)]
+            found += [record_of(self._first, rank, one) for one in self._engine.records(rank)]
         return sorted(found, key=lambda record: record["begin_ns"])
 
     def memory(self) -> Mapping[str, int]:
@@ -660,7 +660,7 @@ def _nothing() -> None:
     """The finish of what is only reserved."""
 
 
-def _record(first: int, rank: int, fields: Sequence[Any]) -> dict[str, Any]:
+def record_of(first: int, rank: int, fields: Sequence[Any]) -> dict[str, Any]:
     """One entry of the flight recorder, in the numbering of the whole group."""
     seq, kind, phase, waits_for, tokens, expert, expected, received, begin, end = fields
     waits = not end and waits_for >= 0
@@ -689,4 +689,4 @@ def _state(handle: EpLowLatencyHandle) -> _Packed:
     return handle.state
 
 
-__all__ = ["CAPABILITIES", "CpuEpEngine", "launches", "missing", "open_engine"]
+__all__ = ["CAPABILITIES", "CpuEpEngine", "launches", "missing", "open_engine", "record_of"]

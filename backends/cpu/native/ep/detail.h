@@ -183,7 +183,7 @@ void Engine::wait(Phase phase, const Operation& op, int64_t* waits, Ready ready)
       // A silent rank that itself waits for another is not to blame; one that waits for this rank will speak first.
       std::vector<int> blamed;
       for (int peer : left_) {
-        const int culprit = now >= deadline ? peer : who_blocks(peer);
+        const int culprit = now >= deadline ? peer : who_blocks(peer, op, phase);
         if (culprit == config_.rank) continue;
         if (std::find(blamed.begin(), blamed.end(), culprit) == blamed.end()) blamed.push_back(culprit);
       }

@@ -6,6 +6,8 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 
+#include <tuple>
+
 namespace hal_ep {
 
 const char* const kPhases[kPhaseCount] = {"post", "grant", "push", "receive", "stage", "fetch", "acknowledge"};
@@ -75,18 +77,27 @@ bool Engine::dead(int peer) const {
   return poll(&entry, 1, 0) == 1 && (entry.revents & POLLIN);
 }
 
-// Follow the recorders from a rank that waits to the one it waits for, to one that waits for nobody, or to this rank.
-int Engine::who_blocks(int peer) {
-  int at = peer;
-  for (int steps = 0; steps < config_.ranks; ++steps) {
+// Follow the recorders from a rank that waits to the one it waits for, to one that waits for nobody. Where they lead in
+// a circle, someone waits for what the next one believes to have sent: to blame is whoever got furthest.
+int Engine::who_blocks(int peer, const Operation& op, Phase phase) {
+  struct Step {
+    int rank;
+    uint64_t seq;
+    uint32_t phase;
+  };
+  std::vector<Step> path{{config_.rank, op.seq, phase}};
+  for (int at = peer;;) {
+    auto seen = std::find_if(path.begin(), path.end(), [&](const Step& step) { return step.rank == at; });
+    if (seen != path.end()) {
+      auto further = [](const Step& a, const Step& b) { return std::tie(a.seq, a.phase) < std::tie(b.seq, b.phase); };
+      return std::max_element(seen, path.end(), further)->rank;
+    }
     std::vector<Record> past = records(at);
-    if (past.empty() || past.back().end_ns != 0) return at;
-    const int next = past.back().waits_for;
-    if (next < 0 || next >= config_.ranks || next == at || !alive(next)) return at;
-    at = next;
-    if (at == config_.rank) return at;
+    auto last = std::find_if(past.rbegin(), past.rend(), [](const Record& r) { return r.end_ns == 0 && r.waits_for >= 0; });
+    if (last == past.rend() || last->waits_for >= config_.ranks || !alive(last->waits_for)) return at;
+    path.push_back({at, last->seq, last->phase});
+    at = last->waits_for;
   }
-  return peer;
 }
 
 void Engine::mask_now(int peer) {

@@ -247,7 +247,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   [[noreturn]] void fail(RankFailed failure);
   void check_abort(int peer);
   bool dead(int peer) const;
-  int who_blocks(int peer);
+  int who_blocks(int peer, const Operation& op, Phase phase);
   void mask_now(int peer);
   bool lost(const Operation& op, int peer) const;
   bool alive(int peer) const { return !peers_[peer].masked; }
