@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, NamedTuple, NoReturn, TypeVar
+from typing import Any, Final, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,6 @@ from hal.ep.rendezvous import agree, exchange_over
 from hal.spec.ep import (
     MODES,
     EpBufferArgs,
-    EpCallArgs,
     EpHandle,
     EpLayout,
     EpLowLatencyHandle,
@@ -37,7 +36,6 @@ from hal.spec.errors import RankFailure, SpecError, UnsupportedError
 
 _TIMEOUT: Final = 30.0
 
-_Args = TypeVar("_Args", bound=EpCallArgs)
 Hook = Callable[[], None]
 
 
@@ -324,9 +322,9 @@ class EpBuffer:
         EpDispatchResult
             Rows by source rank, then source position.
         """
-        args = self._checked(
-            "dispatch",
-            lambda: check_dispatch(
+        try:
+            self._require_mode("normal")
+            args = check_dispatch(
                 self._args,
                 self._engine.owner,
                 x,
@@ -339,8 +337,10 @@ class EpBuffer:
                 previous_event,
                 async_finish,
                 return_recv_hook,
-            ),
-        )
+            )
+            require_ep_call_declared(args, self._declared, self._backend)
+        except (SpecError, UnsupportedError) as error:
+            raise self._refused("dispatch", error) from None
         if previous_event is not None:
             previous_event.wait()
         try:
@@ -385,9 +385,9 @@ class EpBuffer:
         previous_event, async_finish, return_recv_hook
             As in `dispatch`.
         """
-        args = self._checked(
-            "combine",
-            lambda: check_combine(
+        try:
+            self._require_mode("normal")
+            args = check_combine(
                 self._args,
                 self._engine.owner,
                 x,
@@ -397,8 +397,10 @@ class EpBuffer:
                 previous_event,
                 async_finish,
                 return_recv_hook,
-            ),
-        )
+            )
+            require_ep_call_declared(args, self._declared, self._backend)
+        except (SpecError, UnsupportedError) as error:
+            raise self._refused("combine", error) from None
         if previous_event is not None:
             previous_event.wait()
         try:
@@ -446,9 +448,9 @@ class EpBuffer:
         EpLowLatencyDispatchResult
             recv_x [L, R · M, H]; of expert e the first ``recv_count[e]`` rows are valid.
         """
-        args = self._checked(
-            "low_latency_dispatch",
-            lambda: check_low_latency_dispatch(
+        try:
+            self._require_mode("low_latency")
+            args = check_low_latency_dispatch(
                 self._args,
                 x,
                 topk_idx,
@@ -459,9 +461,10 @@ class EpBuffer:
                 dispatch_wait_recv_cost_stats,
                 async_finish,
                 return_recv_hook,
-            ),
-            "low_latency",
-        )
+            )
+            require_ep_call_declared(args, self._declared, self._backend)
+        except (SpecError, UnsupportedError) as error:
+            raise self._refused("low_latency_dispatch", error) from None
         try:
             done = self._engine.low_latency_dispatch(args)
             event, hook = self._completion(done.finish, async_finish, return_recv_hook)
@@ -500,9 +503,9 @@ class EpBuffer:
             [R] int64.
         zero_copy, async_finish, return_recv_hook : bool
         """
-        args = self._checked(
-            "low_latency_combine",
-            lambda: check_low_latency_combine(
+        try:
+            self._require_mode("low_latency")
+            args = check_low_latency_combine(
                 self._args,
                 self._engine.owner,
                 x,
@@ -514,9 +517,10 @@ class EpBuffer:
                 combine_wait_recv_cost_stats,
                 async_finish,
                 return_recv_hook,
-            ),
-            "low_latency",
-        )
+            )
+            require_ep_call_declared(args, self._declared, self._backend)
+        except (SpecError, UnsupportedError) as error:
+            raise self._refused("low_latency_combine", error) from None
         try:
             done = self._engine.low_latency_combine(args)
             event, hook = self._completion(done.finish, async_finish, return_recv_hook)
@@ -609,19 +613,16 @@ class EpBuffer:
         }
         return {**found, "total": sum(found.values())}
 
-    def _checked(self, phase: str, check: Callable[[], _Args], mode: str = "normal") -> _Args:
-        """Check a collective call; what is wrong here is told to the other ranks, who would wait otherwise."""
-        try:
-            if mode not in self._args.modes:
-                raise SpecError("modes", self._args.modes, f"a buffer made with {mode!r} among its modes")
-            args = check()
-            require_ep_call_declared(args, self._declared, self._backend)
-        except SpecError as error:
-            raise self._engine.refuse(phase, error) from None
-        except UnsupportedError as error:
-            self._engine.refuse(phase, SpecError(error.argument, error.got, error.supported))
-            raise
-        return args
+    def _require_mode(self, mode: str) -> None:
+        if mode not in self._args.modes:
+            raise SpecError("modes", self._args.modes, f"a buffer made with {mode!r} among its modes")
+
+    def _refused(self, phase: str, error: SpecError | UnsupportedError) -> Exception:
+        """Tell the other ranks what is wrong with a call here, since they would wait otherwise."""
+        if isinstance(error, SpecError):
+            return self._engine.refuse(phase, error)
+        self._engine.refuse(phase, SpecError(error.argument, error.got, error.supported))
+        return error
 
     def _completion(
         self, finish: Finish, async_finish: bool, return_recv_hook: bool

@@ -201,6 +201,7 @@ class CpuEpEngine(NodeEngine):
                 ]
             )
         self._owner = object()
+        self._names = tuple(f"{call}_{_ep.isa}" for call in _KINDS[1:])
 
     @property
     def owner(self) -> object:
@@ -236,9 +237,10 @@ class CpuEpEngine(NodeEngine):
             args.num_worst_tokens,
             0 if handle is None else _routes(handle).id,
         ]
+        now = not (args.async_finish or args.return_recv_hook)
         try:
-            launches[f"dispatch_{self._native.isa}"] += 1
-            op = self._engine.dispatch(
+            launches[self._names[0]] += 1
+            op, rows, recv_x, recv_scales, recv_idx, recv_weights, counts, dropped = self._engine.dispatch(
                 x.data_ptr(),
                 n,
                 x.stride(0) * x.itemsize,
@@ -256,19 +258,15 @@ class CpuEpEngine(NodeEngine):
                 begin,
                 positions,
                 sent,
+                _BYTES if scales is not None else _TYPES[x.dtype],
+                _INT32 if scales is None or scales.dtype == torch.int32 else _TYPES[torch.float32],
+                now,
+                weights is not None,
                 None if handle is None else _routes(handle),
                 fields,
             )
         except Exception as error:
             raise self._translated(error, _DISPATCH_FIELDS) from None
-        rows, routes = op.rows, op.routes
-        if scales is None:
-            recv_x, recv_scales = op.x(_TYPES[x.dtype], (rows, x.shape[1])), None
-        else:
-            recv_x = op.x(_BYTES, (rows, x.shape[1])).view(FP8)
-            code = _INT32 if scales.dtype == torch.int32 else _TYPES[torch.float32]
-            recv_scales = op.scales(code, (rows, scales.shape[1]), ())
-        shape = (rows,) if args.expand else (rows, topk)
         made = EpHandle(
             self._owner,
             n,
@@ -277,19 +275,19 @@ class CpuEpEngine(NodeEngine):
             args.expand,
             args.expert_alignment,
             args.num_worst_tokens,
-            () if args.num_worst_tokens else tuple(routes.recv_experts),
-            routes.dropped,
+            counts,
+            dropped,
             idx,
-            routes,
-            _Sources(op, self._origins, self._args.num_ranks, self._args.local_experts),
+            op.routes,
+            _Sources(op.routes, rows, self._origins, self._args),
         )
         return EpDispatched(
-            recv_x,
+            recv_x if scales is None else recv_x.view(FP8),
             recv_scales,
-            op.idx(_INT64, shape),
-            None if weights is None else op.weights(shape),
+            recv_idx,
+            recv_weights,
             made,
-            self._finish(op, _DISPATCH_FIELDS),
+            _nothing if now else self._finish(op, _DISPATCH_FIELDS),
         )
 
     def combine(self, args: EpCombineArgs) -> EpCombined:
@@ -300,8 +298,9 @@ class CpuEpEngine(NodeEngine):
         bias = [(one.data_ptr(), one.stride(0) * one.itemsize) for one in args.bias] + [(0, 0)] * 2
         kind = _TYPES[x.dtype]
         routes = _routes(handle)
+        now = not (args.async_finish or args.return_recv_hook)
         try:
-            launches[f"combine_{self._native.isa}"] += 1
+            launches[self._names[1]] += 1
             op = self._engine.combine(
                 x.data_ptr(),
                 x.shape[1] * x.itemsize,
@@ -316,11 +315,13 @@ class CpuEpEngine(NodeEngine):
                 out.data_ptr(),
                 x.shape[1] * x.itemsize,
                 False,
-                not (args.async_finish or args.return_recv_hook),
+                now,
                 (weights is not None, routes.id),
             )
         except Exception as error:
             raise self._translated(error, _COMBINE_FIELDS) from None
+        if now:
+            return EpCombined(out, weights, _nothing)
         return EpCombined(out, weights, self._finish(op, _COMBINE_FIELDS, (x, out, weights, args.bias)))
 
     def gather(self, x: Tensor, handle: EpHandle) -> Tensor:
@@ -340,10 +341,9 @@ class CpuEpEngine(NodeEngine):
         row = x.shape[1] * x.itemsize
         addresses = (x.data_ptr(), row, x.shape[1], _TYPES[x.dtype], out_type, routes, 0, 0, 0, 0, 0, 0)
         try:
-            op = self._engine.combine(*addresses, out.data_ptr(), stride, gather, True, (2 + gather, routes.id))
+            self._engine.combine(*addresses, out.data_ptr(), stride, gather, True, (2 + gather, routes.id))
         except Exception as error:
             raise self._translated(error, _COMBINE_FIELDS) from None
-        self._finish(op, _COMBINE_FIELDS, (x, out))()
 
     def low_latency_dispatch(self, args: EpLowLatencyDispatchArgs) -> EpLowLatencyDispatched:
         """Write rows, cast where asked, into the packed slots of the receivers' windows."""
@@ -411,7 +411,7 @@ class CpuEpEngine(NodeEngine):
         x, idx, stats = args.x, args.topk_idx, args.cumulative_local_expert_recv_stats
         cast = _CAST_OF[args.cast]
         try:
-            launches[f"low_latency_dispatch_{self._native.isa}"] += 1
+            launches[self._names[2]] += 1
             return self._engine.packed_dispatch(
                 x.data_ptr(),
                 len(x),
@@ -488,7 +488,7 @@ class CpuEpEngine(NodeEngine):
                 error = SpecError("x", "other memory", "with zero_copy, the tensor low_latency_combine_buffer returned")
                 raise self.refuse("low_latency_combine", error)
         try:
-            launches[f"low_latency_combine_{self._native.isa}"] += 1
+            launches[self._names[3]] += 1
             op = self._engine.packed_combine(
                 x.data_ptr(),
                 self._args.hidden,
@@ -615,15 +615,15 @@ class _Packed:
 class _Sources:
     """Where the rows of a dispatch came from."""
 
-    __slots__ = ("_experts", "_op", "_origins", "_ranks")
+    __slots__ = ("_args", "_origins", "_routes", "_rows")
 
-    def __init__(self, op: Any, origins: Tensor, ranks: int, experts: int) -> None:
-        self._op, self._origins, self._ranks, self._experts = op, origins, ranks, experts
+    def __init__(self, routes: Any, rows: int, origins: Tensor, args: EpBufferArgs) -> None:
+        self._routes, self._rows, self._origins, self._args = routes, rows, origins, args
 
     def rank(self) -> Tensor:
         """Blocks are known from the counts; the rows of a rank that was lost meanwhile are nobody's."""
-        block = torch.empty(self._op.rows, dtype=torch.int32)
-        self._op.routes.blocks_of_rows(block.data_ptr(), len(block))
+        block = torch.empty(self._rows, dtype=torch.int32)
+        self._routes.blocks_of_rows(block.data_ptr(), self._rows)
         rank = self._origins[block.clamp(min=0)]
         return rank.masked_fill_((block < 0) | (self.position() < 0), -1)
 
@@ -636,21 +636,22 @@ class _Sources:
         return self._told()[:, 1]
 
     def _told(self) -> Tensor:
-        found: Tensor = self._op.source()
+        found = torch.full((self._rows, 2), -1, dtype=torch.int32)
+        self._routes.sources(found.data_ptr())
         return found
 
     def counts(self) -> Tensor:
         """Blocks put in the order of their ranks."""
-        return self._by_rank(self._op.routes.counts_of_blocks, self._experts)
+        return self._by_rank(self._routes.counts_of_blocks, self._args.local_experts)
 
     def sent(self) -> Tensor:
         """Blocks put in the order of their ranks."""
-        return self._by_rank(self._op.routes.sent_by_blocks, self._ranks)
+        return self._by_rank(self._routes.sent_by_blocks, self._args.num_ranks)
 
     def _by_rank(self, fill: Callable[[int], None], columns: int) -> Tensor:
         by_block = torch.empty(len(self._origins), columns, dtype=torch.int32)
         fill(by_block.data_ptr())
-        found = torch.zeros(self._ranks, columns, dtype=torch.int32)
+        found = torch.zeros(self._args.num_ranks, columns, dtype=torch.int32)
         there = self._origins >= 0
         found[self._origins[there].long()] = by_block[there]
         return found

@@ -14,29 +14,26 @@ from hal.spec.errors import SpecError
 from hal.spec.tensors import dtype_name, require_bool, require_device, require_shape, require_tensor, require_values
 
 _ROWS: Final = (*PLAIN_DTYPES, FP8)
-_SCALARS: Final = (bool, int, str)
+_SCALARS: Final = frozenset((bool, int, str))
+_NO_TENSOR: Final = ()
 _ADMITTED_LIMIT: Final = 4096
 
 
-def form_of(x: Any, idx: Any, weights: Any, *scalars: Any) -> object:
+def form_of(tensors: tuple[Any, ...], scalars: tuple[Any, ...]) -> object:
     """Everything a check looks at but the values; None for what is not plainly tensors and needs the full check."""
-    if type(x) is not Tensor or type(idx) is not Tensor or x.is_neg() or x.is_nested or idx.is_nested:
+    types = tuple(map(type, scalars))
+    if not _SCALARS.issuperset(types):
         return None
-    for scalar in scalars:
-        if type(scalar) not in _SCALARS:
-            return None
     # Types of the scalars matter: True equals 1.
-    form = (
-        *(x.layout, x.dtype, x.shape, x.stride(), x.device),
-        *(idx.layout, idx.dtype, idx.shape, idx.stride(), idx.device),
-        *scalars,
-        *map(type, scalars),
-    )
-    if weights is None:
-        return form
-    if type(weights) is not Tensor or weights.is_neg() or weights.is_nested:
-        return None
-    return (*form, weights.layout, weights.dtype, weights.shape, weights.stride(), weights.device)
+    form = [scalars, types]
+    for one in tensors:
+        if one is None:
+            form.append(_NO_TENSOR)
+        elif type(one) is Tensor and one.layout is torch.strided and not one.is_neg() and not one.is_nested:
+            form.append((one.dtype, one.shape, one.stride(), one.device, one.data_ptr() == 0))
+        else:
+            return None
+    return tuple(form)
 
 
 def admit(buffer: EpBufferArgs, form: object) -> None:

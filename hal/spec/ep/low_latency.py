@@ -45,9 +45,8 @@ def check_low_latency_dispatch(
     level = validation_level()
     form = None
     if level and cumulative_local_expert_recv_stats is None and dispatch_wait_recv_cost_stats is None:
-        form = form_of(
-            x, topk_idx, None, "low_latency", use_fp8, round_scale, use_ue8m0, async_finish, return_recv_hook
-        )
+        flags = ("low_latency", use_fp8, round_scale, use_ue8m0, async_finish, return_recv_hook)
+        form = form_of((x, topk_idx), flags)
     if level and (form is None or form not in buffer.admitted):
         require_tensor("x", x, (buffer.dtype,), 2, "[n, hidden]")
         if x.shape[1] != buffer.hidden:

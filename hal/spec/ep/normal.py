@@ -70,10 +70,9 @@ def check_dispatch(
             raise SpecError("x", f"{len(x)} tensors", "a tensor, or the two (fp8 rows, scales)")
         x, scales = x
     form = None
-    if level and handle is None and scales is None and previous_event is None:
-        form = form_of(
-            x, topk_idx, topk_weights, expand, expert_alignment, num_worst_tokens, async_finish, return_recv_hook
-        )
+    if level and handle is None and previous_event is None:
+        flags = (expand, expert_alignment, num_worst_tokens, async_finish, return_recv_hook)
+        form = form_of((x, scales, topk_idx, topk_weights), flags)
     if level and (form is None or form not in buffer.admitted):
         check_rows(buffer, x, scales)
         if handle is not None:
@@ -130,7 +129,13 @@ def check_combine(
         An argument of the wrong type, shape, dtype, device or layout, or a foreign handle.
     """
     biases = bias if isinstance(bias, (tuple, list)) else () if bias is None else (bias,)
-    if validation_level():
+    form = None
+    if previous_event is None and bias is None and type(handle) is EpHandle and handle.owner is owner:
+        form = form_of(
+            (x, topk_weights),
+            ("combine", handle.num_recv_tokens, handle.topk, handle.expand, async_finish, return_recv_hook),
+        )
+    if validation_level() and (form is None or form not in buffer.admitted):
         if not isinstance(handle, EpHandle):
             raise SpecError("handle", type(handle).__name__, "the EpHandle that dispatch returned")
         handle.check(owner)
@@ -150,6 +155,7 @@ def check_combine(
             require_shape("bias", one, (handle.num_tokens, buffer.hidden), "[n, hidden]")
             require_device("bias", one, x.device, "x")
         check_async(previous_event, async_finish, return_recv_hook)
+        admit(buffer, form)
     return EpCombineArgs(
         x,
         handle,

@@ -358,6 +358,7 @@ std::shared_ptr<Operation> Engine::dispatch(const DispatchCall& call) {
   bool fine = true;
   if (call.cached) {
     *routes = *call.cached;
+    routes->from.clear();
     std::fill(routes->row.begin(), routes->row.end(), -1);
   } else {
     routes->tokens = call.tokens;
@@ -399,6 +400,9 @@ std::shared_ptr<Operation> Engine::dispatch(const DispatchCall& call) {
   const bool weighted = call.arguments[0] != 0;
   op->complete = [this, raw, row_bytes, scale_bytes, columns, weighted] {
     receive(*raw, nullptr);
+    const auto* told = reinterpret_cast<const Source*>(raw->slot->data() + raw->source_at);
+    auto& from = raw->routes->from;
+    from.assign(told, told + raw->rows);
     if (!config_.mask) return;
     // A rank was lost after it had announced rows: they stay, blank and from nobody.
     uint8_t* slot = raw->slot->data();
@@ -411,7 +415,7 @@ std::shared_ptr<Operation> Engine::dispatch(const DispatchCall& call) {
         std::memset(slot + at * row_bytes, 0, size_t(count * row_bytes));
         std::memset(slot + raw->scales_at + size_t(at * scale_bytes), 0, size_t(count * scale_bytes));
         std::fill_n(reinterpret_cast<int64_t*>(slot + raw->idx_at) + at * columns, count * columns, int64_t(-1));
-        std::fill_n(reinterpret_cast<Source*>(slot + raw->source_at) + at, count, Source{});
+        std::fill_n(from.begin() + at, count, Source{});
         if (weighted)
           std::fill_n(reinterpret_cast<float*>(slot + raw->weights_at) + at * columns, count * columns, 0.0f);
       }

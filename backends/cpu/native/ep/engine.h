@@ -79,6 +79,11 @@ struct Config {
   int all_ranks;  // of the whole group
 };
 
+// Of a received row: its token's position at the source, and the first of the token's choices that led here.
+struct Source {
+  int32_t position = -1, choice = -1;
+};
+
 // The way of every token: what a handle keeps.
 struct Routes {
   int64_t tokens = 0, topk = 0;
@@ -89,6 +94,7 @@ struct Routes {
   std::vector<int32_t> row;            // [tokens, topk] row at the destination, -1 where dropped or masked
   std::vector<uint32_t> rows_to, experts_to;  // [ranks, sources], [ranks, sources, L]
   int64_t recv_rows = 0, dropped = 0;
+  std::vector<Source> from;  // [received rows], once they are there; a copy, for handles outlive rows
   // What came, by block: block s * ranks + peer is what peer sent for its source s.
   std::vector<uint32_t> to_all;                        // [sources, all ranks] what each source sends to each rank
   std::vector<uint32_t> sent;                          // [blocks, all ranks] the same of every block
@@ -101,11 +107,6 @@ struct Routes {
 };
 
 class Engine;
-
-// Of a received row: its token's position at the source, and the first of the token's choices that led here.
-struct Source {
-  int32_t position = -1, choice = -1;
-};
 
 struct Operation {
   uint64_t seq = 0;

@@ -1,6 +1,6 @@
 # The expert-parallel module `_ep`, beside `_native`.
 set(ep_sources)
-foreach(part module engine mail dispatch combine packed window kernels)
+foreach(part module engine mail dispatch combine packed window kernels tensors)
   list(APPEND ep_sources ${CMAKE_CURRENT_LIST_DIR}/${part}.cpp)
 endforeach()
 nanobind_add_module(_ep NB_STATIC ${ep_sources})
