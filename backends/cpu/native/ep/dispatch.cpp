@@ -14,6 +14,14 @@ bool Engine::route(Routes& routes, const int64_t* idx, int64_t num_experts, Text
   routes.rows_to.assign(size_t(config_.ranks) * sources, 0);
   routes.experts_to.assign(size_t(config_.ranks) * sources * size_t(local), 0);
   const bool by_expert = routes.expand || routes.packed;
+  // Of each expert the token that chose it last and with which choice, of each rank the token that went there last.
+  struct Seen {
+    int64_t token = -1, k = 0;
+  };
+  std::vector<Seen> expert_seen(static_cast<size_t>(here));
+  std::vector<int64_t> rank_seen(size_t(config_.ranks), -1);
+  std::vector<int32_t> owner(static_cast<size_t>(here));
+  for (int64_t e = 0; e < here; ++e) owner[size_t(e)] = int32_t(e / local);
   for (size_t source = 0; source < sources; ++source) {
     for (int64_t token = routes.begin[source]; token < routes.begin[source + 1]; ++token) {
       const size_t at = size_t(token * topk);
@@ -29,31 +37,29 @@ bool Engine::route(Routes& routes, const int64_t* idx, int64_t num_experts, Text
         }
         expert -= config_.expert_base;
         if (expert < 0 || expert >= here) continue;
-        const int32_t slot = int32_t(expert), rank = int32_t(expert / local);
-        routes.expert[at + size_t(k)] = slot;
-        int64_t same_expert = -1, same_rank = -1;
-        for (int64_t j = 0; j < k; ++j) {
-          const int32_t before = routes.expert[at + size_t(j)];
-          if (before == slot && same_expert < 0) same_expert = j;
-          if (before >= 0 && before / local == rank) same_rank = j;
-        }
+        const int32_t rank = owner[size_t(expert)];
+        routes.expert[at + size_t(k)] = int32_t(expert);
+        Seen& seen = expert_seen[size_t(expert)];
+        const bool same_expert = seen.token == token, same_rank = rank_seen[size_t(rank)] == token;
+        if (!same_expert) seen = {token, k};
+        rank_seen[size_t(rank)] = token;
         const size_t block = size_t(rank) * sources + source;
-        uint32_t& per_expert = routes.experts_to[block * size_t(local) + size_t(expert % local)];
+        uint32_t& per_expert = routes.experts_to[block * size_t(local) + size_t(expert - int64_t(rank) * local)];
         uint32_t& per_rank = routes.rows_to[block];
         if (by_expert) {
-          if (same_expert < 0) {
+          if (!same_expert) {
             routes.rank[at + size_t(k)] = rank;
             routes.order[at + size_t(k)] = int32_t(per_expert);
           } else if (routes.packed) {
             routes.rank[at + size_t(k)] = rank;
-            routes.order[at + size_t(k)] = routes.order[at + size_t(same_expert)];
+            routes.order[at + size_t(k)] = routes.order[at + size_t(seen.k)];
           }
-        } else if (same_rank < 0) {
+        } else if (!same_rank) {
           routes.rank[at + size_t(k)] = rank;
           routes.order[at + size_t(k)] = int32_t(per_rank);
         }
-        per_expert += same_expert < 0;
-        per_rank += same_rank < 0;
+        per_expert += !same_expert;
+        per_rank += !same_rank;
       }
     }
   }
