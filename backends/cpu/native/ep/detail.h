@@ -19,7 +19,7 @@ namespace hal_ep {
 
 using Clock = std::chrono::steady_clock;
 
-inline constexpr size_t kStreamFrom = size_t(16) << 20;  // writes of a call beyond which the caches are bypassed
+inline constexpr size_t kStreamFrom = size_t(6) << 20;  // writes of a call beyond which the caches are bypassed
 inline constexpr auto kNap = std::chrono::milliseconds(20);
 
 inline const char* kind_name(Kind kind) {
