@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, NamedTuple, NoReturn
+from typing import Any, Final, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,14 @@ from hal.ep.doctor import write_dump
 from hal.ep.engine import EpEngine, Finish
 from hal.ep.launch import launched_ranks_per_node, resolved_device
 from hal.ep.rendezvous import agree, exchange_over
+from hal.ep.results import (
+    DONE,
+    EpCombineResult,
+    EpCompletion,
+    EpDispatchResult,
+    EpLowLatencyCombineResult,
+    EpLowLatencyDispatchResult,
+)
 from hal.spec.ep import (
     MODES,
     EpBufferArgs,
@@ -35,109 +43,6 @@ from hal.spec.ep import (
 from hal.spec.errors import RankFailure, SpecError, UnsupportedError
 
 _TIMEOUT: Final = 30.0
-
-Hook = Callable[[], None]
-
-
-class EpCompletion:
-    """Completion of a call: ``wait()`` it as an event, or call it as a receive hook; once or often."""
-
-    __slots__ = ("_error", "_finish")
-
-    def __init__(self, finish: Finish | None) -> None:
-        self._finish = finish
-        self._error: BaseException | None = None
-
-    def wait(self) -> None:
-        """Return when the call's results are complete; raise what it failed with."""
-        finish, self._finish = self._finish, None
-        if finish is not None:
-            try:
-                finish()
-            except BaseException as error:
-                self._error = error
-                raise
-        elif self._error is not None:
-            raise self._error
-
-    __call__ = wait
-
-    @property
-    def done(self) -> bool:
-        """Whether `wait` has run."""
-        return self._finish is None
-
-
-_DONE = EpCompletion(None)
-
-
-class EpDispatchResult(NamedTuple):
-    """What `EpBuffer.dispatch` returns.
-
-    Attributes
-    ----------
-    recv_x : Tensor or (Tensor, Tensor)
-        Received rows, with their scales where the sent ones had some.
-    recv_topk_idx, recv_topk_weights : Tensor, Tensor or None
-        Local expert ids (-1 elsewhere) and weights of each row.
-    num_recv_tokens_per_expert : tuple of int
-        L counts rounded up to the alignment; empty with ``num_worst_tokens``.
-    handle : EpHandle
-    event : EpCompletion
-        To wait for with ``async_finish``.
-    hook : EpCompletion or None
-        To call with ``return_recv_hook``.
-    """
-
-    recv_x: Tensor | tuple[Tensor, Tensor]
-    recv_topk_idx: Tensor
-    recv_topk_weights: Tensor | None
-    num_recv_tokens_per_expert: tuple[int, ...]
-    handle: EpHandle
-    event: EpCompletion
-    hook: EpCompletion | None
-
-    @property
-    def recv_src_rank(self) -> Tensor:
-        """[rows] int32: source rank of each received row, -1 for padding and for rows that never came."""
-        return self.handle.recv_src_rank
-
-    @property
-    def recv_src_position(self) -> Tensor:
-        """[rows] int32: position at its source of each received row, -1 likewise. Complete when the rows are."""
-        return self.handle.recv_src_position
-
-    @property
-    def recv_counts(self) -> Tensor:
-        """[R, L] int32: how many tokens of each rank came for each local expert."""
-        return self.handle.recv_counts
-
-
-class EpCombineResult(NamedTuple):
-    """What `EpBuffer.combine` returns: the sums [n, H], the summed weights [n, K] or None, event and hook."""
-
-    combined_x: Tensor
-    combined_topk_weights: Tensor | None
-    event: EpCompletion
-    hook: EpCompletion | None
-
-
-class EpLowLatencyDispatchResult(NamedTuple):
-    """What `EpBuffer.low_latency_dispatch` returns: packed rows (with scales), counts [L], handle, event and hook."""
-
-    recv_x: Tensor | tuple[Tensor, Tensor]
-    recv_count: Tensor
-    handle: EpLowLatencyHandle
-    event: EpCompletion
-    hook: EpCompletion | None
-
-
-class EpLowLatencyCombineResult(NamedTuple):
-    """What `EpBuffer.low_latency_combine` returns: the weighted sums [n, H], event and hook."""
-
-    combined_x: Tensor
-    event: EpCompletion
-    hook: EpCompletion | None
 
 
 class EpBuffer:
@@ -633,7 +538,7 @@ class EpBuffer:
         if async_finish:
             return EpCompletion(partial(self._late, finish)), None
         finish()
-        return _DONE, None
+        return DONE, None
 
     def _late(self, finish: Finish) -> None:
         try:

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import secrets
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -43,6 +43,20 @@ from hal.spec.ep import (
     EpLowLatencyHandle,
 )
 from hal.spec.errors import RankFailure, SpecError
+from hal_cpu.ep_parts import (
+    COMBINE_FIELDS,
+    DISPATCH_FIELDS,
+    OPERATIONS,
+    PACKED_COMBINE_FIELDS,
+    PACKED_FIELDS,
+    Fields,
+    PackedState,
+    Sources,
+    nothing,
+    record_of,
+    refusal,
+    translated,
+)
 
 CAPABILITIES: Final = EpCapabilities(
     modes=("normal", "low_latency"),
@@ -74,27 +88,7 @@ _PARTING: Final = 1.0
 """Seconds to tell the others of a rank that did not come."""
 
 _WINDOW_FROM: Final = 1 << 20
-_KINDS: Final = ("", "dispatch", "combine", "low_latency_dispatch", "low_latency_combine")
 _CAST_OF: Final = {name: i for i, name in enumerate(CASTS)}
-
-# The values of a call that all ranks must share, in the order in which they are posted.
-_DISPATCH_FIELDS: Final = (
-    ("topk_weights", ("None", "a tensor").__getitem__),
-    ("topk_idx", "K = {}".format),
-    ("x", ("bfloat16", "float16", "float32", "float8_e4m3fn").__getitem__),
-    ("x", "scales of {} bytes a row".format),
-    ("x", ("float32 scales", "int32 scales").__getitem__),
-    ("expand", ("False", "True").__getitem__),
-    ("expert_alignment", str),
-    ("num_worst_tokens", str),
-    ("handle", lambda seq: f"the one of operation {seq}" if seq else "None"),
-)
-_COMBINE_FIELDS: Final = (
-    ("topk_weights", ("None", "a tensor", "a sum", "rows").__getitem__),
-    ("handle", "the one of operation {}".format),
-)
-_PACKED_FIELDS: Final = (("topk_idx", "K = {}".format), ("use_fp8", lambda i: f"cast {CASTS[i]!r}"))
-_PACKED_COMBINE_FIELDS: Final = (("handle", "the one of operation {}".format),)
 
 
 def missing() -> str | None:
@@ -201,7 +195,7 @@ class CpuEpEngine(NodeEngine):
                 ]
             )
         self._owner = object()
-        self._names = tuple(f"{call}_{_ep.isa}" for call in _KINDS[1:])
+        self._names = tuple(f"{call}_{_ep.isa}" for call in OPERATIONS[1:])
 
     @property
     def owner(self) -> object:
@@ -266,7 +260,7 @@ class CpuEpEngine(NodeEngine):
                 fields,
             )
         except Exception as error:
-            raise self._translated(error, _DISPATCH_FIELDS) from None
+            raise self._translated(error, DISPATCH_FIELDS) from None
         made = EpHandle(
             self._owner,
             n,
@@ -279,7 +273,7 @@ class CpuEpEngine(NodeEngine):
             dropped,
             idx,
             op.routes,
-            _Sources(op.routes, rows, self._origins, self._args),
+            Sources(op.routes, rows, self._origins, self._args),
         )
         return EpDispatched(
             recv_x if scales is None else recv_x.view(FP8),
@@ -287,7 +281,7 @@ class CpuEpEngine(NodeEngine):
             recv_idx,
             recv_weights,
             made,
-            _nothing if now else self._finish(op, _DISPATCH_FIELDS),
+            nothing if now else self._finish(op, DISPATCH_FIELDS),
         )
 
     def combine(self, args: EpCombineArgs) -> EpCombined:
@@ -319,10 +313,10 @@ class CpuEpEngine(NodeEngine):
                 (weights is not None, routes.id),
             )
         except Exception as error:
-            raise self._translated(error, _COMBINE_FIELDS) from None
+            raise self._translated(error, COMBINE_FIELDS) from None
         if now:
-            return EpCombined(out, weights, _nothing)
-        return EpCombined(out, weights, self._finish(op, _COMBINE_FIELDS, (x, out, weights, args.bias)))
+            return EpCombined(out, weights, nothing)
+        return EpCombined(out, weights, self._finish(op, COMBINE_FIELDS, (x, out, weights, args.bias)))
 
     def gather(self, x: Tensor, handle: EpHandle) -> Tensor:
         """One fetch into zeros; rows that a choice does not have stay 0."""
@@ -343,14 +337,14 @@ class CpuEpEngine(NodeEngine):
         try:
             self._engine.combine(*addresses, out.data_ptr(), stride, gather, True, (2 + gather, routes.id))
         except Exception as error:
-            raise self._translated(error, _COMBINE_FIELDS) from None
+            raise self._translated(error, COMBINE_FIELDS) from None
 
     def low_latency_dispatch(self, args: EpLowLatencyDispatchArgs) -> EpLowLatencyDispatched:
         """Write rows, cast where asked, into the packed slots of the receivers' windows."""
         made = self._packed_outputs()
         waits = args.dispatch_wait_recv_cost_stats
         op = self._send_packed(args, made, (0, len(args.x)), 0, waits, None)
-        finish = self._finish(op, _PACKED_FIELDS, (made, args))
+        finish = self._finish(op, PACKED_FIELDS, (made, args))
         return self._packed_result(args, op, *made, finish)
 
     def reserve_packed(self, args: EpLowLatencyDispatchArgs) -> EpLowLatencyDispatched:
@@ -361,7 +355,7 @@ class CpuEpEngine(NodeEngine):
             raise SpecError("low_latency_dispatch", got, "at most two: combine one, or let go of it, first")
         ranges = torch.zeros(self._args.local_experts, self._args.num_ranks, dtype=torch.int64)
         count = torch.zeros(self._args.local_experts, dtype=torch.int32)
-        return self._packed_result(args, op, count, ranges, _nothing)
+        return self._packed_result(args, op, count, ranges, nothing)
 
     def relay_packed(self, args: EpLowLatencyDispatchArgs, reserved: EpLowLatencyDispatched, tokens: Relayed) -> Finish:
         """Send several ranks' tokens into a reserved slot."""
@@ -376,7 +370,7 @@ class CpuEpEngine(NodeEngine):
             _state(reserved.handle).op,
         )
         _state(reserved.handle).ranges = made[1]
-        finish = self._finish(op, _PACKED_FIELDS, (made, args, positions))
+        finish = self._finish(op, PACKED_FIELDS, (made, args, positions))
 
         def run() -> None:
             finish()
@@ -434,7 +428,7 @@ class CpuEpEngine(NodeEngine):
                 (idx.shape[1], cast),
             )
         except Exception as error:
-            raise self._translated(error, _PACKED_FIELDS) from None
+            raise self._translated(error, PACKED_FIELDS) from None
 
     def _packed_result(
         self, args: EpLowLatencyDispatchArgs, op: Any, count: Tensor, ranges: Tensor, finish: Finish
@@ -457,7 +451,7 @@ class CpuEpEngine(NodeEngine):
             self._args.num_experts,
             len(args.x),
             args.topk_idx.shape[1],
-            _Packed(op.routes, op if finish is _nothing else None, ranges),
+            PackedState(op.routes, op if finish is nothing else None, ranges),
         )
         return EpLowLatencyDispatched(rows, scales, count, handle, finish)
 
@@ -474,7 +468,7 @@ class CpuEpEngine(NodeEngine):
         counter = args.combine_wait_recv_cost_stats
         waits = None if counter is None else torch.zeros(self._ranks, dtype=torch.int64)
         self._fetch_packed(args, waits, out, 0, True, True)()
-        if counter is not None:
+        if counter is not None and waits is not None:
             counter[self._first : self._first + self._ranks] += waits
         return out
 
@@ -507,8 +501,8 @@ class CpuEpEngine(NodeEngine):
                 (packed.routes.id,),
             )
         except Exception as error:
-            raise self._translated(error, _PACKED_COMBINE_FIELDS) from None
-        return self._finish(op, _PACKED_COMBINE_FIELDS, (args, out, waits, packed))
+            raise self._translated(error, PACKED_COMBINE_FIELDS) from None
+        return self._finish(op, PACKED_COMBINE_FIELDS, (args, out, waits, packed))
 
     def low_latency_combine_buffer(self, handle: EpLowLatencyHandle) -> Tensor:
         """Memory of the own window for the handle's next combine."""
@@ -524,7 +518,7 @@ class CpuEpEngine(NodeEngine):
         try:
             self._engine.refuse(error.argument, error.got, error.legal)
         except self._native.Refused as refused:
-            return self._refusal(refused, ())
+            return self._refusal(refused)
         except Exception as other:
             raise self._translated(other, ()) from None
         return error
@@ -562,7 +556,7 @@ class CpuEpEngine(NodeEngine):
         tensor: Tensor = self._native.Engine.lent_tensor(self._engine.lend(size, True), _TYPES[dtype], (rows, hidden))
         return tensor
 
-    def _finish(self, op: Any, fields: Sequence[tuple[str, Callable[[int], str]]], keep: object = None) -> Finish:
+    def _finish(self, op: Any, fields: Fields, keep: object = None) -> Finish:
         finish = self._engine.finish
 
         def run() -> None:
@@ -575,119 +569,20 @@ class CpuEpEngine(NodeEngine):
 
         return run
 
-    def _translated(self, error: Exception, fields: Sequence[tuple[str, Callable[[int], str]]]) -> Exception:
-        if isinstance(error, self._native.Refused):
-            return self._refusal(error, fields)
-        if isinstance(error, self._native.RankFailed):
-            rank, phase, reason, expert, expected, received = error.args
-            return RankFailure(
-                self._first + rank,
-                phase,
-                reason,
-                expert=None if expert < 0 else expert,
-                expected=None if expected < 0 else expected,
-                received=None if received < 0 else received,
-            )
-        return error
+    def _translated(self, error: Exception, fields: Fields) -> Exception:
+        return translated(self._native, self._first, error, fields)
 
-    def _refusal(self, error: Exception, fields: Sequence[tuple[str, Callable[[int], str]]]) -> SpecError:
-        argument, got, legal, field, rank, against, value, other = error.args
-        if field < 0:
-            return SpecError(argument, got, legal)
-        name, show = fields[field] if field < len(fields) else ("call", str)
-        return SpecError(
-            name, f"{show(value)} on rank {self._first + rank}", f"{show(other)}, as on rank {self._first + against}"
-        )
-
-
-class _Packed:
-    """What a low-latency handle carries: its routes, ranges by block, a reserved slot, the memory lent to combine."""
-
-    __slots__ = ("lent", "op", "ranges", "routes")
-
-    def __init__(self, routes: Any, op: Any, ranges: Tensor) -> None:
-        self.routes = routes
-        self.op = op
-        self.ranges = ranges
-        self.lent: Any = None
-
-
-class _Sources:
-    """Where the rows of a dispatch came from."""
-
-    __slots__ = ("_args", "_origins", "_routes", "_rows")
-
-    def __init__(self, routes: Any, rows: int, origins: Tensor, args: EpBufferArgs) -> None:
-        self._routes, self._rows, self._origins, self._args = routes, rows, origins, args
-
-    def rank(self) -> Tensor:
-        """Blocks are known from the counts; the rows of a rank that was lost meanwhile are nobody's."""
-        block = torch.empty(self._rows, dtype=torch.int32)
-        self._routes.blocks_of_rows(block.data_ptr(), self._rows)
-        rank = self._origins[block.clamp(min=0)]
-        return rank.masked_fill_((block < 0) | (self.position() < 0), -1)
-
-    def position(self) -> Tensor:
-        """As the senders wrote them."""
-        return self._told()[:, 0]
-
-    def choice(self) -> Tensor:
-        """As the senders wrote them."""
-        return self._told()[:, 1]
-
-    def _told(self) -> Tensor:
-        found = torch.full((self._rows, 2), -1, dtype=torch.int32)
-        self._routes.sources(found.data_ptr())
-        return found
-
-    def counts(self) -> Tensor:
-        """Blocks put in the order of their ranks."""
-        return self._by_rank(self._routes.counts_of_blocks, self._args.local_experts)
-
-    def sent(self) -> Tensor:
-        """Blocks put in the order of their ranks."""
-        return self._by_rank(self._routes.sent_by_blocks, self._args.num_ranks)
-
-    def _by_rank(self, fill: Callable[[int], None], columns: int) -> Tensor:
-        by_block = torch.empty(len(self._origins), columns, dtype=torch.int32)
-        fill(by_block.data_ptr())
-        found = torch.zeros(self._args.num_ranks, columns, dtype=torch.int32)
-        there = self._origins >= 0
-        found[self._origins[there].long()] = by_block[there]
-        return found
-
-
-def _nothing() -> None:
-    """The finish of what is only reserved."""
-
-
-def record_of(first: int, rank: int, fields: Sequence[Any]) -> dict[str, Any]:
-    """One entry of the flight recorder, in the numbering of the whole group."""
-    seq, kind, phase, waits_for, tokens, expert, expected, received, begin, end = fields
-    waits = not end and waits_for >= 0
-    awaits_rows = waits and phase == "receive"
-    return {
-        "rank": first + rank,
-        "operation": seq,
-        "kind": _KINDS[kind] if kind < len(_KINDS) else "?",
-        "phase": phase,
-        "waits_for": first + waits_for if waits else None,
-        "expert": expert if awaits_rows and expert >= 0 else None,
-        "expected": expected if awaits_rows else None,
-        "received": received if awaits_rows else None,
-        "tokens": tokens,
-        "begin_ns": begin,
-        "microseconds": (end - begin) / 1000 if end else None,
-    }
+    def _refusal(self, error: Exception) -> SpecError:
+        return refusal(self._first, error, ())
 
 
 def _routes(handle: EpHandle) -> Any:
     return handle.state
 
 
-def _state(handle: EpLowLatencyHandle) -> _Packed:
-    assert isinstance(handle.state, _Packed)
+def _state(handle: EpLowLatencyHandle) -> PackedState:
+    assert isinstance(handle.state, PackedState)
     return handle.state
 
 
-__all__ = ["CAPABILITIES", "CpuEpEngine", "launches", "missing", "open_engine", "record_of"]
+__all__ = ["CAPABILITIES", "CpuEpEngine", "launches", "missing", "open_engine"]

@@ -15,7 +15,7 @@ _WINDOW = "/memfd:hal-ep"
 def states() -> list[RankState]:
     """Every rank of every group whose windows some process of this user holds."""
     from hal_cpu import _ep
-    from hal_cpu.ep import record_of
+    from hal_cpu.ep_parts import record_of
 
     found: dict[tuple[str, int], RankState] = {}
     for path in _windows():

@@ -13,9 +13,9 @@ from hal.compat.deep_ep.handle import Route, attach, attached
 from hal.compat.deep_ep.low_latency import LowLatency
 from hal.compat.deep_ep.pool import Pool, published, unsupported
 from hal.compat.deep_ep.rows import Rows, given_rows
-from hal.ep.buffer import EpDispatchResult
 from hal.ep.launch import launched_ranks_per_node
 from hal.ep.layout import count_layout
+from hal.ep.results import EpDispatchResult
 from hal.plugins import select
 from hal.spec.ep import FP8, EpHandle, check_buffer
 from hal.spec.errors import SpecError

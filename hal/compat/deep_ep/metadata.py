@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hal.compat.deep_ep.config import round_up
 from hal.compat.deep_ep.handle import EPHandle
-from hal.ep.buffer import EpDispatchResult
+from hal.ep.results import EpDispatchResult
 
 
 @dataclass(frozen=True, slots=True)
