@@ -105,7 +105,7 @@ def examine(states: Iterable[RankState], source: str, now_ns: int, failure: dict
     for rank in sorted({wait["waits_for"] for wait in found.waits} - waiting):
         found.culprits[rank] = _instead(by_rank.get(rank), now_ns)
     if failure is not None:
-        found.culprits.setdefault(failure["rank"], failure["reason"])
+        found.culprits[failure["rank"]] = failure["reason"]
     return found
 
 
