@@ -21,6 +21,8 @@ using Clock = std::chrono::steady_clock;
 
 inline constexpr size_t kStreamFrom = size_t(6) << 20;  // writes of a call beyond which the caches are bypassed
 inline constexpr auto kNap = std::chrono::milliseconds(20);
+// Waking a sleeper takes some 50 us. Whoever sleeps sooner than that makes its peer wait as long, which sleeps in turn.
+inline constexpr auto kSpin = std::chrono::microseconds(200), kCrowdedSpin = std::chrono::microseconds(2);
 
 inline const char* kind_name(Kind kind) {
   switch (kind) {
@@ -113,11 +115,14 @@ void Engine::wait(Phase phase, const Operation& op, int64_t* waits, Ready ready)
     Phase phase;
     ~Over() { engine.note(op, phase, -1, false); }
   } over{*this, op, phase};
-  const int spins = config_.crowded ? 30 : 600, yields = 2;
-  for (int turn = 0; turn < spins && !left_.empty(); ++turn) {
-    relax();
-    sweep();
-  }
+  const int yields = 2;
+  const auto spin_end = start + (config_.crowded ? kCrowdedSpin : kSpin);
+  do {
+    for (int turn = 0; turn < 16 && !left_.empty(); ++turn) {
+      relax();
+      sweep();
+    }
+  } while (!left_.empty() && Clock::now() < spin_end);
   for (int turn = 0; turn < yields && !left_.empty(); ++turn) {
     sched_yield();
     sweep();
