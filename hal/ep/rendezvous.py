@@ -15,12 +15,15 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
 
 from hal.spec.errors import RankFailure, SpecError
+
+_OPENING: Final = "opening the buffer"
+_POLL: Final = 2e-4
 
 Exchange = Callable[[Any], list[Any]]
 """Gather one picklable object of every rank, in rank order."""
@@ -45,11 +48,14 @@ def exchange_over(group: Any, timeout: float) -> Exchange:
             except RuntimeError as error:
                 raise _absent(source, error) from None
         own = works.pop(rank)
-        for source, work in works.items():
-            try:
-                work.wait(timedelta(seconds=max(end - time.monotonic(), 0.001)))
-            except RuntimeError as error:
-                raise _absent(source, error) from None
+        # The first that fails is to blame: others may have left on its account by the time they are asked.
+        while works:
+            for source, work in list(works.items()):
+                if work.is_completed():
+                    _require(source, works.pop(source))
+            if works and time.monotonic() > end:
+                raise RankFailure(min(works), _OPENING, f"no answer from it within {timeout:g} s")
+            time.sleep(_POLL if works else 0)
         with contextlib.suppress(RuntimeError):  # whoever did not take it has been named, or will be
             own.wait(timedelta(seconds=max(end - time.monotonic(), 0.001)))
 
@@ -69,9 +75,16 @@ def exchange_over(group: Any, timeout: float) -> Exchange:
     return exchange if "cpu:gloo" in str(dist.get_backend_config(group)) else exchange_on_device
 
 
+def _require(rank: int, work: Any) -> None:
+    try:
+        work.wait()
+    except RuntimeError as error:
+        raise _absent(rank, error) from None
+
+
 def _absent(rank: int, error: RuntimeError) -> RankFailure:
     reason = str(error).split("\n")[0][:200]
-    return RankFailure(rank, "opening the buffer", f"no answer from it ({reason})")
+    return RankFailure(rank, _OPENING, f"no answer from it ({reason})")
 
 
 def agree(exchange: Exchange, fields: dict[str, Any]) -> None:
