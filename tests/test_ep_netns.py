@@ -120,8 +120,9 @@ def cut(rank: int, link: Callable[[], object]) -> tuple[int, str, float]:
         buffer.combine(got.recv_x, got.handle)
         dist.barrier()
         if rank == 0:
+            time.sleep(1.0)  # until the barrier has reached the others over a late and leaky link
             link()
-        time.sleep(0.5)
+        time.sleep(0.5 if rank == 0 else 1.5)
         start = time.monotonic()
         with pytest.raises(RankFailure) as caught:
             buffer.dispatch(mine.x, mine.topk_idx)
