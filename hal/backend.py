@@ -7,13 +7,14 @@ and must not touch the device; `probe` is the first call that may.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from hal.spec.errors import SpecError
 
 if TYPE_CHECKING:
+    from hal.ep.doctor import RankState
     from hal.ep.engine import EpEngine
     from hal.spec.capability import Capabilities
     from hal.spec.ep import EpBufferArgs
@@ -98,6 +99,10 @@ class Backend(ABC):
     @abstractmethod
     def ep_buffer(self, args: EpBufferArgs) -> EpEngine:
         """Open the expert-parallel engine of ``args.group``: its windows, its transport, its kernels."""
+
+    def ep_live(self) -> Sequence[RankState]:
+        """The ranks of live groups on this machine, seen from outside, for ``hal ep doctor``; nothing by default."""
+        return ()
 
     @abstractmethod
     def launches(self) -> Mapping[str, int]:

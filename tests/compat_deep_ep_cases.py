@@ -248,7 +248,7 @@ def told(rank: int) -> str:
 
 
 def nodes(rank: int) -> None:
-    """Over several nodes normal mode is the same; low-latency mode is refused as the backend declares."""
+    """Over several nodes both modes are the same; carrying on without a rank is refused as the backend declares."""
     os.environ["HAL_EP_RANKS_PER_NODE"] = "1"
     buffer = deep_ep.Buffer(dist.group.WORLD, low_latency_mode=True)
     x, idx = torch.randn(3, 64).bfloat16(), torch.tensor([[0, 3], [2, -1], [1, 0]])
@@ -269,9 +269,15 @@ def nodes(rank: int) -> None:
     assert again[1:5] == (None,) * 4
     sums = buffer.internode_combine(sent[0], sent[4])[0]
     torch.testing.assert_close(sums, x * in_rank.sum(1, keepdim=True))
+    packed = buffer.low_latency_dispatch(x, idx, 4, 4, use_fp8=False)
+    weights = torch.ones(3, 2)
+    sums = buffer.low_latency_combine(packed[0], idx, weights, packed[2])[0]
+    torch.testing.assert_close(sums, x * (idx >= 0).sum(1, keepdim=True))
+    shrinking = deep_ep.Buffer(dist.group.WORLD, low_latency_mode=True, enable_shrink=True)
     with pytest.raises(hal.UnsupportedError) as caught:
-        buffer.low_latency_dispatch(x, idx, 4, 4)
-    assert caught.value.argument == "low_latency_mode"
+        shrinking.low_latency_dispatch(x, idx, 4, 4)
+    assert caught.value.argument == "enable_shrink"
+    dist.barrier()
     assert deep_ep.ElasticBuffer(dist.group.WORLD, 1 << 21).get_physical_domain_size() == (2, 1)
     assert deep_ep.get_physical_domain_size(dist.group.WORLD) == (2, 1)
     assert deep_ep.get_logical_domain_size(dist.group.WORLD, allow_hybrid_mode=1) == (1, 2)

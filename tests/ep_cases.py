@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import hal
 from hal.reference import ep as oracle
 from hal.reference.ep import RankInput
+from hal.spec.ep import EpHandle
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,6 @@ class Case:
             "overflow": self.overflow,
             "ranks_per_node": self.per_node,
             "pre_reduce": self.pre_reduce,
-            "modes": ("normal", "low_latency") if self.per_node is None else ("normal",),
             "timeout": 10.0,
             "backend": "cpu",
         }
@@ -125,6 +126,7 @@ def normal(rank: int, cases: list[Case]) -> None:
         with case.buffer() as buffer:
             for repeat in range(2):
                 normal_once(rank, case, buffer, repeat)
+    dist.barrier()  # whoever leaves first resets connections that others still read
 
 
 def normal_once(rank: int, case: Case, buffer: hal.EpBuffer, repeat: int) -> None:
@@ -225,6 +227,25 @@ def check_received(case: Case, got: Any, want: oracle.RankReceived) -> None:
     if got.recv_topk_weights is not None:
         same("recv_topk_weights", got.recv_topk_weights[:rows], want.topk_weights)
     assert got.handle.num_dropped == want.num_dropped
+    check_sources(got.handle, want, dist.get_rank())
+
+
+def check_sources(handle: EpHandle, want: oracle.RankReceived, rank: int) -> None:
+    """Where every row came from, and how many tokens of each rank for each expert."""
+    ranks, positions = handle.recv_src_rank.tolist(), handle.recv_src_position.tolist()
+    assert len(ranks) == len(positions) == handle.num_recv_tokens
+    none = (-1, -1)
+    there = list(want.source)
+    told = list(zip(ranks, positions, strict=True))
+    assert told[: len(there)] == there
+    assert told[len(there) :] == [none] * (len(told) - len(there))
+    assert int(handle.sent_counts[:, rank].sum()) == len(set(there) - {none}) + handle.num_dropped
+    counts = torch.zeros_like(handle.recv_counts)
+    columns = want.topk_idx[:, None] if want.topk_idx.dim() == 1 else want.topk_idx
+    for (source, _), experts in zip(there, columns.tolist(), strict=True):
+        for expert in {one for one in experts if one >= 0}:
+            counts[source, expert] += 1
+    assert torch.equal(handle.recv_counts, counts), f"{handle.recv_counts} instead of {counts}"
 
 
 def packed(rank: int, cases: list[tuple[Case, str]]) -> None:
@@ -233,6 +254,7 @@ def packed(rank: int, cases: list[tuple[Case, str]]) -> None:
         with case.buffer(modes=("low_latency",)) as buffer:
             for repeat in range(3):
                 packed_once(rank, case, cast, buffer, repeat)
+    dist.barrier()
 
 
 CAST_FLAGS = {
@@ -301,9 +323,9 @@ def packed_once(rank: int, case: Case, cast: str, buffer: hal.EpBuffer, repeat: 
         same("combined_x", back.combined_x, want_sums[rank])
 
 
-def two_in_flight(rank: int) -> None:
+def two_in_flight(rank: int, per_node: int | None = None) -> None:
     """Two dispatches before either is received, combined in either order; a third live one is refused."""
-    case = Case(tokens=(6, 6), hidden=128)
+    case = Case(tokens=(6, 6), hidden=128, per_node=per_node)
     with case.buffer() as buffer:
         inputs = case.inputs()
         mine = inputs[rank]
@@ -330,9 +352,9 @@ def two_in_flight(rank: int) -> None:
         del result
 
 
-def mixed_modes(rank: int) -> None:
+def mixed_modes(rank: int, per_node: int | None = None) -> None:
     """Both modes on one buffer, asynchronous calls finished late and out of order, many results kept."""
-    case = Case(tokens=(6, 6), hidden=128)
+    case = Case(tokens=(6, 6), hidden=128, per_node=per_node)
     inputs = case.inputs()
     mine = inputs[rank]
     want = oracle.dispatch(inputs, case.experts)
@@ -401,9 +423,9 @@ def repeated(rank: int, runs: int) -> None:
             seen = now
 
 
-def returns_at_once(rank: int) -> tuple[float, float]:
+def returns_at_once(rank: int, per_node: int | None = None) -> tuple[float, float]:
     """Seconds of a call with a receive hook while the other rank is late, and of the hook."""
-    case = Case(tokens=(6, 6), hidden=128)
+    case = Case(tokens=(6, 6), hidden=128, per_node=per_node)
     inputs = case.inputs()
     mine = inputs[rank]
     want = oracle.low_latency_dispatch(inputs, case.experts, 6)

@@ -27,8 +27,43 @@ def test_two_nodes_give_the_bits_of_one() -> None:
         Case(ranks=4, tokens=(0, 0, 0, 0), per_node=2),
         Case(ranks=4, tokens=TOKENS, per_node=2, worst=64, routing="one"),
         Case(ranks=4, tokens=TOKENS, per_node=1),
+        Case(ranks=4, tokens=TOKENS, per_node=2, room=7, overflow="drop"),
+        Case(ranks=4, tokens=TOKENS, per_node=2, room=7, overflow="drop", expand=True, alignment=4, bias=1),
+        Case(ranks=4, tokens=TOKENS, per_node=2, room=4, overflow="grow", expand=True, worst=128),
     ]
     run_ranks(4, ep_cases.normal, plain, limit=90)
+
+
+def test_nodes_of_unequal_size_give_the_bits_of_one() -> None:
+    cases = [
+        Case(ranks=4, tokens=TOKENS, per_node=3, routing="distinct"),
+        Case(ranks=4, tokens=TOKENS, per_node=3, expand=True, alignment=4, bias=1, experts=10, topk=4),
+        Case(ranks=4, tokens=TOKENS, per_node=3, room=9, overflow="drop", routing="zipf"),
+    ]
+    run_ranks(4, ep_cases.normal, cases, limit=90)
+    five = [Case(ranks=5, tokens=(*TOKENS, 6), per_node=3, experts=10, bias=1)]
+    run_ranks(5, ep_cases.normal, five, limit=90)
+
+
+def test_low_latency_over_nodes_gives_the_bits_of_one() -> None:
+    cases = [
+        (Case(ranks=4, tokens=TOKENS, per_node=2, hidden=256), "none"),
+        (Case(ranks=4, tokens=TOKENS, per_node=2, hidden=256, routing="distinct"), "fp8"),
+        (Case(ranks=4, tokens=TOKENS, per_node=3, hidden=512, routing="zipf"), "fp8_ue8m0"),
+        (Case(ranks=4, tokens=(0, 0, 0, 3), per_node=3, experts=10, topk=4), "fp8_pow2"),
+    ]
+    run_ranks(4, ep_cases.packed, cases, limit=90)
+
+
+def test_low_latency_rules_hold_over_nodes() -> None:
+    run_ranks(2, ep_cases.two_in_flight, 1)
+    run_ranks(2, ep_cases.mixed_modes, 1)
+
+
+def test_a_hooked_call_over_nodes_does_not_wait_for_late_ranks() -> None:
+    (called, hooked), _ = (outcome.value for outcome in run_ranks(2, ep_cases.returns_at_once, 1))
+    assert called < 0.5
+    assert hooked > 0.3
 
 
 def test_pre_reduced_sums_are_node_by_node() -> None:
@@ -109,9 +144,8 @@ def test_a_rank_killed_on_one_node_is_named_on_both() -> None:
 
 
 def refused(rank: int) -> None:
-    for changes in ({"modes": ("low_latency",)}, {"overflow": "drop"}, {"mask_ranks": True}, {"ranks_per_node": 3}):
-        with pytest.raises(hal.UnsupportedError):
-            Case(ranks=4, tokens=TOKENS, per_node=2).buffer(**changes)
+    with pytest.raises(hal.UnsupportedError):
+        Case(ranks=4, tokens=TOKENS, per_node=2).buffer(mask_ranks=True)
 
 
 def test_what_has_no_path_between_nodes_is_refused() -> None:

@@ -31,6 +31,7 @@ EXPANDED = [
     Case(expand=True, alignment=8, tokens=(0, 9), bias=1),
     Case(expand=True, alignment=4, fp8="fp8", hidden=256),
     Case(expand=True, weights=False),
+    Case(expand=True, worst=64, alignment=4),
     Case(expand=True, alignment=4, routing="none"),
 ]
 BOUNDED = [

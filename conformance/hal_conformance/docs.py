@@ -18,10 +18,12 @@ declared: the suite makes the call all the same, and it must raise `UnsupportedE
 
 **Limits.** Against the float64 reference, for every (query, head) row:
 
-| | absolute | or relative | and cosine difference of the row, from {DIRECTION} columns on | and of the whole, from {WHOLE} rows on |
+| | absolute | or relative | and cosine difference of the row | and of the whole |
 |---|---|---|---|---|
 | out | {DENSE_OUT.absolute:g} | {DENSE_OUT.relative * 128:g}/128 | {DENSE_OUT.row_cosine:g} | {DENSE_OUT.cosine:g} |
 | lse | {DENSE_LSE.absolute:g} | {DENSE_LSE.relative * 65536:g}/65536 | implied by that of each value | likewise |
+
+The direction of a row is judged from {DIRECTION} columns on, that of the whole from {WHOLE} rows on.
 
 inf and NaN must be where the reference has them. The absolute limits are for data within ±1: where a row's V (or the
 sum of the absolute products behind its scores) is larger, they grow with it. A vendor may tighten limits, never loosen

@@ -3,8 +3,10 @@
 All sides run in the same processes, in blocks that take turns, so that whatever else the machine does hits them alike.
 The peers get every advantage: their payload is gathered beforehand, sizes are known to them, no routes travel, and
 nothing is reduced. Times are per call; of each call the slowest rank counts. ``gbps`` is the bytes of token rows a rank
-receives (its own included, since they are moved too; ``remote_share`` says how many came from others) over the median.
+receives (its own included, since they are moved too; ``remote_gbps`` counts those from others alone) over the median.
 ``copy_gbps`` is a plain copy of as many bytes by all ranks at once.
+
+Overlap: what is left of the receive when compute as long as it stands between the call and its hook.
 
 Run by ``hal bench ep``; started under ``mpiexec`` the ranks find MPI and measure it too.
 """
@@ -21,64 +23,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hal.bench.ep_cases import FULL, OVERLAPS, QUICK, Shape, routes
+from hal.bench.ep_report import document, quantile, report, table
 from hal.ep.buffer import EpBuffer
 
 Call = Callable[[], object]
 
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """One row of the table."""
-
-    operation: str  # dispatch, combine, low_latency_dispatch, low_latency_combine
-    tokens: int
-    experts: int = 64
-    topk: int = 8
-    hidden: int = 7168
-    fp8: bool = False
-    routing: str = "uniform"
-
-    @property
-    def name(self) -> str:
-        """How the table calls it."""
-        kind = "fp8" if self.fp8 else "bf16"
-        return f"{self.operation} {kind} T={self.tokens} top-{self.topk}/{self.experts} {self.routing}"
-
-
-QUICK = (
-    Shape("dispatch", 1),
-    Shape("dispatch", 128),
-    Shape("combine", 128),
-    Shape("low_latency_dispatch", 1, fp8=True),
-    Shape("low_latency_dispatch", 128, fp8=True),
-    Shape("dispatch", 1024),
-    Shape("combine", 1024),
-)
-FULL = (
-    *(Shape(op, t) for op in ("dispatch", "combine") for t in (1, 8, 16, 32, 128, 1024, 2048, 4096)),
-    *(Shape("dispatch", t, fp8=True) for t in (1, 128, 4096)),
-    *(Shape(op, t, experts=256) for op in ("dispatch", "combine") for t in (1, 128, 4096)),
-    *(Shape(op, t, routing="zipf") for op in ("dispatch", "combine") for t in (128, 4096)),
-    *(Shape("low_latency_dispatch", t, fp8=True) for t in (1, 16, 128)),
-    *(Shape("low_latency_combine", t) for t in (1, 16, 128)),
-)
-
-
-def routes(shape: Shape, rank: int) -> Tensor:
-    """Distinct experts of every token, uniform or with a Zipf law over experts."""
-    seed = torch.Generator().manual_seed(17 + rank)
-    law = torch.ones(shape.experts)
-    if shape.routing == "zipf":
-        law = 1.0 / torch.arange(1, shape.experts + 1)
-    return torch.multinomial(law.expand(shape.tokens, -1), shape.topk, generator=seed)
+QUICK_SECONDS: Final = 30.0
+"""When --quick begins no further case: the last one and the imports fit in the rest of its minute."""
 
 
 class Rank:
@@ -136,6 +96,50 @@ class Rank:
         total = float(in_rows.sum()) * row
         return calls, {"bytes": total, "remote": total - float(in_rows[self.rank]) * row}
 
+    def overlap(self, shape: Shape, seconds: float) -> dict[str, Any]:
+        """Medians of a call with a hook, of the hook at once, and of the hook after compute as long as that."""
+        low_latency = shape.operation.startswith("low_latency")
+        with EpBuffer(
+            num_experts=shape.experts,
+            hidden=shape.hidden,
+            topk=shape.topk,
+            max_tokens_per_rank=shape.tokens,
+            modes=("low_latency",) if low_latency else ("normal",),
+        ) as buffer:
+            idx = routes(shape, self.rank)
+            x, weights = torch.randn(shape.tokens, shape.hidden).bfloat16(), torch.rand(shape.tokens, shape.topk)
+
+            def once(compute: float) -> tuple[float, float]:
+                dist.barrier()
+                start = time.perf_counter()
+                if low_latency:
+                    hook = buffer.low_latency_dispatch(x, idx, use_fp8=shape.fp8, return_recv_hook=True).hook
+                else:
+                    hook = buffer.dispatch(x, idx, weights, return_recv_hook=True).hook
+                called = time.perf_counter()
+                while time.perf_counter() < called + compute:
+                    pass
+                begun = time.perf_counter()
+                assert hook is not None
+                hook()
+                return called - start, time.perf_counter() - begun
+
+            plain = [once(0.0) for _ in range(5)]
+            count = max(10, min(300, int(seconds / max(_slowest([sum(one) for one in plain]), 1e-5) / 4)))
+            plain = [once(0.0) for _ in range(count)]
+            calls = _worst_of_ranks([one[0] for one in plain])
+            receives = _worst_of_ranks([one[1] for one in plain])
+            receive = quantile(receives, 0.5)
+            left = quantile(_worst_of_ranks([once(receive)[1] for _ in range(count)]), 0.5)
+        return {
+            "name": shape.name,
+            "ranks": self.ranks,
+            "call_us": quantile(calls, 0.5) * 1e6,
+            "receive_us": receive * 1e6,
+            "visible_us": left * 1e6,
+            "visible": left / receive,
+        }
+
     def time(self, shape: Shape, seconds: float) -> dict[str, Any]:
         """Time every side of a shape in turns for about so long."""
         low_latency = shape.operation.startswith("low_latency")
@@ -189,39 +193,17 @@ def _exchange_counts(sent: Tensor) -> Tensor:
     return received
 
 
-def _quantile(values: Sequence[float], q: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, math.ceil(q * len(ordered)) - 1)]
+def run(
+    ranks: int,
+    shapes: Sequence[Shape],
+    overlaps: Sequence[Shape] = OVERLAPS,
+    seconds: float = 2.0,
+    budget: float = math.inf,
+    limit: float = 3600.0,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Start the ranks, under ``mpiexec`` where there is one; a report for each shape, and one for each overlap.
 
-
-def report(shape: Shape, ranks: int, found: dict[str, Any]) -> dict[str, Any]:
-    """One case of the published JSON."""
-    times = {name: _quantile(values, 0.5) for name, values in found["merged"].items()}
-    ours = found["merged"]["ours"]
-    gbps = found["bytes"] / times["ours"] / 1e9
-    copy = found["bytes"] / times["copy"] / 1e9
-    peers = {
-        name: {"us_p50": times[name] * 1e6, "speedup": times[name] / times["ours"]}
-        for name in ("gloo", "mpi")
-        if name in times
-    }
-    return {
-        "name": shape.name,
-        **asdict(shape),
-        "ranks": ranks,
-        "us_p50": times["ours"] * 1e6,
-        "us_p99": _quantile(ours, 0.99) * 1e6,
-        "gbps": gbps,
-        "copy_gbps": copy,
-        "fraction_of_copy": gbps / copy,
-        "remote_share": found["remote"] / found["bytes"] if found["bytes"] else 0.0,
-        "calls": len(ours),
-        "peers": peers,
-    }
-
-
-def run(ranks: int, shapes: Sequence[Shape], seconds: float = 2.0, limit: float = 600.0) -> list[dict[str, Any]]:
-    """Start the ranks, under ``mpiexec`` where there is one, and return one report a shape.
+    After ``budget`` seconds no further case is begun.
 
     Raises
     ------
@@ -231,7 +213,16 @@ def run(ranks: int, shapes: Sequence[Shape], seconds: float = 2.0, limit: float 
     with tempfile.TemporaryDirectory() as folder:
         task = os.path.join(folder, "task.json")
         with open(task, "w") as file:
-            json.dump({"ranks": ranks, "seconds": seconds, "shapes": [asdict(shape) for shape in shapes]}, file)
+            json.dump(
+                {
+                    "ranks": ranks,
+                    "seconds": seconds,
+                    "budget": min(budget, limit),
+                    "shapes": [asdict(shape) for shape in shapes],
+                    "overlaps": [asdict(shape) for shape in overlaps],
+                },
+                file,
+            )
         worker = [sys.executable, "-m", "hal.bench.ep", "--worker", task]
         mpiexec = shutil.which("mpiexec", path=os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"])
         if mpiexec is not None and _has_mpi():
@@ -255,7 +246,8 @@ def run(ranks: int, shapes: Sequence[Shape], seconds: float = 2.0, limit: float 
         if not os.path.exists(result):
             raise RuntimeError("\n".join(said))
         with open(result) as file:
-            return json.load(file)  # type: ignore[no-any-return]
+            found = json.load(file)
+        return found["cases"], found["overlaps"]
 
 
 def _has_mpi() -> bool:
@@ -281,53 +273,41 @@ def _work(task: str, rank: int | None) -> None:
         "gloo", init_method=meeting, rank=rank, world_size=given["ranks"], timeout=timedelta(seconds=120)
     )
     here = Rank(world)
-    reports = []
+    begin, cases, overlaps = time.monotonic(), [], []
     for fields in given["shapes"]:
         shape = Shape(**fields)
-        reports.append(report(shape, given["ranks"], here.time(shape, given["seconds"])))
+        if _slowest([time.monotonic() - begin]) < given["budget"]:
+            cases.append(report(shape, given["ranks"], here.time(shape, given["seconds"])))
+    for fields in given["overlaps"]:
+        if _slowest([time.monotonic() - begin]) < given["budget"]:
+            overlaps.append(here.overlap(Shape(**fields), given["seconds"]))
     dist.barrier()
     if rank == 0:
         with open(os.path.join(folder, "result.json"), "w") as file:
-            json.dump(reports, file)
+            json.dump({"cases": cases, "overlaps": overlaps}, file)
     dist.destroy_process_group()
 
 
-def table(reports: Sequence[dict[str, Any]]) -> str:
-    """The reports as text."""
-    lines = [f"{'case':52} {'p50 µs':>9} {'p99 µs':>9} {'GB/s':>6} {'of copy':>8} {'gloo':>7} {'MPI':>7}"]
-    for one in reports:
-        peers = [f"{one['peers'][p]['speedup']:6.2f}×" if p in one["peers"] else "–" for p in ("gloo", "mpi")]
-        lines.append(
-            f"{one['ranks']} ranks {one['name']:44} {one['us_p50']:9.1f} {one['us_p99']:9.1f} {one['gbps']:6.2f}"
-            f" {one['fraction_of_copy']:7.0%} {peers[0]:>7} {peers[1]:>7}"
-        )
-    return "\n".join(lines)
-
-
-def document(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The published JSON."""
-    return {"limits": {"copy_gbps": max(one["copy_gbps"] for one in reports)}, "cases": list(reports)}
+def measure(ranks: Sequence[int], quick: bool, seconds: float | None) -> tuple[str, dict[str, Any]]:
+    """The table and the published JSON for groups of these sizes."""
+    cases: list[dict[str, Any]] = []
+    overlaps: list[dict[str, Any]] = []
+    begin = time.monotonic()
+    for count in ranks:
+        left = QUICK_SECONDS - (time.monotonic() - begin) if quick else math.inf
+        each = seconds if seconds is not None else 1.5 if quick else 2.0
+        found = run(count, QUICK if quick else FULL, OVERLAPS[:1] if quick else OVERLAPS, each, left)
+        cases += found[0]
+        overlaps += found[1]
+    return table(cases, overlaps), document(cases, overlaps)
 
 
 def main() -> None:
-    """The ranks' own entry, and a way to run the table without the command line tool."""
+    """The ranks' own entry."""
     parser = argparse.ArgumentParser(prog="python -m hal.bench.ep")
-    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2])
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--seconds", type=float, default=2.0)
-    parser.add_argument("--json")
+    parser.add_argument("--worker", nargs="+", required=True, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.worker:
-        _work(given.worker[0], int(given.worker[1]) if len(given.worker) > 1 else None)
-        return
-    reports = []
-    for ranks in given.ranks:
-        reports += run(ranks, QUICK if given.quick else FULL, given.seconds)
-    print(table(reports))
-    if given.json:
-        with open(given.json, "w") as file:
-            json.dump(document(reports), file, indent=1)
+    _work(given.worker[0], int(given.worker[1]) if len(given.worker) > 1 else None)
 
 
 if __name__ == "__main__":

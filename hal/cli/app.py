@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import hal
-from hal.cli import backends, bench, demo, doctor, shims
+from hal.cli import backends, bench, demo, doctor, ep, shims
 from hal.cli.extensions import Commands
 from hal.cli.text import paragraph
 
@@ -32,6 +32,7 @@ app.command("doctor", help=doctor.HELP)(doctor.doctor)
 app.command("demo", help=demo.HELP)(demo.demo)
 app.command("install-shims", help=shims.HELP)(shims.install_shims)
 app.add_typer(bench.app, name="bench")
+app.add_typer(ep.app, name="ep")
 
 
 def _show_version(wanted: bool) -> None:

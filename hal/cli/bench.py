@@ -176,21 +176,23 @@ def overhead(
 
 @app.command("ep", help=EP_HELP)
 def ep(
-    ranks: Annotated[list[int] | None, typer.Option(min=1, max=64, help="Group size; may be repeated; 2.")] = None,
+    ranks: Annotated[
+        list[int] | None, typer.Option(min=1, max=64, help="Group size; may be repeated; 2 and 4, 2 with --quick.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A few cases, within a minute.")] = False,
-    seconds: Annotated[float, typer.Option(min=0.2, max=600.0, help="For each case, all sides together.")] = 2.0,
+    seconds: Annotated[
+        float | None, typer.Option(min=0.2, max=600.0, help="For each case, all sides together; 2, 1.5 with --quick.")
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Time expert-parallel calls."""
     from hal.bench import ep as instrument
 
     require_writable(json=json_file)
-    reports = []
-    for count in ranks or [2]:
-        reports += instrument.run(count, instrument.QUICK if quick else instrument.FULL, seconds)
-    typer.echo(instrument.table(reports))
+    shown, found = instrument.measure(ranks or ([2] if quick else [2, 4]), quick, seconds)
+    typer.echo(shown)
     if json_file is not None:
-        json_file.write_text(json.dumps(instrument.document(reports), indent=1) + "\n")
+        json_file.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _cases(names: Sequence[str], quick: bool, threads: int) -> Sequence[MlaCase]:

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from types import TracebackType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Final, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from hal import plugins
+from hal.ep.doctor import write_dump
 from hal.ep.engine import EpEngine, Finish
+from hal.ep.launch import launched_ranks_per_node, resolved_device
 from hal.ep.rendezvous import agree, exchange_over
+from hal.ep.results import (
+    DONE,
+    EpCombineResult,
+    EpCompletion,
+    EpDispatchResult,
+    EpLowLatencyCombineResult,
+    EpLowLatencyDispatchResult,
+)
 from hal.spec.ep import (
     MODES,
     EpBufferArgs,
-    EpCallArgs,
     EpHandle,
     EpLayout,
     EpLowLatencyHandle,
@@ -31,98 +40,9 @@ from hal.spec.ep import (
     require_ep_call_declared,
     require_ep_declared,
 )
-from hal.spec.errors import SpecError, UnsupportedError
+from hal.spec.errors import RankFailure, SpecError, UnsupportedError
 
-RANKS_PER_NODE_ENV = "HAL_EP_RANKS_PER_NODE"
-
-_Args = TypeVar("_Args", bound=EpCallArgs)
-Hook = Callable[[], None]
-
-
-class EpCompletion:
-    """Completion of a call: ``wait()`` it as an event, or call it as a receive hook; once or often."""
-
-    __slots__ = ("_error", "_finish")
-
-    def __init__(self, finish: Finish | None) -> None:
-        self._finish = finish
-        self._error: BaseException | None = None
-
-    def wait(self) -> None:
-        """Return when the call's results are complete; raise what it failed with."""
-        finish, self._finish = self._finish, None
-        if finish is not None:
-            try:
-                finish()
-            except BaseException as error:
-                self._error = error
-                raise
-        elif self._error is not None:
-            raise self._error
-
-    __call__ = wait
-
-    @property
-    def done(self) -> bool:
-        """Whether `wait` has run."""
-        return self._finish is None
-
-
-_DONE = EpCompletion(None)
-
-
-class EpDispatchResult(NamedTuple):
-    """What `EpBuffer.dispatch` returns.
-
-    Attributes
-    ----------
-    recv_x : Tensor or (Tensor, Tensor)
-        Received rows, with their scales where the sent ones had some.
-    recv_topk_idx, recv_topk_weights : Tensor, Tensor or None
-        Local expert ids (-1 elsewhere) and weights of each row.
-    num_recv_tokens_per_expert : tuple of int
-        L counts rounded up to the alignment; empty with ``num_worst_tokens``.
-    handle : EpHandle
-    event : EpCompletion
-        To wait for with ``async_finish``.
-    hook : EpCompletion or None
-        To call with ``return_recv_hook``.
-    """
-
-    recv_x: Tensor | tuple[Tensor, Tensor]
-    recv_topk_idx: Tensor
-    recv_topk_weights: Tensor | None
-    num_recv_tokens_per_expert: tuple[int, ...]
-    handle: EpHandle
-    event: EpCompletion
-    hook: EpCompletion | None
-
-
-class EpCombineResult(NamedTuple):
-    """What `EpBuffer.combine` returns: the sums [n, H], the summed weights [n, K] or None, event and hook."""
-
-    combined_x: Tensor
-    combined_topk_weights: Tensor | None
-    event: EpCompletion
-    hook: EpCompletion | None
-
-
-class EpLowLatencyDispatchResult(NamedTuple):
-    """What `EpBuffer.low_latency_dispatch` returns: packed rows (with scales), counts [L], handle, event and hook."""
-
-    recv_x: Tensor | tuple[Tensor, Tensor]
-    recv_count: Tensor
-    handle: EpLowLatencyHandle
-    event: EpCompletion
-    hook: EpCompletion | None
-
-
-class EpLowLatencyCombineResult(NamedTuple):
-    """What `EpBuffer.low_latency_combine` returns: the weighted sums [n, H], event and hook."""
-
-    combined_x: Tensor
-    event: EpCompletion
-    hook: EpCompletion | None
+_TIMEOUT: Final = 30.0
 
 
 class EpBuffer:
@@ -146,7 +66,8 @@ class EpBuffer:
     modes : tuple of str
         ``"normal"`` and ``"low_latency"``, those that will be used.
     max_recv_tokens : int, optional
-        Rows a rank has room for in one normal dispatch; by default all that can come.
+        Tokens a rank has room for in one normal dispatch, a token counting once in either layout; by default all that
+        can come.
     overflow : {"error", "drop", "grow"}
         What happens beyond that.
     ranks_per_node : int, optional
@@ -154,7 +75,7 @@ class EpBuffer:
     pre_reduce : bool
         Between nodes combine sends a partial sum a node: fewer bytes, another order of summation.
     timeout : float
-        Seconds within which a rank that does not answer is named.
+        Seconds within which a rank that does not answer is named, here too.
     mask_ranks : bool
         Carry on without failed ranks.
     device : torch.device, optional
@@ -186,7 +107,7 @@ class EpBuffer:
         overflow: str = "error",
         ranks_per_node: int | None = None,
         pre_reduce: bool = False,
-        timeout: float = 30.0,
+        timeout: float = _TIMEOUT,
         mask_ranks: bool = False,
         device: torch.device | str | None = None,
         faults: object = None,
@@ -197,11 +118,11 @@ class EpBuffer:
         group = dist.group.WORLD if group is None else group
         if not isinstance(group, dist.ProcessGroup):
             raise SpecError("group", type(group).__name__, "a torch.distributed.ProcessGroup this process belongs to")
-        exchange = exchange_over(group)
+        exchange = exchange_over(group, float(timeout) if _is_number(timeout) and timeout > 0 else _TIMEOUT)
         num_ranks = dist.get_world_size(group)
-        if ranks_per_node is None:
-            ranks_per_node = _launched_ranks_per_node(num_ranks)
         try:
+            if ranks_per_node is None:
+                ranks_per_node = launched_ranks_per_node(num_ranks)
             chosen = plugins.select(backend)
             args = check_buffer(
                 group,
@@ -219,7 +140,7 @@ class EpBuffer:
                 overflow,
                 timeout,
                 mask_ranks,
-                chosen.capabilities.device_types[0] if device is None else device,
+                resolved_device(device, chosen.capabilities.device_types, chosen.name),
                 faults,
             )
             require_ep_declared(args, chosen.capabilities.ep, chosen.name)
@@ -234,6 +155,7 @@ class EpBuffer:
         assert chosen.capabilities.ep is not None
         self._args = args
         self._backend = chosen.name
+        self._recorded = False
         self._declared = chosen.capabilities.ep
         self._engine: EpEngine = chosen.backend.ep_buffer(args)
 
@@ -305,9 +227,9 @@ class EpBuffer:
         EpDispatchResult
             Rows by source rank, then source position.
         """
-        args = self._checked(
-            "dispatch",
-            lambda: check_dispatch(
+        try:
+            self._require_mode("normal")
+            args = check_dispatch(
                 self._args,
                 self._engine.owner,
                 x,
@@ -320,12 +242,18 @@ class EpBuffer:
                 previous_event,
                 async_finish,
                 return_recv_hook,
-            ),
-        )
+            )
+            require_ep_call_declared(args, self._declared, self._backend)
+        except (SpecError, UnsupportedError) as error:
+            raise self._refused("dispatch", error) from None
         if previous_event is not None:
             previous_event.wait()
-        done = self._engine.dispatch(args)
-        event, hook = _completion(done.finish, async_finish, return_recv_hook)
+        try:
+            done = self._engine.dispatch(args)
+            event, hook = self._completion(done.finish, async_finish, return_recv_hook)
+        except RankFailure as failure:
+            self._record(failure)
+            raise
         return EpDispatchResult(
             done.recv_x if done.recv_scales is None else (done.recv_x, done.recv_scales),
             done.recv_topk_idx,
@@ -362,9 +290,9 @@ class EpBuffer:
         previous_event, async_finish, return_recv_hook
             As in `dispatch`.
         """
-        args = self._checked(
-            "combine",
-            lambda: check_combine(
+        try:
+            self._require_mode("normal")
+            args = check_combine(
                 self._args,
                 self._engine.owner,
                 x,
@@ -374,12 +302,18 @@ class EpBuffer:
                 previous_event,
                 async_finish,
                 return_recv_hook,
-            ),
-        )
+            )
+            require_ep_call_declared(args, self._declared, self._backend)
+        except (SpecError, UnsupportedError) as error:
+            raise self._refused("combine", error) from None
         if previous_event is not None:
             previous_event.wait()
-        done = self._engine.combine(args)
-        event, hook = _completion(done.finish, async_finish, return_recv_hook)
+        try:
+            done = self._engine.combine(args)
+            event, hook = self._completion(done.finish, async_finish, return_recv_hook)
+        except RankFailure as failure:
+            self._record(failure)
+            raise
         return EpCombineResult(done.out, done.topk_weights, event, hook)
 
     def low_latency_dispatch(
@@ -419,9 +353,9 @@ class EpBuffer:
         EpLowLatencyDispatchResult
             recv_x [L, R · M, H]; of expert e the first ``recv_count[e]`` rows are valid.
         """
-        args = self._checked(
-            "low_latency_dispatch",
-            lambda: check_low_latency_dispatch(
+        try:
+            self._require_mode("low_latency")
+            args = check_low_latency_dispatch(
                 self._args,
                 x,
                 topk_idx,
@@ -432,11 +366,16 @@ class EpBuffer:
                 dispatch_wait_recv_cost_stats,
                 async_finish,
                 return_recv_hook,
-            ),
-            "low_latency",
-        )
-        done = self._engine.low_latency_dispatch(args)
-        event, hook = _completion(done.finish, async_finish, return_recv_hook)
+            )
+            require_ep_call_declared(args, self._declared, self._backend)
+        except (SpecError, UnsupportedError) as error:
+            raise self._refused("low_latency_dispatch", error) from None
+        try:
+            done = self._engine.low_latency_dispatch(args)
+            event, hook = self._completion(done.finish, async_finish, return_recv_hook)
+        except RankFailure as failure:
+            self._record(failure)
+            raise
         rows = done.recv_x if done.recv_scales is None else (done.recv_x, done.recv_scales)
         return EpLowLatencyDispatchResult(rows, done.recv_count, done.handle, event, hook)
 
@@ -469,9 +408,9 @@ class EpBuffer:
             [R] int64.
         zero_copy, async_finish, return_recv_hook : bool
         """
-        args = self._checked(
-            "low_latency_combine",
-            lambda: check_low_latency_combine(
+        try:
+            self._require_mode("low_latency")
+            args = check_low_latency_combine(
                 self._args,
                 self._engine.owner,
                 x,
@@ -483,11 +422,16 @@ class EpBuffer:
                 combine_wait_recv_cost_stats,
                 async_finish,
                 return_recv_hook,
-            ),
-            "low_latency",
-        )
-        done = self._engine.low_latency_combine(args)
-        event, hook = _completion(done.finish, async_finish, return_recv_hook)
+            )
+            require_ep_call_declared(args, self._declared, self._backend)
+        except (SpecError, UnsupportedError) as error:
+            raise self._refused("low_latency_combine", error) from None
+        try:
+            done = self._engine.low_latency_combine(args)
+            event, hook = self._completion(done.finish, async_finish, return_recv_hook)
+        except RankFailure as failure:
+            self._record(failure)
+            raise
         return EpLowLatencyCombineResult(done.out, event, hook)
 
     def low_latency_combine_buffer(self, handle: EpLowLatencyHandle) -> Tensor:
@@ -496,6 +440,20 @@ class EpBuffer:
             raise SpecError("handle", type(handle).__name__, "the handle that low_latency_dispatch returned")
         handle.check(self._engine.owner)
         return self._engine.low_latency_combine_buffer(handle)
+
+    def refuse(self, error: SpecError) -> NoReturn:
+        """Make every rank's call raise this error, in place of a call that this rank cannot make. Collective.
+
+        For callers that check arguments of their own: a rank that simply raised would leave the others waiting.
+
+        Raises
+        ------
+        SpecError
+            ``error``, or what another rank refused at the same time: the same on every rank.
+        """
+        if not isinstance(error, SpecError):
+            raise SpecError("error", type(error).__name__, "a SpecError")
+        raise self._engine.refuse("refuse", error)
 
     def set_mask(self, rank: int, masked: bool = True) -> None:
         """Carry on without a rank, or with it again; needs ``mask_ranks=True``. Local."""
@@ -528,8 +486,12 @@ class EpBuffer:
         dtype: torch.dtype = torch.bfloat16,
         modes: Sequence[str] = MODES,
         max_recv_tokens: int | None = None,
+        expand: bool = False,
+        expert_alignment: int = 1,
     ) -> dict[str, int]:
         """Bytes a rank needs at most for one call of each kind, by purpose, before anything is allocated.
+
+        ``expand`` and ``expert_alignment`` are those of the dispatches to come.
 
         Returns
         -------
@@ -543,50 +505,57 @@ class EpBuffer:
         )
         row = hidden * dtype.itemsize
         groups = -(-hidden // 128)
+        rows, columns = args.max_recv_tokens, topk
+        if expand:
+            rows, columns = rows * min(topk, args.local_experts) + (expert_alignment - 1) * args.local_experts, 1
         cells = args.local_experts * num_ranks * max_tokens_per_rank
         normal, low_latency = "normal" in args.modes, "low_latency" in args.modes
         found = {
-            "normal_recv": args.max_recv_tokens * (max(row, hidden + 4 * groups) + 12 * topk) * normal,
-            "normal_combine": args.max_recv_tokens * (row + 4 * topk) * normal,
+            "normal_recv": rows * (max(row, hidden + 4 * groups) + 12 * columns + 4) * normal,
+            "normal_combine": rows * (row + 4 * columns) * normal,
             "low_latency_recv": 2 * cells * (max(row, hidden + 4 * groups) + 4) * low_latency,
             "low_latency_combine": 2 * cells * row * low_latency,
         }
         return {**found, "total": sum(found.values())}
 
-    def _checked(self, phase: str, check: Callable[[], _Args], mode: str = "normal") -> _Args:
-        """Check a collective call; what is wrong here is told to the other ranks, who would wait otherwise."""
+    def _require_mode(self, mode: str) -> None:
+        if mode not in self._args.modes:
+            raise SpecError("modes", self._args.modes, f"a buffer made with {mode!r} among its modes")
+
+    def _refused(self, phase: str, error: SpecError | UnsupportedError) -> Exception:
+        """Tell the other ranks what is wrong with a call here, since they would wait otherwise."""
+        if isinstance(error, SpecError):
+            return self._engine.refuse(phase, error)
+        self._engine.refuse(phase, SpecError(error.argument, error.got, error.supported))
+        return error
+
+    def _completion(
+        self, finish: Finish, async_finish: bool, return_recv_hook: bool
+    ) -> tuple[EpCompletion, EpCompletion | None]:
+        if return_recv_hook:
+            hook = EpCompletion(partial(self._late, finish))
+            return hook, hook
+        if async_finish:
+            return EpCompletion(partial(self._late, finish)), None
+        finish()
+        return DONE, None
+
+    def _late(self, finish: Finish) -> None:
         try:
-            if mode not in self._args.modes:
-                raise SpecError("modes", self._args.modes, f"a buffer made with {mode!r} among its modes")
-            args = check()
-            require_ep_call_declared(args, self._declared, self._backend)
-        except SpecError as error:
-            raise self._engine.refuse(phase, error) from None
-        except UnsupportedError as error:
-            self._engine.refuse(phase, SpecError(error.argument, error.got, error.supported))
+            finish()
+        except RankFailure as failure:
+            self._record(failure)
             raise
-        return args
+
+    def _record(self, failure: RankFailure) -> None:
+        """Leave a dump for ``hal ep doctor``, once."""
+        if not self._recorded:
+            self._recorded = True
+            write_dump(failure, self._args.rank, self._args.num_ranks, self.records())
 
 
-def _completion(finish: Finish, async_finish: bool, return_recv_hook: bool) -> tuple[EpCompletion, EpCompletion | None]:
-    if return_recv_hook:
-        hook = EpCompletion(finish)
-        return hook, hook
-    if async_finish:
-        return EpCompletion(finish), None
-    finish()
-    return _DONE, None
-
-
-def _launched_ranks_per_node(num_ranks: int) -> int | None:
-    said = os.environ.get(RANKS_PER_NODE_ENV)
-    if said is not None:
-        if not said.isdigit() or int(said) < 1:
-            raise SpecError(RANKS_PER_NODE_ENV, repr(said), "a positive integer, or unset")
-        return int(said)
-    local, world = os.environ.get("LOCAL_WORLD_SIZE", ""), os.environ.get("WORLD_SIZE", "")
-    # A group that is not the whole world says nothing about how its ranks lie on nodes.
-    return int(local) if local.isdigit() and int(local) > 0 and world == str(num_ranks) else None
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _agreed(args: EpBufferArgs) -> dict[str, Any]:

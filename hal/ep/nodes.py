@@ -1,29 +1,34 @@
 """Expert parallelism over several nodes: torch.distributed between them, a node engine inside each.
 
-Rank i of a node talks to rank i of every other node. A token bound for several ranks of a remote node crosses once, to
-the rank with the same number there, which relays it inside its node; rows come back the same way. Everything here is
-torch, so it serves every vendor; what happens inside a node is the vendor's `NodeEngine`.
+A token bound for several ranks of a remote node crosses once, to the rank that `hal.ep.topology` names, which relays it
+inside its node; rows come back the same way. Everything here is torch, so it serves every vendor; what happens inside a
+node is the vendor's `NodeEngine`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import struct
-import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import timedelta
-from functools import partial
 from typing import Any, Final, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from hal.ep.engine import EpCombined, EpDispatched, EpEngine, EpLowLatencyCombined, EpLowLatencyDispatched
+from hal.ep.engine import (
+    EpCombined,
+    EpDispatched,
+    EpEngine,
+    EpLowLatencyCombined,
+    EpLowLatencyDispatched,
+    Finish,
+)
 from hal.ep.layout import count_layout
+from hal.ep.topology import Topology
+from hal.ep.wire import Wire
 from hal.spec.ep import (
+    CASTS,
     EpBufferArgs,
     EpCombineArgs,
     EpDispatchArgs,
@@ -33,19 +38,39 @@ from hal.spec.ep import (
     EpLowLatencyDispatchArgs,
     EpLowLatencyHandle,
 )
-from hal.spec.errors import RankFailure, SpecError, UnsupportedError
+from hal.spec.errors import SpecError, UnsupportedError
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Relayed:
+    """Tokens of several ranks for which one rank of this node speaks.
+
+    Attributes
+    ----------
+    begin : list of int
+        Where the tokens of each of `Topology.sources` begin, and their end.
+    positions : Tensor
+        int32: position of each token at its source.
+    sent : Tensor
+        [sources, R] int32: how many tokens each source sends to each rank of the group.
+    """
+
+    begin: list[int]
+    positions: Tensor
+    sent: Tensor
 
 
 class NodeEngine(EpEngine):
     """An engine of one node's ranks that can also relay tokens of ranks elsewhere.
 
-    Its ``dispatch`` takes tokens of one rank of every node (``begin`` tells where each node's tokens start) and orders
-    what it delivers by the source's rank in the whole group.
+    It delivers what it relays in the order of `Topology.sources`, that is, of the source's rank in the whole group.
     """
 
     @abstractmethod
-    def relay(self, args: EpDispatchArgs, begin: Sequence[int]) -> EpDispatched:
-        """Dispatch within the node tokens that came from several nodes; experts elsewhere are ignored."""
+    def relay(self, args: EpDispatchArgs, tokens: Relayed) -> EpDispatched:
+        """Dispatch relayed tokens within the node; experts elsewhere are ignored."""
 
     @abstractmethod
     def gather(self, x: Tensor, handle: EpHandle) -> Tensor:
@@ -55,34 +80,33 @@ class NodeEngine(EpEngine):
     def partial(self, x: Tensor, handle: EpHandle) -> Tensor:
         """Bring the rows of x back and sum those of this node, in top-k order: float32 [n, C]."""
 
+    @abstractmethod
+    def reserve_packed(self, args: EpLowLatencyDispatchArgs) -> EpLowLatencyDispatched:
+        """The result of a coming `relay_packed`, its tensors empty and its ``finish`` of no use.
 
-_T = TypeVar("_T")
+        Raises
+        ------
+        SpecError
+            Two results are live already.
+        """
+
+    @abstractmethod
+    def relay_packed(self, args: EpLowLatencyDispatchArgs, reserved: EpLowLatencyDispatched, tokens: Relayed) -> Finish:
+        """Send relayed tokens to the packed slots of this node's experts, filling a reserved result."""
+
+    @abstractmethod
+    def gather_packed(self, args: EpLowLatencyCombineArgs) -> Tensor:
+        """Bring packed rows back unsummed: [n, K, H] of the relayed tokens, 0 where a choice has no row here."""
 
 
 @dataclass(slots=True, eq=False)
 class _Routes:
     """What a handle of this engine carries: the relayed dispatch, and who sent what."""
 
-    inner: EpHandle
+    inner: Any
+    idx: Tensor  # of the relayed tokens
     begin: list[int]
     chosen: list[Tensor]  # for each node the positions of this rank's tokens that go there
-
-
-_KIND: Final = {"dispatch": 1, "combine": 2, "refused": 3, "failed": 4}
-_LAST_WAIT: Final = timedelta(seconds=1)
-_HEADERS, _ROWS = 1, 2  # tags: a header is never taken for rows
-_FIELDS: Final = (
-    "call",
-    "topk_weights",
-    "topk_idx",
-    "x",
-    "x",
-    "x",
-    "expand",
-    "expert_alignment",
-    "num_worst_tokens",
-    "handle",
-)
 
 
 class NodesEngine(EpEngine):
@@ -93,28 +117,18 @@ class NodesEngine(EpEngine):
     args : EpBufferArgs
     node : NodeEngine
         Of this rank's node.
-
-    Raises
-    ------
-    UnsupportedError
-        Nodes of different sizes.
     """
 
     def __init__(self, args: EpBufferArgs, node: NodeEngine) -> None:
         self._args = args
         self._node_engine = node
-        self._per_node = args.ranks_per_node
-        self._node, self._local = divmod(args.rank, self._per_node)
+        self._topology = Topology(args.num_ranks, args.ranks_per_node)
+        self._node = self._topology.node(args.rank)
+        self._sources = self._topology.sources(args.rank)
+        self._own = self._sources.index(args.rank)
         self._owner = object()
-        self._calls = 0
-        self._timeout = timedelta(seconds=args.timeout)
-        self._broken: RankFailure | None = None
-
-    @staticmethod
-    def require(args: EpBufferArgs, backend: str) -> None:
-        """Refuse what there is no path for, before any rank waits for another."""
-        if args.num_ranks % args.ranks_per_node:
-            raise UnsupportedError(backend, "ranks_per_node", args.ranks_per_node, "nodes of equal size")
+        self._wire = Wire(args)
+        self._worker: ThreadPoolExecutor | None = None
 
     @property
     def owner(self) -> object:
@@ -127,19 +141,16 @@ class NodesEngine(EpEngine):
 
     def dispatch(self, args: EpDispatchArgs) -> EpDispatched:
         """Send tokens to their nodes, once each, and relay them there."""
-        x, scales, idx, weights = args.x, args.scales, args.topk_idx, args.topk_weights
+        return self._run(lambda: self._dispatch(args))
+
+    def _dispatch(self, args: EpDispatchArgs) -> EpDispatched:
+        x, scales, idx, weights, cached = args.x, args.scales, args.topk_idx, args.topk_weights, args.handle
         n, topk = idx.shape
-        cached = args.handle
         state: _Routes | None = None if cached is None else _state(cached)
-        bad = None
-        if state is None and n and bool(((idx < -1) | (idx >= self._args.num_experts)).any()):
-            legal = f"-1 (no expert) or 0…{self._args.num_experts - 1}"
-            bad = SpecError("topk_idx", f"an expert out of range on rank {self._args.rank}", legal)
-        if bad is not None:
-            raise self.refuse("dispatch", bad)
+        if state is None:
+            self._require_experts("dispatch", idx)
         chosen = self._chosen(idx) if state is None else state.chosen
         fields = [
-            _KIND["dispatch"],
             int(weights is not None),
             topk,
             x.itemsize,
@@ -150,16 +161,9 @@ class NodesEngine(EpEngine):
             args.num_worst_tokens,
             0 if state is None else 1,
         ]
-        headers = self._agree(fields, [len(one) for one in chosen])
+        counts = self._wire.agree("dispatch", fields, self._counts(chosen, idx))
         parts = [x, idx] + ([] if scales is None else [scales]) + ([] if weights is None else [weights])
-        relayed = self._exchange(parts, chosen, headers)
-        begin = [0]
-        for node, rows in enumerate(relayed):
-            begin.append(begin[-1] + (n if node == self._node else len(rows[0])))
-        merged = [
-            torch.cat([parts[i] if node == self._node else rows[i] for node, rows in enumerate(relayed)])
-            for i in range(len(parts))
-        ]
+        merged, tokens = self._exchange(parts, chosen, counts, "dispatch")
         relay = replace(
             args,
             x=merged[0],
@@ -168,58 +172,110 @@ class NodesEngine(EpEngine):
             topk_weights=None if weights is None else merged[-1],
             handle=None,
         )
-        inner = self._inside(lambda: self._node_engine.relay(relay, begin))
-        handle = replace(
-            inner.handle, owner=self._owner, num_tokens=n, topk_idx=idx, state=_Routes(inner.handle, begin, chosen)
-        )
-        return replace(inner, handle=handle, finish=lambda: self._inside(inner.finish))
+        inner = self._wire.inside(lambda: self._node_engine.relay(relay, tokens))
+        routes = _Routes(inner.handle, merged[1], tokens.begin, chosen)
+        handle = replace(inner.handle, owner=self._owner, num_tokens=n, topk_idx=idx, state=routes)
+        return replace(inner, handle=handle, finish=lambda: self._wire.inside(inner.finish))
 
     def combine(self, args: EpCombineArgs) -> EpCombined:
         """Bring rows to the ranks that relayed them, from there to their tokens' ranks, and sum."""
+        return self._run(lambda: self._combine(args))
+
+    def _combine(self, args: EpCombineArgs) -> EpCombined:
         handle, state = args.handle, _state(args.handle)
         n, topk = handle.num_tokens, handle.topk
         weights = args.topk_weights
-        fields = [_KIND["combine"], int(weights is not None), topk, 0, 0, 0, int(handle.expand), 0, 0, 0]
-        self._agree(fields, [len(one) for one in state.chosen])
+        fields = [int(weights is not None), topk, 0, 0, 0, int(handle.expand)]
+        self._wire.agree("combine", fields, ())
         total = torch.zeros(n, self._args.hidden, dtype=torch.float32, device=args.x.device)
         for bias in args.bias:
             total += bias.float()
         first = self._first_rows(handle)
         if self._args.pre_reduce:
-            parts = self._return(self._inside(lambda: self._node_engine.partial(args.x, state.inner)), state)
-            self._add_nodes(total, parts, handle.topk_idx, state)
+            sums_here = self._wire.inside(lambda: self._node_engine.partial(args.x, state.inner))
+            self._add_nodes(total, self._return(sums_here, state, "combine"), handle.topk_idx, state)
         else:
-            table = self._table(self._inside(lambda: self._node_engine.gather(args.x, state.inner)), state, n)
+            sent = self._wire.inside(lambda: self._node_engine.gather(args.x, state.inner))
+            table = self._table(sent, handle.topk_idx, state, "combine")
             for k in range(topk):
                 total += table[:, k].float().where(first[:, k, None], 0.0)
         sums = None
         if weights is not None:
             columns = weights[:, None] if handle.expand else weights
-            sent = self._table(self._inside(lambda: self._node_engine.gather(columns, state.inner)), state, n)
+            sent = self._wire.inside(lambda: self._node_engine.gather(columns, state.inner))
+            table = self._table(sent, handle.topk_idx, state, "combine")
             if handle.expand:
-                sums = self._spread(sent[:, :, 0], handle.topk_idx, first)
+                sums = self._spread(table[:, :, 0], handle.topk_idx, first)
             else:
                 sums = torch.zeros(n, topk, dtype=torch.float32, device=args.x.device)
                 for k in range(topk):
-                    sums += sent[:, k].where(first[:, k, None], 0.0)
+                    sums += table[:, k].where(first[:, k, None], 0.0)
         return EpCombined(total.to(args.x.dtype), sums, lambda: None)
 
     def low_latency_dispatch(self, args: EpLowLatencyDispatchArgs) -> EpLowLatencyDispatched:
-        """Never reached: a buffer with this mode is refused."""
-        raise UnsupportedError("nodes", "modes", "'low_latency' over several nodes", "'normal'")
+        """Send tokens to their nodes, once each and uncast, and relay them there into packed slots."""
+        self._require_experts("low_latency_dispatch", args.topk_idx)
+        try:
+            reserved = self._node_engine.reserve_packed(args)
+        except SpecError as error:
+            raise self.refuse("low_latency_dispatch", error) from None
+        state = _Routes(reserved.handle, args.topk_idx, [], self._chosen(args.topk_idx))
+        deferred = args.async_finish or args.return_recv_hook
+        # A call that returns has no more use for what it was given.
+        given = replace(args, x=args.x.clone(), topk_idx=args.topk_idx.clone()) if deferred else args
+
+        def send() -> None:
+            fields = [0, given.topk_idx.shape[1], CASTS.index(given.cast)]
+            counts = self._counts(state.chosen, given.topk_idx)
+            waits = given.dispatch_wait_recv_cost_stats
+            announced = self._wire.agree("low_latency_dispatch", fields, counts, waits=waits)
+            parts = [given.x, given.topk_idx]
+            merged, tokens = self._exchange(parts, state.chosen, announced, "low_latency_dispatch")
+            state.idx, state.begin = merged[1], tokens.begin
+            relay = replace(given, x=merged[0], topk_idx=merged[1])
+            self._wire.inside(lambda: self._node_engine.relay_packed(relay, reserved, tokens)())
+
+        finish = self._post(send, deferred)
+        handle = replace(
+            reserved.handle, owner=self._owner, num_tokens=len(args.x), topk=args.topk_idx.shape[1], state=state
+        )
+        return replace(reserved, handle=handle, finish=finish)
 
     def low_latency_combine(self, args: EpLowLatencyCombineArgs) -> EpLowLatencyCombined:
-        """Never reached: a buffer with this mode is refused."""
-        raise UnsupportedError("nodes", "modes", "'low_latency' over several nodes", "'normal'")
+        """Bring packed rows to the ranks that relayed them, from there to their tokens' ranks, and sum weighted."""
+        handle, state = args.handle, _state(args.handle)
+        deferred = args.async_finish or args.return_recv_hook
+
+        def fetch() -> None:
+            mine = state.idx[state.begin[self._own] : state.begin[self._own + 1]]
+            idx = args.topk_idx
+            if bool(((idx != mine) & (idx >= 0)).any()):
+                legal = "what the dispatch of this handle was given, or -1"
+                raise self._refused("low_latency_combine", SpecError("topk_idx", "other routes", legal))
+            waits = args.combine_wait_recv_cost_stats
+            self._wire.agree("low_latency_combine", [0, handle.topk], (), waits=waits)
+            relay = replace(args, topk_idx=state.idx, handle=state.inner)
+            sent = self._wire.inside(lambda: self._node_engine.gather_packed(relay))
+            table = self._table(sent, mine, state, "low_latency_combine")
+            total = torch.zeros(len(idx), self._args.hidden, dtype=torch.float32, device=args.x.device)
+            for k in range(handle.topk):
+                weighted = table[:, k].float() * args.topk_weights[:, k, None]
+                total += weighted.where((idx[:, k] >= 0)[:, None], 0.0)
+            args.out.copy_(total)
+
+        return EpLowLatencyCombined(args.out, self._post(fetch, deferred))
 
     def low_latency_combine_buffer(self, handle: EpLowLatencyHandle) -> Tensor:
-        """Never reached: a buffer with this mode is refused."""
-        raise UnsupportedError("nodes", "modes", "'low_latency' over several nodes", "'normal'")
+        """Memory of the node engine."""
+        return self._node_engine.low_latency_combine_buffer(_state(handle).inner)
 
     def refuse(self, phase: str, error: SpecError) -> SpecError:
         """Tell every rank of every node."""
+        return self._run(lambda: self._refused(phase, error))
+
+    def _refused(self, phase: str, error: SpecError) -> SpecError:
         try:
-            self._agree([_KIND["refused"]] + [0] * (len(_FIELDS) - 1), [0] * self._args.num_nodes, error)
+            self._wire.agree("refused", (), (), error)
         except SpecError as agreed:
             return agreed
         return error
@@ -241,13 +297,44 @@ class NodesEngine(EpEngine):
         return self._node_engine.memory()
 
     def close(self) -> None:
-        """Close the node engine."""
+        """Close the node engine, which ends what still runs behind the caller's back."""
         self._node_engine.close()
+        if self._worker is not None:
+            self._worker.shutdown(wait=False, cancel_futures=True)
+
+    def _run(self, job: Callable[[], _T]) -> _T:
+        """Make a call after all that were deferred before it."""
+        return job() if self._worker is None else self._worker.submit(job).result()
+
+    def _post(self, job: Callable[[], None], deferred: bool) -> Finish:
+        """Make a call now, or behind the caller's back, in the order of the calls; what is returned waits for it."""
+        if not deferred:
+            self._run(job)
+            return lambda: None
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1, "hal-ep-nodes")
+        posted: Future[None] = self._worker.submit(job)
+        return posted.result
+
+    def _require_experts(self, phase: str, idx: Tensor) -> None:
+        if len(idx) and bool(((idx < -1) | (idx >= self._args.num_experts)).any()):
+            legal = f"-1 (no expert) or 0…{self._args.num_experts - 1}"
+            error = SpecError("topk_idx", f"an expert out of range on rank {self._args.rank}", legal)
+            raise self._refused(phase, error) if phase == "dispatch" else self.refuse(phase, error)
+
+    def _node_of(self, idx: Tensor) -> Tensor:
+        """The node of each choice, -1 for none."""
+        span = self._args.ranks_per_node * self._args.local_experts
+        return torch.where(idx >= 0, idx // span, -1)
 
     def _chosen(self, idx: Tensor) -> list[Tensor]:
-        span = self._per_node * self._args.local_experts
-        node = torch.where(idx >= 0, idx // span, -1)
+        node = self._node_of(idx)
         return [(node == one).any(1).nonzero()[:, 0] for one in range(self._args.num_nodes)]
+
+    def _counts(self, chosen: list[Tensor], idx: Tensor) -> list[int]:
+        """Tokens of this rank for each node, then for each rank."""
+        per_rank: list[int] = count_layout(self._args, idx).num_tokens_per_rank.tolist()
+        return [len(one) for one in chosen] + per_rank
 
     def _first_rows(self, handle: EpHandle) -> Tensor:
         """[n, K] bool: the choices that carry a row, the first of each rank or, expanded, of each expert."""
@@ -261,28 +348,21 @@ class NodesEngine(EpEngine):
         same = (idx[:, :, None] == idx[:, None, :]) & first[:, None, :]
         return torch.where(idx >= 0, (same * values[:, None, :]).sum(2), 0.0)
 
-    def _table(self, gathered: Tensor, state: _Routes, n: int) -> Tensor:
+    def _table(self, gathered: Tensor, idx: Tensor, state: _Routes, phase: str) -> Tensor:
         """Rows [n, K, C] of this rank's tokens from what every node gathered for it."""
-        parts = self._return(gathered, state)
+        parts = self._return(gathered, state, phase)
         table = parts[self._node].clone()
+        node_of = self._node_of(idx)
         for node, rows in enumerate(parts):
             if node != self._node:
                 # A choice has a row on one node only, and everything else is 0.
                 chosen = state.chosen[node]
-                table[chosen] = torch.where(self._on_node(state, node)[:, :, None], rows, table[chosen])
-        assert len(table) == n
+                table[chosen] = torch.where((node_of[chosen] == node)[:, :, None], rows, table[chosen])
         return table
-
-    def _on_node(self, state: _Routes, node: int) -> Tensor:
-        span = self._per_node * self._args.local_experts
-        own = state.inner.topk_idx[state.begin[self._node] : state.begin[self._node + 1]]
-        idx = own[state.chosen[node]]
-        return (idx >= 0) & (idx // span == node)
 
     def _add_nodes(self, total: Tensor, parts: list[Tensor], idx: Tensor, state: _Routes) -> None:
         """Add node sums in the order in which nodes first appear among a token's choices."""
-        span = self._per_node * self._args.local_experts
-        node = torch.where(idx >= 0, idx // span, -1)
+        node = self._node_of(idx)
         first = ~(node[:, :, None] == node[:, None, :]).tril(-1).any(2)
         dense = []
         for one, part in enumerate(parts):
@@ -296,137 +376,52 @@ class NodesEngine(EpEngine):
             for one, rows in enumerate(dense):
                 total += rows.where(((node[:, k] == one) & first[:, k])[:, None], 0.0)
 
-    def _return(self, rows: Tensor, state: _Routes) -> list[Tensor]:
+    def _exchange(
+        self, parts: list[Tensor], chosen: list[Tensor], counts: list[list[int]], phase: str
+    ) -> tuple[list[Tensor], Relayed]:
+        """Send each node its chosen tokens; all tokens for which this rank speaks, in the order of their sources."""
+        n, device = len(parts[0]), parts[0].device
+        parts = [*parts, torch.arange(n, dtype=torch.int32, device=device)[:, None]]
+        sends, receives = [], []
+        for node, tokens in enumerate(chosen):
+            if node != self._node:
+                peer = self._topology.relay(self._args.rank, node)
+                sends += [(peer, part[tokens].contiguous()) for part in parts]
+        blocks: list[list[Tensor]] = []
+        begin = [0]
+        for source in self._sources:
+            if source == self._args.rank:
+                blocks.append(parts)
+            else:
+                count = 0 if source is None else counts[source][self._node]
+                blocks.append([part.new_empty((count, part.shape[1])) for part in parts])
+                receives += [] if source is None else [(source, part) for part in blocks[-1]]
+            begin.append(begin[-1] + len(blocks[-1][0]))
+        self._wire.trade(sends, receives, phase)
+        merged = [torch.cat([block[i] for block in blocks]) for i in range(len(parts))]
+        nothing = [0] * self._args.num_ranks
+        sent = [nothing if source is None else counts[source][self._args.num_nodes :] for source in self._sources]
+        return merged[:-1], Relayed(begin, merged[-1][:, 0], torch.tensor(sent, dtype=torch.int32))
+
+    def _return(self, rows: Tensor, state: _Routes, phase: str) -> list[Tensor]:
         """Send relayed tokens' rows back to where they came from; for each node what came for this rank."""
-        begin = state.begin
-        found = []
-        sends = []
+        begin, sends, receives, found = state.begin, [], [], []
+        for i, source in enumerate(self._sources):
+            if source is not None and source != self._args.rank:
+                sends.append((source, rows[begin[i] : begin[i + 1]].contiguous()))
         for node in range(self._args.num_nodes):
             if node == self._node:
-                found.append(rows[begin[node] : begin[node + 1]])
+                found.append(rows[begin[self._own] : begin[self._own + 1]])
                 continue
-            peer = node * self._per_node + self._local
-            outgoing = rows[begin[node] : begin[node + 1]].contiguous()
-            incoming = rows.new_empty((len(state.chosen[node]), *rows.shape[1:]))
-            sends.append((peer, outgoing, incoming))
-            found.append(incoming)
-        self._broken = self._trade(sends, "combine", _ROWS)
-        if self._broken is not None:
-            raise self._broken
+            found.append(rows.new_empty((len(state.chosen[node]), *rows.shape[1:])))
+            receives.append((self._topology.relay(self._args.rank, node), found[-1]))
+        self._wire.trade(sends, receives, phase)
         return found
 
-    def _exchange(self, parts: list[Tensor], chosen: list[Tensor], headers: list[list[int]]) -> list[list[Tensor]]:
-        """Send each node its chosen tokens; for each node what its rank of this number sent."""
-        found: list[list[Tensor]] = []
-        sends = []
-        for node in range(self._args.num_nodes):
-            rows: list[Tensor] = []
-            found.append(rows)
-            if node == self._node:
-                continue
-            peer = node * self._per_node + self._local
-            count = headers[peer][len(_FIELDS) + 1 + self._node]
-            for part in parts:
-                incoming = part.new_empty((count, part.shape[1]))
-                rows.append(incoming)
-                sends.append((peer, part[chosen[node]].contiguous(), incoming))
-        self._broken = self._trade(sends, "dispatch", _ROWS)
-        if self._broken is not None:
-            raise self._broken
-        return found
 
-    def _agree(self, fields: list[int], counts: list[int], error: SpecError | None = None) -> list[list[int]]:
-        """Exchange headers with every rank; raise what anyone's header says is wrong, the same everywhere."""
-        if self._broken is not None:
-            raise self._broken
-        self._calls += 1
-        phase = next(name for name, kind in _KIND.items() if kind == fields[0])
-        text = () if error is None else (error.argument, error.got, error.legal)
-        mine = self._header(fields, counts, text)
-        landing = {r: torch.zeros_like(mine) for r in range(self._args.num_ranks) if r != self._args.rank}
-        failure = self._trade([(r, mine, landing[r]) for r in landing], phase, _HEADERS)
-        landing[self._args.rank] = mine
-        headers = [landing[r].tolist() for r in range(self._args.num_ranks)]
-        for header in headers:
-            if header[0] == _KIND["failed"]:
-                # Whoever told of it may be gone by now; the one he named is to blame.
-                rank, where, reason = _text(header)
-                failure = RankFailure(int(rank), where, reason)
-        if failure is not None:
-            self._broken = failure
-            raise failure
-        for header in headers:
-            if header[-65]:
-                raise SpecError(*_text(header))
-        for r, header in enumerate(headers):
-            for name, value, other in zip(_FIELDS, header, headers[0], strict=False):
-                if value != other:
-                    raise SpecError(name, f"{value} on rank {r}", f"{other}, as on rank 0")
-        return headers
-
-    def _header(self, fields: list[int], counts: list[int], text: Sequence[str]) -> Tensor:
-        """Fields, the number of the call, tokens for each node, and a text of up to 512 bytes."""
-        said = "\0".join(text).encode()[:512].ljust(512, b"\0")
-        words = list(struct.unpack("<64q", said))
-        return torch.tensor([*fields, self._calls, *counts, len(text), *words], device=self._args.device)
-
-    def _inside(self, call: Callable[[], _T]) -> _T:
-        """Run a call of the node engine; what fails there is told to the other nodes, who cannot see it."""
-        try:
-            return call()
-        except RankFailure as failure:
-            self._broken = failure
-            fields = [_KIND["failed"]] + [0] * (len(_FIELDS) - 1)
-            text = (str(failure.rank), failure.phase, failure.reason)
-            header = self._header(fields, [0] * self._args.num_nodes, text)
-            group: Any = self._args.group
-            works = []
-            for rank in range(self._args.num_ranks):
-                if rank // self._per_node != self._node:
-                    with contextlib.suppress(Exception):  # whoever is gone need not be told
-                        works.append(dist.isend(header.view(torch.uint8), group=group, group_dst=rank, tag=_HEADERS))
-            # A message leaves when its receiver asks for it; whoever is still computing will not be waited for long.
-            end = time.monotonic() + min(self._args.timeout, 5.0)
-            for work in works:
-                with contextlib.suppress(Exception):
-                    if work is not None:
-                        work.wait(timedelta(seconds=max(end - time.monotonic(), 0.001)))
-            raise
-
-    def _trade(self, sends: list[tuple[int, Tensor, Tensor]], phase: str, tag: int) -> RankFailure | None:
-        """Send and receive, all at once; the first peer that does not answer is named."""
-        group: Any = self._args.group
-        works = []
-        failure = None
-
-        def attempt(peer: int, step: Callable[[], _T]) -> _T | None:
-            nonlocal failure
-            try:
-                return step()
-            except Exception as error:
-                reason = str(error).split("\n")[0][:200]
-                failure = failure or RankFailure(peer, f"{phase} (between nodes)", f"no answer from it ({reason})")
-                return None
-
-        for peer, outgoing, incoming in sends:
-            # Bytes, because every communication library moves those.
-            into, out_of = incoming.view(torch.uint8), outgoing.view(torch.uint8)
-            if into.numel():
-                works.append((peer, attempt(peer, partial(dist.irecv, into, group=group, group_src=peer, tag=tag))))
-            if out_of.numel():
-                works.append((peer, attempt(peer, partial(dist.isend, out_of, group=group, group_dst=peer, tag=tag))))
-        for peer, work in works:
-            if work is not None:
-                attempt(peer, partial(work.wait, self._timeout if failure is None else _LAST_WAIT))
-        return failure
-
-
-def _text(header: Sequence[int]) -> tuple[str, str, str]:
-    said = struct.pack("<64q", *header[-64:]).rstrip(b"\0").decode(errors="replace")
-    first, second, third = (*said.split("\0"), "", "")[:3]
-    return first, second, third
-
-
-def _state(handle: EpHandle) -> _Routes:
+def _state(handle: EpHandle | EpLowLatencyHandle) -> _Routes:
     assert isinstance(handle.state, _Routes)
     return handle.state
+
+
+__all__: Final = ["NodeEngine", "NodesEngine", "Relayed"]

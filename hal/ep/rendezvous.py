@@ -6,46 +6,104 @@ has a name in any file system and nothing is left when the processes are gone, h
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pickle
 import secrets
 import socket
 import struct
+import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from datetime import timedelta
+from typing import Any, Final
 
+import torch
 import torch.distributed as dist
 
 from hal.spec.errors import RankFailure, SpecError
+
+_OPENING: Final = "opening the buffer"
+_POLL: Final = 2e-4
 
 Exchange = Callable[[Any], list[Any]]
 """Gather one picklable object of every rank, in rank order."""
 
 
-def exchange_over(group: Any) -> Exchange:
-    """The exchange of a torch.distributed group."""
+def exchange_over(group: Any, timeout: float) -> Exchange:
+    """The exchange of a torch.distributed group.
+
+    On the host a rank that does not come within ``timeout`` seconds is named in a RankFailure. A group that moves only
+    device memory has one timeout for everything, its own.
+    """
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+
+    def from_each(mine: torch.Tensor, landing: list[torch.Tensor]) -> None:
+        # One scatter from every rank rather than one gather of all, so that it shows whose is missing.
+        end = time.monotonic() + timeout
+        works: dict[int, Any] = {}
+        for source, into in enumerate(landing):
+            given = [mine] * ranks if source == rank else None
+            try:
+                works[source] = dist.scatter(into, given, group=group, group_src=source, async_op=True)
+            except RuntimeError as error:
+                raise _absent(source, error) from None
+        own = works.pop(rank)
+        # The first that fails is to blame: others may have left on its account by the time they are asked.
+        while works:
+            for source, work in list(works.items()):
+                if work.is_completed():
+                    _require(source, works.pop(source))
+            if works and time.monotonic() > end:
+                raise RankFailure(min(works), _OPENING, f"no answer from it within {timeout:g} s")
+            time.sleep(_POLL if works else 0)
+        with contextlib.suppress(RuntimeError):  # whoever did not take it has been named, or will be
+            own.wait(timedelta(seconds=max(end - time.monotonic(), 0.001)))
 
     def exchange(mine: Any) -> list[Any]:
-        found: list[Any] = [None] * dist.get_world_size(group)
+        said = torch.frombuffer(bytearray(pickle.dumps(mine)), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(ranks)]
+        from_each(torch.tensor([len(said)]), sizes)
+        found = [torch.empty(int(size), dtype=torch.uint8) for size in sizes]
+        from_each(said, found)
+        return [pickle.loads(one.numpy().tobytes()) for one in found]
+
+    def exchange_on_device(mine: Any) -> list[Any]:
+        found: list[Any] = [None] * ranks
         dist.all_gather_object(found, mine, group=group)
         return found
 
-    return exchange
+    return exchange if "cpu:gloo" in str(dist.get_backend_config(group)) else exchange_on_device
+
+
+def _require(rank: int, work: Any) -> None:
+    try:
+        work.wait()
+    except RuntimeError as error:
+        raise _absent(rank, error) from None
+
+
+def _absent(rank: int, error: RuntimeError) -> RankFailure:
+    reason = str(error).split("\n")[0][:200]
+    return RankFailure(rank, _OPENING, f"no answer from it ({reason})")
 
 
 def agree(exchange: Exchange, fields: dict[str, Any]) -> None:
     """Compare the arguments of all ranks, so that they all go on or all raise the same error.
 
-    ``fields`` maps argument names to values, or one name to a SpecError for arguments that were wrong by themselves.
+    ``fields`` maps argument names to values, or one name to a SpecError for arguments that were wrong by themselves, or
+    to the RankFailure that this rank came upon.
 
     Raises
     ------
     SpecError
         The first wrong or differing argument, the same on every rank.
+    RankFailure
+        What a rank came upon.
     """
     everyone = exchange(fields)
     for found in everyone:
         for value in found.values():
-            if isinstance(value, SpecError):
+            if isinstance(value, (SpecError, RankFailure)):
                 raise value
     first = everyone[0]
     for rank, found in enumerate(everyone):

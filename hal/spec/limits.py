@@ -56,7 +56,7 @@ WHOLE: Final = 16
 """From so many rows on a tensor has a cosine difference of its own; fewer may all be of the rare kind."""
 
 DIRECTION: Final = 64
-"""From so many columns on the direction of a row is judged; of fewer, correct rounding may turn it as far as it likes."""
+"""From so many columns on the direction of a row is judged; that of fewer turns far with correct rounding."""
 
 DENSE_OUT: Final = Limits(8e-4, 2.01 / 128, 5e-6, 1.5e-5)
 DENSE_LSE: Final = Limits(1e-6, 8.01 / 65536, 1e-7, 1e-7)

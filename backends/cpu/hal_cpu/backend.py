@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Final, Protocol
 
@@ -13,6 +13,7 @@ from hal.spec.capability import Capabilities, Ints, MlaCapabilities
 from hal.spec.errors import SpecError
 
 if TYPE_CHECKING:
+    from hal.ep.doctor import RankState
     from hal.ep.engine import EpEngine
     from hal.spec.ep import EpBufferArgs
     from hal.spec.mla import MlaDecodeArgs
@@ -109,6 +110,12 @@ class CpuBackend(Backend):
         from hal_cpu import ep
 
         return ep.open_engine(args)
+
+    def ep_live(self) -> Sequence[RankState]:
+        """Read the windows of this user's processes."""
+        from hal_cpu import ep, ep_live
+
+        return ep_live.states() if ep.missing() is None else ()
 
     def launches(self) -> Mapping[str, int]:
         """Calls of each kernel in this process, as ``cpu:mla_decode_<isa>@cpu`` and ``cpu:ep_<call>_<isa>@cpu``."""

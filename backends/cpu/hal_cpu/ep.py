@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import secrets
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -22,8 +24,9 @@ from hal.ep.engine import (
 )
 from hal.ep.faults import KINDS, PHASES, EpFaults
 from hal.ep.layout import count_layout
-from hal.ep.nodes import NodeEngine, NodesEngine
+from hal.ep.nodes import NodeEngine, NodesEngine, Relayed
 from hal.ep.rendezvous import Doorbell, agree, exchange_over, host_identity
+from hal.ep.topology import Topology
 from hal.spec.capability import EpCapabilities, Ints
 from hal.spec.ep import (
     CASTS,
@@ -40,6 +43,20 @@ from hal.spec.ep import (
     EpLowLatencyHandle,
 )
 from hal.spec.errors import RankFailure, SpecError
+from hal_cpu.ep_parts import (
+    COMBINE_FIELDS,
+    DISPATCH_FIELDS,
+    OPERATIONS,
+    PACKED_COMBINE_FIELDS,
+    PACKED_FIELDS,
+    Fields,
+    PackedState,
+    Sources,
+    nothing,
+    record_of,
+    refusal,
+    translated,
+)
 
 CAPABILITIES: Final = EpCapabilities(
     modes=("normal", "low_latency"),
@@ -59,7 +76,7 @@ CAPABILITIES: Final = EpCapabilities(
     mask_ranks=True,
     zero_copy_combine=True,
     pre_reduce=True,
-    across_nodes=("normal", "error", "grow"),
+    across_nodes=("normal", "low_latency", "error", "drop", "grow"),
 )
 
 _TYPES: Final = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -67,28 +84,11 @@ _BYTES, _INT32, _INT64 = 3, 4, 5
 launches: Counter[str] = Counter()
 """Calls of this process, by name and instruction set."""
 
-_WINDOW_FROM: Final = 1 << 20
-_KINDS: Final = ("", "dispatch", "combine", "low_latency_dispatch", "low_latency_combine")
-_CAST_OF: Final = {name: i for i, name in enumerate(CASTS)}
+_PARTING: Final = 1.0
+"""Seconds to tell the others of a rank that did not come."""
 
-# The values of a call that all ranks must share, in the order in which they are posted.
-_DISPATCH_FIELDS: Final = (
-    ("topk_weights", ("None", "a tensor").__getitem__),
-    ("topk_idx", "K = {}".format),
-    ("x", ("bfloat16", "float16", "float32", "float8_e4m3fn").__getitem__),
-    ("x", "scales of {} bytes a row".format),
-    ("x", ("float32 scales", "int32 scales").__getitem__),
-    ("expand", ("False", "True").__getitem__),
-    ("expert_alignment", str),
-    ("num_worst_tokens", str),
-    ("handle", lambda seq: f"the one of operation {seq}" if seq else "None"),
-)
-_COMBINE_FIELDS: Final = (
-    ("topk_weights", ("None", "a tensor", "a sum", "rows").__getitem__),
-    ("handle", "the one of operation {}".format),
-)
-_PACKED_FIELDS: Final = (("topk_idx", "K = {}".format), ("use_fp8", lambda i: f"cast {CASTS[i]!r}"))
-_PACKED_COMBINE_FIELDS: Final = (("handle", "the one of operation {}".format),)
+_WINDOW_FROM: Final = 1 << 20
+_CAST_OF: Final = {name: i for i, name in enumerate(CASTS)}
 
 
 def missing() -> str | None:
@@ -106,7 +106,6 @@ def open_engine(args: EpBufferArgs) -> EpEngine:
     """The engine of a group: of its one node, or of all its nodes."""
     if args.num_nodes == 1:
         return CpuEpEngine(args)
-    NodesEngine.require(args, "cpu")
     return NodesEngine(args, CpuEpEngine(args))
 
 
@@ -126,10 +125,18 @@ class CpuEpEngine(NodeEngine):
 
         self._native = _ep
         self._args = args
-        exchange = exchange_over(args.group)
-        node, here = divmod(args.rank, args.ranks_per_node)
-        self._first = first = node * args.ranks_per_node
-        self._ranks = ranks = min(args.ranks_per_node, args.num_ranks - first)
+        exchange = exchange_over(args.group, args.timeout)
+        topology = Topology(args.num_ranks, args.ranks_per_node)
+        peers = topology.ranks(topology.node(args.rank))
+        self._first = first = peers[0]
+        self._ranks = ranks = len(peers)
+        here = args.rank - first
+        blocks = [topology.sources(peer) for peer in peers]
+        self._sources = len(blocks[0])
+        # The rank whose tokens each block carries, -1 for none: block s * ranks + i is what peer i sends for source s.
+        self._origins = torch.tensor(
+            [-1 if block[s] is None else block[s] for s in range(self._sources) for block in blocks], dtype=torch.int32
+        )
         crowded = ranks > len(os.sched_getaffinity(0))
         # One rank's secret serves the group; every rank brings one, so that none needs to be asked first.
         doorbell = Doorbell(args.num_ranks)
@@ -144,7 +151,7 @@ class CpuEpEngine(NodeEngine):
             self._engine = _ep.Engine(
                 here,
                 ranks,
-                args.num_nodes,
+                self._sources,
                 args.local_experts,
                 first * args.local_experts,
                 first,
@@ -153,6 +160,7 @@ class CpuEpEngine(NodeEngine):
                 args.max_recv_tokens,
                 OVERFLOW.index(args.overflow),
                 crowded,
+                args.num_ranks,
                 token,
             )
             failure: dict[str, Any] = {}
@@ -172,6 +180,10 @@ class CpuEpEngine(NodeEngine):
                             os.close(pidfd)
             except SpecError as error:
                 failure = {"group": error}
+            except RankFailure as error:
+                with contextlib.suppress(RankFailure):
+                    agree(exchange_over(args.group, min(args.timeout, _PARTING)), {"group": error})
+                raise
             agree(exchange, failure)
         finally:
             doorbell.close()
@@ -183,6 +195,7 @@ class CpuEpEngine(NodeEngine):
                 ]
             )
         self._owner = object()
+        self._names = tuple(f"{call}_{_ep.isa}" for call in OPERATIONS[1:])
 
     @property
     def owner(self) -> object:
@@ -195,10 +208,14 @@ class CpuEpEngine(NodeEngine):
 
     def dispatch(self, args: EpDispatchArgs) -> EpDispatched:
         """Exchange counts, write rows into the receivers' windows, and leave the wait for the others' rows."""
-        return self.relay(args, (0, len(args.topk_idx)))
+        return self._dispatch(args, (0, len(args.topk_idx)), 0, 0)
 
-    def relay(self, args: EpDispatchArgs, begin: Sequence[int]) -> EpDispatched:
-        """As `dispatch`, for tokens of one rank of every node."""
+    def relay(self, args: EpDispatchArgs, tokens: Relayed) -> EpDispatched:
+        """As `dispatch`, for tokens of several ranks."""
+        positions, sent = tokens.positions.contiguous(), tokens.sent.contiguous()
+        return self._dispatch(args, tokens.begin, positions.data_ptr(), sent.data_ptr())
+
+    def _dispatch(self, args: EpDispatchArgs, begin: Sequence[int], positions: int, sent: int) -> EpDispatched:
         x, scales, idx, weights, handle = args.x, args.scales, args.topk_idx, args.topk_weights, args.handle
         n, topk = idx.shape
         row_bytes = x.shape[1] * x.itemsize
@@ -214,9 +231,10 @@ class CpuEpEngine(NodeEngine):
             args.num_worst_tokens,
             0 if handle is None else _routes(handle).id,
         ]
+        now = not (args.async_finish or args.return_recv_hook)
         try:
-            launches[f"dispatch_{self._native.isa}"] += 1
-            op = self._engine.dispatch(
+            launches[self._names[0]] += 1
+            op, rows, recv_x, recv_scales, recv_idx, recv_weights, counts, dropped = self._engine.dispatch(
                 x.data_ptr(),
                 n,
                 x.stride(0) * x.itemsize,
@@ -232,19 +250,17 @@ class CpuEpEngine(NodeEngine):
                 args.num_worst_tokens,
                 self._args.num_experts,
                 begin,
+                positions,
+                sent,
+                _BYTES if scales is not None else _TYPES[x.dtype],
+                _INT32 if scales is None or scales.dtype == torch.int32 else _TYPES[torch.float32],
+                now,
+                weights is not None,
                 None if handle is None else _routes(handle),
                 fields,
             )
         except Exception as error:
-            raise self._translated(error, _DISPATCH_FIELDS) from None
-        rows, routes = op.rows, op.routes
-        if scales is None:
-            recv_x, recv_scales = op.x(_TYPES[x.dtype], (rows, x.shape[1])), None
-        else:
-            recv_x = op.x(_BYTES, (rows, x.shape[1])).view(FP8)
-            code = _INT32 if scales.dtype == torch.int32 else _TYPES[torch.float32]
-            recv_scales = op.scales(code, (rows, scales.shape[1]), ())
-        shape = (rows,) if args.expand else (rows, topk)
+            raise self._translated(error, DISPATCH_FIELDS) from None
         made = EpHandle(
             self._owner,
             n,
@@ -253,18 +269,19 @@ class CpuEpEngine(NodeEngine):
             args.expand,
             args.expert_alignment,
             args.num_worst_tokens,
-            () if args.num_worst_tokens else tuple(routes.recv_experts),
-            routes.dropped,
+            counts,
+            dropped,
             idx,
-            routes,
+            op.routes,
+            Sources(op.routes, rows, self._origins, self._args),
         )
         return EpDispatched(
-            recv_x,
+            recv_x if scales is None else recv_x.view(FP8),
             recv_scales,
-            op.idx(_INT64, shape),
-            None if weights is None else op.weights(shape),
+            recv_idx,
+            recv_weights,
             made,
-            self._finish(op, _DISPATCH_FIELDS),
+            nothing if now else self._finish(op, DISPATCH_FIELDS),
         )
 
     def combine(self, args: EpCombineArgs) -> EpCombined:
@@ -277,8 +294,9 @@ class CpuEpEngine(NodeEngine):
         bias = [(one.data_ptr(), one.stride(0) * one.itemsize) for one in args.bias] + [(0, 0)] * 2
         kind = _TYPES[x.dtype]
         routes = _routes(handle)
+        now = not (args.async_finish or args.return_recv_hook)
         try:
-            launches[f"combine_{self._native.isa}"] += 1
+            launches[self._names[1]] += 1
             op = self._engine.combine(
                 x.data_ptr(),
                 x.shape[1] * x.itemsize,
@@ -293,12 +311,14 @@ class CpuEpEngine(NodeEngine):
                 out.data_ptr(),
                 x.shape[1] * x.itemsize,
                 False,
-                not (args.async_finish or args.return_recv_hook),
+                now,
                 (weights is not None, routes.id),
             )
         except Exception as error:
-            raise self._translated(error, _COMBINE_FIELDS) from None
-        return EpCombined(out, weights, self._finish(op, _COMBINE_FIELDS, (x, out, weights, args.bias)))
+            raise self._translated(error, COMBINE_FIELDS) from None
+        if now:
+            return EpCombined(out, weights, nothing)
+        return EpCombined(out, weights, self._finish(op, COMBINE_FIELDS, (x, out, weights, args.bias)))
 
     def gather(self, x: Tensor, handle: EpHandle) -> Tensor:
         """One fetch into zeros; rows that a choice does not have stay 0."""
@@ -317,95 +337,174 @@ class CpuEpEngine(NodeEngine):
         row = x.shape[1] * x.itemsize
         addresses = (x.data_ptr(), row, x.shape[1], _TYPES[x.dtype], out_type, routes, 0, 0, 0, 0, 0, 0)
         try:
-            op = self._engine.combine(*addresses, out.data_ptr(), stride, gather, True, (2 + gather, routes.id))
+            self._engine.combine(*addresses, out.data_ptr(), stride, gather, True, (2 + gather, routes.id))
         except Exception as error:
-            raise self._translated(error, _COMBINE_FIELDS) from None
-        self._finish(op, _COMBINE_FIELDS, (x, out))()
+            raise self._translated(error, COMBINE_FIELDS) from None
 
     def low_latency_dispatch(self, args: EpLowLatencyDispatchArgs) -> EpLowLatencyDispatched:
         """Write rows, cast where asked, into the packed slots of the receivers' windows."""
-        x, idx, buffer = args.x, args.topk_idx, self._args
-        local, slots, hidden = buffer.local_experts, buffer.num_ranks * buffer.max_tokens_per_rank, buffer.hidden
+        made = self._packed_outputs()
+        waits = args.dispatch_wait_recv_cost_stats
+        op = self._send_packed(args, made, (0, len(args.x)), 0, waits, None)
+        finish = self._finish(op, PACKED_FIELDS, (made, args))
+        return self._packed_result(args, op, *made, finish)
+
+    def reserve_packed(self, args: EpLowLatencyDispatchArgs) -> EpLowLatencyDispatched:
+        """Take one of the two slots."""
+        op = self._engine.packed_reserve(self._args.hidden, _TYPES[args.x.dtype], _CAST_OF[args.cast], self._slots)
+        if not op.reserved:
+            got = f"a third result while two are live on rank {self._args.rank}"
+            raise SpecError("low_latency_dispatch", got, "at most two: combine one, or let go of it, first")
+        ranges = torch.zeros(self._args.local_experts, self._args.num_ranks, dtype=torch.int64)
+        count = torch.zeros(self._args.local_experts, dtype=torch.int32)
+        return self._packed_result(args, op, count, ranges, nothing)
+
+    def relay_packed(self, args: EpLowLatencyDispatchArgs, reserved: EpLowLatencyDispatched, tokens: Relayed) -> Finish:
+        """Send several ranks' tokens into a reserved slot."""
+        made, positions = self._packed_outputs(), tokens.positions.contiguous()
+        waits = torch.zeros(self._ranks, dtype=torch.int64)
+        op = self._send_packed(
+            replace(args, async_finish=False, return_recv_hook=False),
+            made,
+            tokens.begin,
+            positions.data_ptr(),
+            waits,
+            _state(reserved.handle).op,
+        )
+        _state(reserved.handle).ranges = made[1]
+        finish = self._finish(op, PACKED_FIELDS, (made, args, positions))
+
+        def run() -> None:
+            finish()
+            reserved.recv_count.copy_(made[0])
+            # Blocks lie in the order of their ranks, and those of nobody are empty.
+            there = self._origins >= 0
+            reserved.handle.layout_range.copy_(made[1].flatten(1)[:, there])
+            if args.dispatch_wait_recv_cost_stats is not None:
+                args.dispatch_wait_recv_cost_stats[self._first : self._first + self._ranks] += waits
+
+        return run
+
+    @property
+    def _slots(self) -> int:
+        return self._args.num_ranks * self._args.max_tokens_per_rank
+
+    def _packed_outputs(self) -> tuple[Tensor, Tensor]:
+        """Counts by expert and ranges by block, to be filled."""
+        local = self._args.local_experts
         count = torch.empty(local, dtype=torch.int32)
-        ranges = torch.empty(local, buffer.num_ranks, dtype=torch.int64)
-        stats, waits = args.cumulative_local_expert_recv_stats, args.dispatch_wait_recv_cost_stats
+        return count, torch.empty(local, self._sources * self._ranks, dtype=torch.int64)
+
+    def _send_packed(
+        self,
+        args: EpLowLatencyDispatchArgs,
+        made: tuple[Tensor, Tensor],
+        begin: Sequence[int],
+        positions: int,
+        waits: Tensor | None,
+        reserved: Any,
+    ) -> Any:
+        x, idx, stats = args.x, args.topk_idx, args.cumulative_local_expert_recv_stats
         cast = _CAST_OF[args.cast]
         try:
-            launches[f"low_latency_dispatch_{self._native.isa}"] += 1
-            op = self._engine.packed_dispatch(
+            launches[self._names[2]] += 1
+            return self._engine.packed_dispatch(
                 x.data_ptr(),
                 len(x),
                 x.stride(0) * x.itemsize,
-                hidden,
+                self._args.hidden,
                 _TYPES[x.dtype],
                 cast,
                 idx.data_ptr(),
                 idx.shape[1],
-                buffer.num_experts,
-                slots,
+                self._args.num_experts,
+                self._slots,
                 0 if stats is None else stats.data_ptr(),
                 0 if waits is None else waits.data_ptr(),
                 args.return_recv_hook or args.async_finish,
-                count.data_ptr(),
-                ranges.data_ptr(),
+                made[0].data_ptr(),
+                made[1].data_ptr(),
+                begin,
+                positions,
+                reserved,
                 (idx.shape[1], cast),
             )
         except Exception as error:
-            raise self._translated(error, _PACKED_FIELDS) from None
-        scales = None
-        if cast:
+            raise self._translated(error, PACKED_FIELDS) from None
+
+    def _packed_result(
+        self, args: EpLowLatencyDispatchArgs, op: Any, count: Tensor, ranges: Tensor, finish: Finish
+    ) -> EpLowLatencyDispatched:
+        """Tensors over an operation's slot."""
+        local, slots, hidden, scales = self._args.local_experts, self._slots, self._args.hidden, None
+        if args.cast == "none":
+            rows = op.x(_TYPES[args.x.dtype], (local, slots, hidden))
+        else:
             rows = op.x(_BYTES, (local, slots, hidden)).view(FP8)
             groups = -(-hidden // SCALE_GROUP)
             words, code = (-(-groups // 4), _INT32) if args.cast == "fp8_ue8m0" else (groups, _TYPES[torch.float32])
             scales = op.scales(code, (local, slots, words), (slots * words, 1, slots))
-        else:
-            rows = op.x(_TYPES[x.dtype], (local, slots, hidden))
         handle = EpLowLatencyHandle(
             self._owner,
             op.idx(_INT32, (local, slots)),
             ranges,
-            buffer.max_tokens_per_rank,
+            self._args.max_tokens_per_rank,
             hidden,
-            buffer.num_experts,
-            len(x),
-            idx.shape[1],
-            _Packed(op.routes),
+            self._args.num_experts,
+            len(args.x),
+            args.topk_idx.shape[1],
+            PackedState(op.routes, op if finish is nothing else None, ranges),
         )
-        finish = self._finish(op, _PACKED_FIELDS, (count, ranges, stats, waits, x))
         return EpLowLatencyDispatched(rows, scales, count, handle, finish)
 
     def low_latency_combine(self, args: EpLowLatencyCombineArgs) -> EpLowLatencyCombined:
         """Stage packed rows, or take the lent memory as it is; the finish fetches and sums."""
-        handle, x, buffer = args.handle, args.x, self._args
-        packed: _Packed = _state(handle)
-        lent = None
+        now = not (args.async_finish or args.return_recv_hook)
+        stride = args.out.stride(0) * args.out.itemsize
+        finish = self._fetch_packed(args, args.combine_wait_recv_cost_stats, args.out, stride, False, now)
+        return EpLowLatencyCombined(args.out, finish)
+
+    def gather_packed(self, args: EpLowLatencyCombineArgs) -> Tensor:
+        """One fetch into zeros; rows that a choice does not have stay 0."""
+        out = torch.zeros(*args.topk_idx.shape, self._args.hidden, dtype=args.x.dtype)
+        counter = args.combine_wait_recv_cost_stats
+        waits = None if counter is None else torch.zeros(self._ranks, dtype=torch.int64)
+        self._fetch_packed(args, waits, out, 0, True, True)()
+        if counter is not None and waits is not None:
+            counter[self._first : self._first + self._ranks] += waits
+        return out
+
+    def _fetch_packed(
+        self, args: EpLowLatencyCombineArgs, waits: Tensor | None, out: Tensor, stride: int, gather: bool, now: bool
+    ) -> Finish:
+        x, packed, lent = args.x, _state(args.handle), None
         if args.zero_copy:
             lent, packed.lent = packed.lent, None
             if lent is None or lent.address != x.data_ptr():
                 error = SpecError("x", "other memory", "with zero_copy, the tensor low_latency_combine_buffer returned")
                 raise self.refuse("low_latency_combine", error)
         try:
-            launches[f"low_latency_combine_{self._native.isa}"] += 1
+            launches[self._names[3]] += 1
             op = self._engine.packed_combine(
                 x.data_ptr(),
-                buffer.hidden,
+                self._args.hidden,
                 x.shape[1],
                 _TYPES[x.dtype],
                 packed.routes,
                 args.topk_idx.data_ptr(),
                 args.topk_weights.data_ptr(),
-                args.out.data_ptr(),
-                args.out.stride(0) * args.out.itemsize,
-                0 if args.combine_wait_recv_cost_stats is None else args.combine_wait_recv_cost_stats.data_ptr(),
+                out.data_ptr(),
+                stride,
+                0 if waits is None else waits.data_ptr(),
                 lent,
-                handle.layout_range.data_ptr(),
-                not (args.async_finish or args.return_recv_hook),
+                packed.ranges.data_ptr(),
+                gather,
+                now,
                 (packed.routes.id,),
             )
         except Exception as error:
-            raise self._translated(error, _PACKED_COMBINE_FIELDS) from None
-        keep = (x, args.topk_idx, args.topk_weights, args.out, args.combine_wait_recv_cost_stats, handle)
-        return EpLowLatencyCombined(args.out, self._finish(op, _PACKED_COMBINE_FIELDS, keep))
+            raise self._translated(error, PACKED_COMBINE_FIELDS) from None
+        return self._finish(op, PACKED_COMBINE_FIELDS, (args, out, waits, packed))
 
     def low_latency_combine_buffer(self, handle: EpLowLatencyHandle) -> Tensor:
         """Memory of the own window for the handle's next combine."""
@@ -421,7 +520,7 @@ class CpuEpEngine(NodeEngine):
         try:
             self._engine.refuse(error.argument, error.got, error.legal)
         except self._native.Refused as refused:
-            return self._refusal(refused, ())
+            return self._refusal(refused)
         except Exception as other:
             raise self._translated(other, ()) from None
         return error
@@ -439,19 +538,7 @@ class CpuEpEngine(NodeEngine):
         """Read every peer's recorder from its window."""
         found = []
         for rank in range(self._ranks):
-            for seq, kind, phase, waits_for, tokens, begin, end in self._engine.records(rank):
-                found.append(
-                    {
-                        "rank": self._first + rank,
-                        "operation": seq,
-                        "kind": _KINDS[kind] if kind < len(_KINDS) else "?",
-                        "phase": phase,
-                        "waits_for": None if end or waits_for < 0 else self._first + waits_for,
-                        "tokens": tokens,
-                        "begin_ns": begin,
-                        "microseconds": (end - begin) / 1000 if end else None,
-                    }
-                )
+            found += [record_of(self._first, rank, one) for one in self._engine.records(rank)]
         return sorted(found, key=lambda record: record["begin_ns"])
 
     def memory(self) -> Mapping[str, int]:
@@ -471,7 +558,7 @@ class CpuEpEngine(NodeEngine):
         tensor: Tensor = self._native.Engine.lent_tensor(self._engine.lend(size, True), _TYPES[dtype], (rows, hidden))
         return tensor
 
-    def _finish(self, op: Any, fields: Sequence[tuple[str, Callable[[int], str]]], keep: object = None) -> Finish:
+    def _finish(self, op: Any, fields: Fields, keep: object = None) -> Finish:
         finish = self._engine.finish
 
         def run() -> None:
@@ -484,47 +571,19 @@ class CpuEpEngine(NodeEngine):
 
         return run
 
-    def _translated(self, error: Exception, fields: Sequence[tuple[str, Callable[[int], str]]]) -> Exception:
-        if isinstance(error, self._native.Refused):
-            return self._refusal(error, fields)
-        if isinstance(error, self._native.RankFailed):
-            rank, phase, reason, expert, expected, received = error.args
-            return RankFailure(
-                self._first + rank,
-                phase,
-                reason,
-                expert=None if expert < 0 else expert,
-                expected=None if expected < 0 else expected,
-                received=None if received < 0 else received,
-            )
-        return error
+    def _translated(self, error: Exception, fields: Fields) -> Exception:
+        return translated(self._native, self._first, error, fields)
 
-    def _refusal(self, error: Exception, fields: Sequence[tuple[str, Callable[[int], str]]]) -> SpecError:
-        argument, got, legal, field, rank, against, value, other = error.args
-        if field < 0:
-            return SpecError(argument, got, legal)
-        name, show = fields[field] if field < len(fields) else ("call", str)
-        return SpecError(
-            name, f"{show(value)} on rank {self._first + rank}", f"{show(other)}, as on rank {self._first + against}"
-        )
-
-
-class _Packed:
-    """What a low-latency handle carries: its routes, and the memory lent for its combine."""
-
-    __slots__ = ("lent", "routes")
-
-    def __init__(self, routes: Any) -> None:
-        self.routes = routes
-        self.lent: Any = None
+    def _refusal(self, error: Exception) -> SpecError:
+        return refusal(self._first, error, ())
 
 
 def _routes(handle: EpHandle) -> Any:
     return handle.state
 
 
-def _state(handle: EpLowLatencyHandle) -> _Packed:
-    assert isinstance(handle.state, _Packed)
+def _state(handle: EpLowLatencyHandle) -> PackedState:
+    assert isinstance(handle.state, PackedState)
     return handle.state
 
 

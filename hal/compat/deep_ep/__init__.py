@@ -8,8 +8,6 @@ What differs, and what it costs:
 * A published buffer is bytes; a `hal.EpBuffer` has a geometry. The geometry is known at the first call, so the first
   call of each geometry opens a buffer: a collective of a few milliseconds (agreement over the group and an exchange of
   windows), in which all ranks must take part. Sizes in bytes given to the constructors are checked and not needed.
-* The tensors that published handles expose, such as where each received row came from, are sent in a second dispatch of
-  16 bytes a row behind every dispatch that makes a handle. A cached dispatch has none.
 * Numbers of SMs, queue pairs and chunk sizes are checked and have no effect.
 * Results always come in the order of source rank and source position, and sums have one order: ``deterministic`` is
   what every call is.

@@ -14,10 +14,10 @@ from hal.compat.deep_ep.internode import Internode
 from hal.compat.deep_ep.low_latency import LowLatency
 from hal.compat.deep_ep.pool import Pool, published, unsupported
 from hal.compat.deep_ep.rows import Rows, given_rows
-from hal.compat.deep_ep.sources import exchange
 from hal.compat.flags import zero_or_one_methods
-from hal.ep.buffer import _launched_ranks_per_node
+from hal.ep.launch import launched_ranks_per_node
 from hal.ep.layout import count_layout
+from hal.ep.results import EpDispatchResult
 from hal.plugins import select
 from hal.spec.ep import FP8, EpHandle, check_buffer
 from hal.spec.errors import SpecError
@@ -25,6 +25,7 @@ from hal.spec.tensors import dtype_name, require_bool, require_int, require_shap
 from hal.spec.validation import validation_level
 
 _NAMES: Final = {"scales": "x", "hidden": "x", "dtype": "x", "topk": "topk_idx", "num_experts": "num_tokens_per_expert"}
+_COUNTS_A_STEP: Final = 4
 _INT32: Final = (torch.int32,)
 
 
@@ -200,7 +201,7 @@ class Buffer(LowLatency):
         require_int("num_experts", num_experts, 1)
         require_tensor("topk_idx", topk_idx, (torch.int64,), 2, "[n, K]")
         wait_for("previous_event", previous_event)
-        per_node = _launched_ranks_per_node(self.group_size)
+        per_node = launched_ranks_per_node(self.group_size)
         geometry = check_buffer(
             self.group,
             self.group_size,
@@ -322,9 +323,8 @@ class Buffer(LowLatency):
                 num_worst_tokens=num_worst_tokens,
                 async_finish=True,
             )
-            to_ranks = is_token_in_rank.sum(0, dtype=torch.int32)
-            counts = to_ranks if topk_idx is not None else torch.cat([to_ranks, num_tokens_per_expert])
-            tell = exchange(self._pool, size, to_rank, counts)
+            told = None if topk_idx is not None else self._tell_counts(num_tokens_per_expert)
+        to_ranks = is_token_in_rank.sum(0, dtype=torch.int32)
         route = Route(buffer, sent.handle, has_topk=topk_idx is not None)
         between = Internode(self.rank, size, buffer.args.ranks_per_node) if buffer.args.num_nodes > 1 else None
         prefix = torch.zeros(size, size, dtype=torch.int32, device=to_rank.device)
@@ -333,14 +333,16 @@ class Buffer(LowLatency):
 
         def learn() -> None:
             nonlocal per_expert
-            found = tell()
-            prefix.copy_(found.counts[:, :size].cumsum(0))
-            position[: len(found.position)] = found.position
+            prefix.copy_(sent.handle.sent_counts.cumsum(0))
+            position.copy_(sent.handle.recv_src_position)
             if between is not None:
-                between.fill(made, found.counts[:, self.rank])
-            if topk_idx is None and not num_worst_tokens:
-                local = -(-(found.counts.shape[1] - size) // size)
-                mine = found.counts[:, size:].sum(0)[self.rank * local : (self.rank + 1) * local].tolist()
+                between.fill(made, sent.handle.sent_counts[:, self.rank])
+            if told is not None and not num_worst_tokens:
+                told.event.wait()
+                assert isinstance(told.recv_x, Tensor)
+                local = -(-len(num_tokens_per_expert) // size)
+                total = told.recv_x.view(torch.int32)[:, : len(num_tokens_per_expert)].sum(0)
+                mine = total[self.rank * local : (self.rank + 1) * local].tolist()
                 per_expert = [round_up(int(one), expert_alignment) for one in mine + [0] * (local - len(mine))]
 
         made: tuple[Tensor, ...]
@@ -363,6 +365,17 @@ class Buffer(LowLatency):
             event = overlap(finish, async_finish)
         recv_idx = None if topk_idx is None else sent.recv_topk_idx
         return sent.recv_x, recv_idx, sent.recv_topk_weights, per_expert, made, event
+
+    def _tell_counts(self, num_tokens_per_expert: Tensor) -> EpDispatchResult:
+        """Send every rank this one's counts by expert, which routes without top-k do not tell."""
+        size, words = self.group_size, round_up(len(num_tokens_per_expert), _COUNTS_A_STEP)
+        row = num_tokens_per_expert.new_zeros(1, words)
+        row[0, : len(num_tokens_per_expert)] = num_tokens_per_expert
+        everyone = torch.arange(size, device=row.device)[None]
+        # The bits of the integers travel as float32: rows are moved, never computed with.
+        return self._pool.normal(size, words, size, torch.float32).dispatch(
+            row.view(torch.float32), everyone, async_finish=True
+        )
 
     def combine(
         self,

@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 
 from hal.compat.flags import zero_or_one
-from hal.ep.buffer import _launched_ranks_per_node
+from hal.ep.launch import launched_ranks_per_node
 from hal.spec.errors import SpecError
 from hal.spec.tensors import require_bool
 
@@ -20,7 +20,7 @@ def get_physical_domain_size(group: Any) -> tuple[int, int]:
     group : ProcessGroup
     """
     size = _size(group)
-    per_node = _launched_ranks_per_node(size) or size
+    per_node = launched_ranks_per_node(size) or size
     return -(-size // per_node), min(per_node, size)
 
 

@@ -17,7 +17,6 @@ from hal.compat.deep_ep.handle import EPHandle, Route
 from hal.compat.deep_ep.metadata import Metadata
 from hal.compat.deep_ep.pool import Pool, published, unsupported
 from hal.compat.deep_ep.rows import Rows, given_rows, padded, tma_aligned
-from hal.compat.deep_ep.sources import exchange
 from hal.compat.flags import zero_or_one_methods
 from hal.ep.buffer import EpBuffer
 from hal.plugins import select
@@ -343,7 +342,6 @@ class ElasticBuffer(Elsewhere):
                     x, routes, topk_weights, expand=do_expand, expert_alignment=alignment, async_finish=True
                 )
                 layout = buffer.layout(routes)
-                tell = exchange(self._pool, num_experts, routes, layout.num_tokens_per_rank)
             meta = Metadata(
                 ranks=self.num_ranks,
                 local_experts=num_experts // self.num_ranks,
@@ -356,7 +354,7 @@ class ElasticBuffer(Elsewhere):
             handle._route = Route(buffer, sent.handle)
 
             def learn() -> None:
-                meta.fill(handle, tell())
+                meta.fill(handle, sent)
 
         rows = handle.num_expanded_tokens if handle.do_expand else handle.num_recv_tokens
         steps = [sent.event.wait] if learn is None else [sent.event.wait, learn]

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from hal.compat.deep_ep.config import round_up
 from hal.compat.deep_ep.handle import EPHandle
-from hal.compat.deep_ep.sources import Sources
-from hal.ep.buffer import EpDispatchResult
+from hal.ep.results import EpDispatchResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,29 +74,36 @@ class Metadata:
         again = (rank[:, :, None] == rank[:, None, :]).tril(-1).any(2)
         return found.masked_fill((topk_idx < 0) | again, -1)
 
-    def fill(self, handle: EPHandle, sources: Sources) -> None:
-        """Write what the second dispatch told into the handle's tensors."""
-        chosen, number, (_, topk) = sources.topk_idx, len(sources.position), sources.topk_idx.shape
-        device = chosen.device
-        # [rows, L]: which local experts a token has.
-        has = torch.zeros(number, self.local_experts + 1, dtype=torch.int32, device=device)
-        has.scatter_(1, chosen.where(chosen >= 0, self.local_experts), 1)
-        has = has[:, : self.local_experts]
-        counts = has.sum(0, dtype=torch.int32)
+    def fill(self, handle: EPHandle, sent: EpDispatchResult) -> None:
+        """Write what the dispatch told of its rows into the handle's tensors."""
+        made = sent.handle
+        rank, position, choice = made.recv_src_rank, made.recv_src_position, made.recv_src_choice
+        counts = made.recv_counts.sum(0, dtype=torch.int32)
         aligned = -(-counts // self.alignment) * self.alignment
         begin = aligned.cumsum(0, dtype=torch.int32) - aligned
         handle.num_unaligned_recv_tokens_per_expert.copy_(counts)
         handle.psum_num_recv_tokens_per_expert.copy_(begin + (counts if self.expand else aligned))
-        per_rank = torch.bincount(sources.rank, minlength=self.ranks)
+        came = torch.unique(rank.long() * self.most + position, return_inverse=True) if self.expand else None
+        if came is None:
+            number, first = len(rank), choice
+            source = rank * self.most + position
+        else:
+            # Padding is from nobody: rank and position -1, the first of what is unique.
+            padded = int((rank < 0).any())
+            source, token = came[0][padded:], came[1] - padded
+            number = len(source)
+            there = rank >= 0
+            rows = torch.full((number, handle.topk_idx.shape[1]), -1, dtype=torch.int32, device=rank.device)
+            rows[token[there], choice[there]] = torch.arange(len(rank), dtype=torch.int32, device=rank.device)[there]
+            first = (rows >= 0).int().argmax(1) if number else source
+            rank = source.div(self.most, rounding_mode="floor")
+        per_rank = torch.bincount(rank, minlength=self.ranks)
         handle.psum_num_recv_tokens_per_scaleup_rank.copy_(per_rank.cumsum(0))
         if self.exact and self.expand:
             handle.num_recv_tokens = number
             handle.recv_src_metadata = handle.recv_src_metadata[:number]
         told = handle.recv_src_metadata
-        told[:number, 0] = sources.rank * self.most + sources.position
-        first = (chosen >= 0).int().argmax(1) if number else sources.rank
-        told[:number, 1] = sources.rank * topk + first
-        if self.expand:
-            row = begin + has.cumsum(0, dtype=torch.int32) - 1
-            at = row.gather(1, chosen.clamp(min=0)) if number else told[:0, 2:]
-            told[:number, 2:] = at.masked_fill(chosen < 0, -1)
+        told[:number, 0] = source
+        told[:number, 1] = rank * handle.topk_idx.shape[1] + first
+        if came is not None:
+            told[:number, 2:] = rows

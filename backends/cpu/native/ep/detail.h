@@ -19,8 +19,10 @@ namespace hal_ep {
 
 using Clock = std::chrono::steady_clock;
 
-inline constexpr size_t kStreamFrom = size_t(16) << 20;  // writes of a call beyond which the caches are bypassed
+inline constexpr size_t kStreamFrom = size_t(6) << 20;  // writes of a call beyond which the caches are bypassed
 inline constexpr auto kNap = std::chrono::milliseconds(20);
+// Waking a sleeper takes some 50 us. Whoever sleeps sooner than that makes its peer wait as long, which sleeps in turn.
+inline constexpr auto kSpin = std::chrono::microseconds(200), kCrowdedSpin = std::chrono::microseconds(2);
 
 inline const char* kind_name(Kind kind) {
   switch (kind) {
@@ -113,11 +115,14 @@ void Engine::wait(Phase phase, const Operation& op, int64_t* waits, Ready ready)
     Phase phase;
     ~Over() { engine.note(op, phase, -1, false); }
   } over{*this, op, phase};
-  const int spins = config_.crowded ? 30 : 600, yields = 2;
-  for (int turn = 0; turn < spins && !left_.empty(); ++turn) {
-    relax();
-    sweep();
-  }
+  const int yields = 2;
+  const auto spin_end = start + (config_.crowded ? kCrowdedSpin : kSpin);
+  do {
+    for (int turn = 0; turn < 16 && !left_.empty(); ++turn) {
+      relax();
+      sweep();
+    }
+  } while (!left_.empty() && Clock::now() < spin_end);
   for (int turn = 0; turn < yields && !left_.empty(); ++turn) {
     sched_yield();
     sweep();
@@ -183,7 +188,7 @@ void Engine::wait(Phase phase, const Operation& op, int64_t* waits, Ready ready)
       // A silent rank that itself waits for another is not to blame; one that waits for this rank will speak first.
       std::vector<int> blamed;
       for (int peer : left_) {
-        const int culprit = now >= deadline ? peer : who_blocks(peer);
+        const int culprit = now >= deadline ? peer : who_blocks(peer, op, phase);
         if (culprit == config_.rank) continue;
         if (std::find(blamed.begin(), blamed.end(), culprit) == blamed.end()) blamed.push_back(culprit);
       }
@@ -211,10 +216,8 @@ void Engine::wait(Phase phase, const Operation& op, int64_t* waits, Ready ready)
     failure.phase = std::string(kind_name(op.kind)) + " (" + kPhases[phase] + ")";
     failure.reason = reason;
     if (phase == kReceive && size_t(lost[0]) < op.expected.size()) {
-      uint64_t progress = flags_from(lost[0]).progress.load(std::memory_order_acquire);
       failure.expected = op.expected[size_t(lost[0])];
-      failure.received = std::min(int64_t(progress >> 32 == (op.seq & 0xFFFFFFFF) ? progress & 0xFFFFFFFF : 0),
-                                  failure.expected);
+      failure.received = received(op, lost[0]);
       failure.expert = op.first_expert[size_t(lost[0])];
     }
     fail(failure);

@@ -14,6 +14,14 @@ bool Engine::route(Routes& routes, const int64_t* idx, int64_t num_experts, Text
   routes.rows_to.assign(size_t(config_.ranks) * sources, 0);
   routes.experts_to.assign(size_t(config_.ranks) * sources * size_t(local), 0);
   const bool by_expert = routes.expand || routes.packed;
+  // Of each expert the token that chose it last and with which choice, of each rank the token that went there last.
+  struct Seen {
+    int64_t token = -1, k = 0;
+  };
+  std::vector<Seen> expert_seen(static_cast<size_t>(here));
+  std::vector<int64_t> rank_seen(size_t(config_.ranks), -1);
+  std::vector<int32_t> owner(static_cast<size_t>(here));
+  for (int64_t e = 0; e < here; ++e) owner[size_t(e)] = int32_t(e / local);
   for (size_t source = 0; source < sources; ++source) {
     for (int64_t token = routes.begin[source]; token < routes.begin[source + 1]; ++token) {
       const size_t at = size_t(token * topk);
@@ -29,31 +37,29 @@ bool Engine::route(Routes& routes, const int64_t* idx, int64_t num_experts, Text
         }
         expert -= config_.expert_base;
         if (expert < 0 || expert >= here) continue;
-        const int32_t slot = int32_t(expert), rank = int32_t(expert / local);
-        routes.expert[at + size_t(k)] = slot;
-        int64_t same_expert = -1, same_rank = -1;
-        for (int64_t j = 0; j < k; ++j) {
-          const int32_t before = routes.expert[at + size_t(j)];
-          if (before == slot && same_expert < 0) same_expert = j;
-          if (before >= 0 && before / local == rank) same_rank = j;
-        }
+        const int32_t rank = owner[size_t(expert)];
+        routes.expert[at + size_t(k)] = int32_t(expert);
+        Seen& seen = expert_seen[size_t(expert)];
+        const bool same_expert = seen.token == token, same_rank = rank_seen[size_t(rank)] == token;
+        if (!same_expert) seen = {token, k};
+        rank_seen[size_t(rank)] = token;
         const size_t block = size_t(rank) * sources + source;
-        uint32_t& per_expert = routes.experts_to[block * size_t(local) + size_t(expert % local)];
+        uint32_t& per_expert = routes.experts_to[block * size_t(local) + size_t(expert - int64_t(rank) * local)];
         uint32_t& per_rank = routes.rows_to[block];
         if (by_expert) {
-          if (same_expert < 0) {
+          if (!same_expert) {
             routes.rank[at + size_t(k)] = rank;
             routes.order[at + size_t(k)] = int32_t(per_expert);
           } else if (routes.packed) {
             routes.rank[at + size_t(k)] = rank;
-            routes.order[at + size_t(k)] = routes.order[at + size_t(same_expert)];
+            routes.order[at + size_t(k)] = routes.order[at + size_t(seen.k)];
           }
-        } else if (same_rank < 0) {
+        } else if (!same_rank) {
           routes.rank[at + size_t(k)] = rank;
           routes.order[at + size_t(k)] = int32_t(per_rank);
         }
-        per_expert += same_expert < 0;
-        per_rank += same_rank < 0;
+        per_expert += !same_expert;
+        per_rank += !same_rank;
       }
     }
   }
@@ -70,6 +76,7 @@ bool Engine::grant(Operation& op, const DispatchCall& call, int round) {
   std::vector<int64_t> per_expert(experts, 0);
   for (int peer = 0; peer < ranks; ++peer) {
     op.expected[size_t(peer)] = 0;
+    op.granted[size_t(peer)] = alive(peer);
     if (!alive(peer)) continue;
     const uint32_t* rows = post_rows(post_from(peer, op.seq));
     for (size_t s = 0; s < sources; ++s) {
@@ -122,7 +129,8 @@ bool Engine::grant(Operation& op, const DispatchCall& call, int round) {
   op.scales_at = up64(size_t(rows * call.row_bytes));
   op.idx_at = op.scales_at + up64(size_t(rows * call.scale_bytes));
   op.weights_at = op.idx_at + up64(size_t(rows * columns) * 8);
-  const size_t bytes = op.weights_at + (call.arguments[0] ? up64(size_t(rows * columns) * 4) : 0);
+  op.source_at = op.weights_at + (call.arguments[0] ? up64(size_t(rows * columns) * 4) : 0);
+  const size_t bytes = op.source_at + up64(size_t(rows) * sizeof(Source));
   try {
     op.slot = arena_->take(bytes);
   } catch (const SystemError&) {
@@ -133,12 +141,38 @@ bool Engine::grant(Operation& op, const DispatchCall& call, int round) {
   uint8_t* slot = op.slot->data();
   auto* idx = reinterpret_cast<int64_t*>(slot + op.idx_at);
   auto* weights = reinterpret_cast<float*>(slot + op.weights_at);
-  auto blank = [&](int64_t from, int64_t to) {
-    std::memset(slot + from * call.row_bytes, 0, size_t((to - from) * call.row_bytes));
-    std::memset(slot + op.scales_at + size_t(from * call.scale_bytes), 0, size_t((to - from) * call.scale_bytes));
+  auto* source = reinterpret_cast<Source*>(slot + op.source_at);
+  auto nobody = [&](int64_t from, int64_t to) {
+    std::fill(source + from, source + to, Source{});
     std::fill(idx + from * columns, idx + to * columns, int64_t(-1));
     if (call.arguments[0]) std::fill(weights + from * columns, weights + to * columns, 0.0f);
   };
+  auto blank = [&](int64_t from, int64_t to) {
+    std::memset(slot + from * call.row_bytes, 0, size_t((to - from) * call.row_bytes));
+    std::memset(slot + op.scales_at + size_t(from * call.scale_bytes), 0, size_t((to - from) * call.scale_bytes));
+    nobody(from, to);
+  };
+  const size_t blocks = sources * size_t(ranks);
+  routes.came.assign(blocks, 0);
+  routes.came_for.assign(blocks * experts, 0);
+  for (int peer = 0; peer < ranks; ++peer) {
+    if (!alive(peer)) continue;
+    const uint32_t* rows_of = post_rows(post_from(peer, op.seq));
+    for (size_t s = 0; s < sources; ++s) {
+      const size_t block = s * size_t(ranks) + size_t(peer);
+      routes.came[block] = rows_of[s];
+      std::copy_n(rows_of + sources + s * experts, experts, &routes.came_for[block * experts]);
+    }
+  }
+  const size_t all = size_t(config_.all_ranks);
+  routes.sent.assign(blocks * all, 0);
+  for (int peer = 0; peer < ranks; ++peer)
+    if (alive(peer))
+      for (size_t s = 0; s < sources; ++s)
+        std::copy_n(post_rows(post_from(peer, op.seq)) + sources * (1 + experts) + s * all, all,
+                    &routes.sent[(s * size_t(ranks) + size_t(peer)) * all]);
+  routes.came_at.clear();
+  routes.came_at.reserve(call.expand ? blocks * experts : blocks);
   routes.own.clear();
   auto own = [&](int peer, int64_t from, int64_t count) {
     if (peer == config_.rank && count != 0) routes.own.emplace_back(from, from + count);
@@ -150,28 +184,26 @@ bool Engine::grant(Operation& op, const DispatchCall& call, int round) {
       int64_t at = group[e];
       for (size_t s = 0; s < sources; ++s)
         for (int peer = 0; peer < ranks; ++peer) {
-          if (!alive(peer)) continue;
+          const uint32_t count = routes.came_for[(s * size_t(ranks) + size_t(peer)) * experts + e];
+          routes.came_at.emplace_back(at, count);
           starts[size_t(peer) * per_source + s * experts + e] = uint32_t(at);
-          const uint32_t count = post_rows(post_from(peer, op.seq))[sources + s * experts + e];
           own(peer, at, count);
           at += count;
         }
       blank(at, group[e] + routes.recv_experts[e]);
     }
+    nobody(aligned, rows);
   } else {
     int64_t at = 0;
     for (size_t s = 0; s < sources; ++s)
       for (int peer = 0; peer < ranks; ++peer) {
-        if (!alive(peer)) continue;
+        const uint32_t count = routes.came[s * size_t(ranks) + size_t(peer)];
+        routes.came_at.emplace_back(at, count);
         starts[size_t(peer) * sources + s] = uint32_t(at);
-        const uint32_t count = post_rows(post_from(peer, op.seq))[s];
         own(peer, at, count);
         at += count;
       }
-    if (worst) {
-      std::fill(idx + at * columns, idx + rows * columns, int64_t(-1));
-      if (call.arguments[0]) std::fill(weights + at * columns, weights + rows * columns, 0.0f);
-    }
+    nobody(at, rows);
   }
   give(op, round, Status::ok, op.slot->offset, uint64_t(rows), 0, starts, per_source);
   return true;
@@ -215,9 +247,11 @@ void Engine::push(Operation& op, const DispatchCall& call, const int64_t*) {
     uint8_t *x, *scales;
     int64_t* idx;
     float* weights;
+    Source* source;
     const uint32_t* starts;
     uint64_t rows;
     bool skip;
+    uint32_t written = 0;
   };
   std::vector<Target> targets(static_cast<size_t>(ranks));
   uint64_t total = 0;
@@ -229,7 +263,8 @@ void Engine::push(Operation& op, const DispatchCall& call, const int64_t*) {
     const size_t scales_at = up64(size_t(mail.rows) * size_t(call.row_bytes));
     const size_t idx_at = scales_at + up64(size_t(mail.rows) * size_t(call.scale_bytes));
     const size_t weights_at = idx_at + up64(size_t(mail.rows) * size_t(columns) * 8);
-    const size_t bytes = weights_at + (weighted ? up64(size_t(mail.rows) * size_t(columns) * 4) : 0);
+    const size_t source_at = weights_at + (weighted ? up64(size_t(mail.rows) * size_t(columns) * 4) : 0);
+    const size_t bytes = source_at + up64(size_t(mail.rows) * sizeof(Source));
     Window& window = *peers_[size_t(peer)].window;
     if (mail.rows > uint64_t(INT32_MAX) || mail.offset < map_.end || !window.contains(mail.offset, bytes)) {
       RankFailed failure;
@@ -243,13 +278,19 @@ void Engine::push(Operation& op, const DispatchCall& call, const int64_t*) {
               base + scales_at,
               reinterpret_cast<int64_t*>(base + idx_at),
               reinterpret_cast<float*>(base + weights_at),
+              reinterpret_cast<Source*>(base + source_at),
               reinterpret_cast<const uint32_t*>(&mail + 1),
               mail.rows,
               !faults_.empty() && fault(kPush, op.seq, peer)};
     for (size_t s = 0; s < sources; ++s) total += routes.rows_to[size_t(peer) * sources + s];
   }
   const bool streaming = total * uint64_t(call.row_bytes) >= kStreamFrom;
-  uint32_t written = 0;
+  auto tell_progress = [&] {
+    for (int peer = 0; peer < ranks; ++peer)
+      if (alive(peer))
+        flags_at(peer).progress.store((op.seq & 0xFFFFFFFF) << 32 | targets[size_t(peer)].written,
+                                      std::memory_order_relaxed);
+  };
   for (size_t s = 0; s < sources; ++s) {
     for (int64_t token = routes.begin[s]; token < routes.begin[s + 1]; ++token) {
       const size_t at = size_t(token * call.topk);
@@ -257,7 +298,7 @@ void Engine::push(Operation& op, const DispatchCall& call, const int64_t*) {
       for (int64_t k = 0; k < call.topk; ++k) {
         const int32_t peer = routes.rank[at + size_t(k)];
         if (peer < 0 || !alive(peer)) continue;
-        const Target& target = targets[size_t(peer)];
+        Target& target = targets[size_t(peer)];
         const int32_t base = peer * int32_t(experts);
         const int32_t local = routes.expert[at + size_t(k)] - base;
         const uint64_t to = uint64_t(target.starts[call.expand ? s * experts + size_t(local) : s]) +
@@ -289,14 +330,14 @@ void Engine::push(Operation& op, const DispatchCall& call, const int64_t*) {
               target.weights[to * uint64_t(columns) + uint64_t(j)] = here ? call.weights[at + size_t(j)] : 0.0f;
           }
         }
-        ++written;
+        target.source[to] = {call.positions != nullptr ? call.positions[token] : int32_t(token - routes.begin[s]),
+                             int32_t(k)};
+        ++target.written;
       }
-      if ((token & 63) == 63)
-        for (int peer = 0; peer < ranks; ++peer)
-          if (alive(peer))
-            flags_at(peer).progress.store((op.seq & 0xFFFFFFFF) << 32 | written, std::memory_order_relaxed);
+      if ((token & 63) == 63) tell_progress();
     }
   }
+  tell_progress();
 }
 
 void Engine::send_done(Operation& op) {
@@ -323,6 +364,7 @@ std::shared_ptr<Operation> Engine::dispatch(const DispatchCall& call) {
   bool fine = true;
   if (call.cached) {
     *routes = *call.cached;
+    routes->from.clear();
     std::fill(routes->row.begin(), routes->row.end(), -1);
   } else {
     routes->tokens = call.tokens;
@@ -330,8 +372,12 @@ std::shared_ptr<Operation> Engine::dispatch(const DispatchCall& call) {
     routes->expand = call.expand;
     routes->begin = call.begin;
     fine = route(*routes, call.idx, call.num_experts, &bad);
+    if (call.sent != nullptr)
+      routes->to_all.assign(call.sent, call.sent + config_.sources * config_.all_ranks);
+    else
+      routes->to_all = routes->rows_to;
   }
-  auto op = begin(Kind::dispatch, call.tokens);
+  auto op = begin(Kind::dispatch);
   op->routes = routes;
   routes->id = op->seq;
   post(*op, call.arguments, fine ? routes.get() : nullptr, 0, 0, 0, fine ? nullptr : &bad, 0);
@@ -356,26 +402,28 @@ std::shared_ptr<Operation> Engine::dispatch(const DispatchCall& call) {
   push(*op, call, call.idx);
   send_done(*op);
   Operation* raw = op.get();
-  const int64_t row_bytes = call.row_bytes, columns = call.expand ? 1 : call.topk;
-  const bool weighted = call.arguments[0] != 0, by_expert = call.expand;
-  op->complete = [this, raw, row_bytes, columns, weighted, by_expert] {
-    std::vector<bool> before = masked();
+  const int64_t row_bytes = call.row_bytes, scale_bytes = call.scale_bytes, columns = call.expand ? 1 : call.topk;
+  const bool weighted = call.arguments[0] != 0;
+  op->complete = [this, raw, row_bytes, scale_bytes, columns, weighted] {
     receive(*raw, nullptr);
-    if (!config_.mask || masked() == before) return;
-    // A rank was lost after it had announced rows: they stay, blank and without an expert.
-    auto* idx = reinterpret_cast<int64_t*>(raw->slot->data() + raw->idx_at);
-    auto* weights = reinterpret_cast<float*>(raw->slot->data() + raw->weights_at);
+    const auto* told = reinterpret_cast<const Source*>(raw->slot->data() + raw->source_at);
+    auto& from = raw->routes->from;
+    from.assign(told, told + raw->rows);
+    if (!config_.mask) return;
+    // A rank was lost after it had announced rows: they stay, blank and from nobody.
+    uint8_t* slot = raw->slot->data();
+    const auto& came_at = raw->routes->came_at;
     for (int peer = 0; peer < config_.ranks; ++peer) {
-      if (alive(peer) || before[size_t(peer)]) continue;
-      const size_t sources = size_t(config_.sources), experts = size_t(config_.experts);
-      const uint32_t* rows = post_rows(post_from(peer, raw->seq));
-      const auto* starts = reinterpret_cast<const uint32_t*>(&grant_at(peer, raw->seq) + 1);
-      const size_t blocks = by_expert ? sources * experts : sources;
-      for (size_t b = 0; b < blocks; ++b) {
-        const uint32_t count = by_expert ? rows[sources + b] : rows[b];
-        std::memset(raw->slot->data() + int64_t(starts[b]) * row_bytes, 0, size_t(int64_t(count) * row_bytes));
-        std::fill_n(idx + int64_t(starts[b]) * columns, int64_t(count) * columns, int64_t(-1));
-        if (weighted) std::fill_n(weights + int64_t(starts[b]) * columns, int64_t(count) * columns, 0.0f);
+      if (!lost(*raw, peer)) continue;
+      if (!dead(peer)) abandoned_.push_back(raw->slot);
+      for (size_t block = size_t(peer); block < came_at.size(); block += size_t(config_.ranks)) {
+        const auto [at, count] = came_at[block];
+        std::memset(slot + at * row_bytes, 0, size_t(count * row_bytes));
+        std::memset(slot + raw->scales_at + size_t(at * scale_bytes), 0, size_t(count * scale_bytes));
+        std::fill_n(reinterpret_cast<int64_t*>(slot + raw->idx_at) + at * columns, count * columns, int64_t(-1));
+        std::fill_n(from.begin() + at, count, Source{});
+        if (weighted)
+          std::fill_n(reinterpret_cast<float*>(slot + raw->weights_at) + at * columns, count * columns, 0.0f);
       }
     }
   };

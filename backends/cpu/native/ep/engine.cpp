@@ -3,14 +3,22 @@
 
 #include <poll.h>
 #include <signal.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+
+#include <tuple>
 
 namespace hal_ep {
 
 const char* const kPhases[kPhaseCount] = {"post", "grant", "push", "receive", "stage", "fetch", "acknowledge"};
 
 Engine::Engine(const Config& config, const uint8_t token[32])
-    : config_(config), map_(uint32_t(config.ranks), uint32_t(config.sources), uint32_t(config.experts)) {
+    : config_(config), map_(uint32_t(config.ranks), uint32_t(config.sources), uint32_t(config.experts), uint32_t(config.all_ranks)) {
   window_ = Window::create(map_, uint32_t(config.rank), token);
+  auto* header = reinterpret_cast<Header*>(window_->at(0));
+  header->first_rank = config.first_rank;
+  header->pid = getpid();
+  header->timeout = config.timeout;
   arena_ = std::make_shared<Arena>(window_, map_.end);
   peers_.resize(size_t(config.ranks));
   peers_[size_t(config.rank)].window = window_;
@@ -69,24 +77,39 @@ bool Engine::dead(int peer) const {
   return poll(&entry, 1, 0) == 1 && (entry.revents & POLLIN);
 }
 
-// Follow the recorders from a rank that waits to the one it waits for, to one that waits for nobody, or to this rank.
-int Engine::who_blocks(int peer) {
-  int at = peer;
-  for (int steps = 0; steps < config_.ranks; ++steps) {
+// Follow the recorders from a rank that waits to the one it waits for, to one that waits for nobody. Where they lead in
+// a circle, someone waits for what the next one believes to have sent: to blame is whoever got furthest.
+int Engine::who_blocks(int peer, const Operation& op, Phase phase) {
+  struct Step {
+    int rank;
+    uint64_t seq;
+    uint32_t phase;
+  };
+  std::vector<Step> path{{config_.rank, op.seq, phase}};
+  for (int at = peer;;) {
+    auto seen = std::find_if(path.begin(), path.end(), [&](const Step& step) { return step.rank == at; });
+    if (seen != path.end()) {
+      auto further = [](const Step& a, const Step& b) { return std::tie(a.seq, a.phase) < std::tie(b.seq, b.phase); };
+      return std::max_element(seen, path.end(), further)->rank;
+    }
     std::vector<Record> past = records(at);
-    if (past.empty() || past.back().end_ns != 0) return at;
-    const int next = past.back().waits_for;
-    if (next < 0 || next >= config_.ranks || next == at || !alive(next)) return at;
-    at = next;
-    if (at == config_.rank) return at;
+    auto last = std::find_if(past.rbegin(), past.rend(), [](const Record& r) { return r.end_ns == 0 && r.waits_for >= 0; });
+    if (last == past.rend() || last->waits_for >= config_.ranks || !alive(last->waits_for)) return at;
+    path.push_back({at, last->seq, last->phase});
+    at = last->waits_for;
   }
-  return peer;
 }
 
 void Engine::mask_now(int peer) {
   peers_[size_t(peer)].masked = true;
   flags_at(peer).state.fetch_or(kMaskedYou, std::memory_order_seq_cst);
   ring(peer);
+}
+
+// Whether a rank was given places and is gone before it filled them.
+bool Engine::lost(const Operation& op, int peer) const {
+  return !alive(peer) && op.granted[size_t(peer)] != 0 &&
+         flags_from(peer).done.load(std::memory_order_acquire) < op.seq;
 }
 
 void Engine::set_mask(int rank, bool masked) {
@@ -150,17 +173,72 @@ void Engine::note(const Operation& op, Phase phase, int waits_for, bool end) {
   }
   record.phase = phase;
   record.waits_for = waits_for;
+  record.expert = -1;
+  record.expected = record.received = 0;
+  if (phase == kReceive && waits_for >= 0 && size_t(waits_for) < op.expected.size()) {
+    record.expert = op.first_expert[size_t(waits_for)];
+    record.expected = op.expected[size_t(waits_for)];
+    record.received = received(op, waits_for);
+  }
   if (end) record.end_ns = now_ns();
 }
 
-std::vector<Record> Engine::records(int rank) {
+namespace {
+
+std::vector<Record> records_at(const uint8_t* at) {
   std::vector<Record> found;
-  if (!peers_[size_t(rank)].window) return found;
-  const auto* ring = reinterpret_cast<const Record*>(peers_[size_t(rank)].window->at(map_.records));
+  const auto* ring = reinterpret_cast<const Record*>(at);
   for (uint32_t i = 0; i < kRecords; ++i)
     if (ring[i].seq != 0 && ring[i].phase < kPhaseCount) found.push_back(ring[i]);
   std::sort(found.begin(), found.end(), [](const Record& a, const Record& b) { return a.seq < b.seq; });
   return found;
+}
+
+}  // namespace
+
+std::vector<Record> Engine::records(int rank) {
+  if (!peers_[size_t(rank)].window) return {};
+  return records_at(peers_[size_t(rank)].window->at(map_.records));
+}
+
+Glimpse inspect(int fd) {
+  struct stat info;
+  if (fstat(fd, &info) != 0 || uint64_t(info.st_size) < sizeof(Header))
+    throw std::invalid_argument("the file is not a peer window");
+  struct Mapping {
+    size_t size;
+    void* at;
+    ~Mapping() { munmap(at, size); }
+  } mapping{size_t(info.st_size), mmap(nullptr, size_t(info.st_size), PROT_READ, MAP_SHARED, fd, 0)};
+  if (mapping.at == MAP_FAILED) throw std::invalid_argument("the file cannot be read");
+  const auto* bytes = static_cast<const uint8_t*>(mapping.at);
+  const auto* header = reinterpret_cast<const Header*>(bytes);
+  if (std::memcmp(header->magic, kMagic, 8) != 0) throw std::invalid_argument("the file is not a peer window");
+  const Map map(header->ranks, header->sources, header->experts, header->all_ranks);
+  if (header->ranks > 65536 || map.end != header->control_bytes || mapping.size < map.end)
+    throw std::invalid_argument("the window has an impossible geometry");
+  Glimpse seen{};
+  seen.group = 0;
+  for (size_t i = 0; i < sizeof header->token; i += 8) {
+    uint64_t word;
+    std::memcpy(&word, header->token + i, 8);
+    seen.group = mix(seen.group, word);
+  }
+  seen.pid = header->pid;
+  seen.rank = int(header->rank), seen.ranks = int(header->ranks);
+  seen.first_rank = header->first_rank, seen.all_ranks = int(header->all_ranks);
+  seen.timeout = header->timeout;
+  const auto* flags = reinterpret_cast<const Flags*>(bytes + map.flags);
+  for (uint32_t i = 0; i < header->ranks; ++i) seen.states.push_back(flags[i].state.load(std::memory_order_acquire));
+  seen.records = records_at(bytes + map.records);
+  return seen;
+}
+
+// Rows of an operation that a rank has written so far, as it says.
+uint32_t Engine::received(const Operation& op, int peer) const {
+  const uint64_t progress = flags_from(peer).progress.load(std::memory_order_acquire);
+  if (progress >> 32 != (op.seq & 0xFFFFFFFF)) return 0;
+  return std::min(uint32_t(progress), op.expected[size_t(peer)]);
 }
 
 bool Engine::fault(Phase phase, uint64_t seq, int target) {
@@ -194,13 +272,14 @@ void Engine::enter() {
   while (pending_.size() >= kRing - 4) settle(*pending_.front());
 }
 
-std::shared_ptr<Operation> Engine::begin(Kind kind, int64_t) {
+std::shared_ptr<Operation> Engine::begin(Kind kind, std::shared_ptr<Operation> op) {
   enter();
-  auto op = std::make_shared<Operation>();
+  if (!op) op = std::make_shared<Operation>();
   op->seq = ++seq_;
   op->kind = kind;
   op->expected.assign(size_t(config_.ranks), 0);
   op->first_expert.assign(size_t(config_.ranks), -1);
+  op->granted.assign(size_t(config_.ranks), 0);
   release_stages();
   // The boxes of this operation are free once everybody has read the combine that used them last.
   while (!stages_.empty() && stages_.front().seq + kRing <= op->seq) {
@@ -282,6 +361,7 @@ void Engine::close() {
   }
   pending_.clear();
   stages_.clear();
+  abandoned_.clear();
   for (auto& slot : packed_) slot.lease.reset();
   for (int peer = 0; peer < config_.ranks; ++peer) {
     if (peers_[size_t(peer)].pidfd >= 0) ::close(peers_[size_t(peer)].pidfd);

@@ -30,6 +30,17 @@ struct RankFailed : std::exception {
   const char* what() const noexcept override { return reason.c_str(); }
 };
 
+// A window as seen by a process outside the group.
+struct Glimpse {
+  uint64_t group;  // equal for the windows of one node's group; says nothing about its token
+  int64_t pid;
+  int rank, ranks, first_rank, all_ranks;
+  double timeout;
+  std::vector<uint32_t> states;  // what each rank told this one: PeerState
+  std::vector<Record> records;   // oldest first
+};
+Glimpse inspect(int fd);  // std::invalid_argument where the file is no window
+
 // A call that all ranks refuse alike; `field` is the index of a disagreeing argument, or -1 with the text filled in.
 struct Refused : std::exception {
   std::string argument, got, legal;
@@ -55,14 +66,22 @@ extern const char* const kPhases[kPhaseCount];
 enum class Policy : int { error, drop, grow };
 
 struct Config {
-  int rank, ranks, sources, experts;
+  int rank, ranks;  // of this node
+  int sources;      // ranks of the whole group for which each rank of this node speaks, at most
+  int experts;
   int64_t expert_base;  // first expert of rank 0
   int first_rank;       // its number in the whole group, for messages
   double timeout;
   bool mask;
   int64_t room;  // rows a rank accepts in a normal dispatch
   Policy policy;
-  bool crowded;  // more ranks than cores: give the core away early
+  bool crowded;   // more ranks than cores: give the core away early
+  int all_ranks;  // of the whole group
+};
+
+// Of a received row: its token's position at the source, and the first of the token's choices that led here.
+struct Source {
+  int32_t position = -1, choice = -1;
 };
 
 // The way of every token: what a handle keeps.
@@ -75,6 +94,12 @@ struct Routes {
   std::vector<int32_t> row;            // [tokens, topk] row at the destination, -1 where dropped or masked
   std::vector<uint32_t> rows_to, experts_to;  // [ranks, sources], [ranks, sources, L]
   int64_t recv_rows = 0, dropped = 0;
+  std::vector<Source> from;  // [received rows], once they are there; a copy, for handles outlive rows
+  // What came, by block: block s * ranks + peer is what peer sent for its source s.
+  std::vector<uint32_t> to_all;                        // [sources, all ranks] what each source sends to each rank
+  std::vector<uint32_t> sent;                          // [blocks, all ranks] the same of every block
+  std::vector<uint32_t> came, came_for;                // [blocks], [blocks, L]
+  std::vector<std::pair<int64_t, int64_t>> came_at;    // [blocks], in the expand layout [L, blocks]: begin, count
   std::vector<int64_t> recv_experts;  // [L] aligned
   std::vector<std::pair<int64_t, int64_t>> own;  // received rows that came from this rank itself: begin, end; ascending
   uint64_t id = 0;
@@ -92,11 +117,12 @@ struct Operation {
   std::shared_ptr<Routes> routes;
   std::shared_ptr<Lease> slot;            // dispatch: received rows
   std::vector<uint32_t> expected;         // [ranks] rows awaited
+  std::vector<uint8_t> granted;           // [ranks] has been given places, and may write there
   std::vector<int> first_expert;          // [ranks]
   std::shared_ptr<int> use;               // packed: the result lives while someone holds this
   std::vector<uint8_t> copy;              // packed: rows of a call that returned before sending them
   int64_t rows = 0;                       // of the slot
-  size_t x_at = 0, scales_at = 0, idx_at = 0, weights_at = 0;  // offsets inside the slot
+  size_t x_at = 0, scales_at = 0, idx_at = 0, weights_at = 0, source_at = 0;  // offsets inside the slot
 };
 
 struct DispatchCall {
@@ -107,6 +133,8 @@ struct DispatchCall {
   const int64_t* idx = nullptr;
   int64_t topk = 0;
   const float* weights = nullptr;
+  const int32_t* positions = nullptr;  // [tokens] at their sources; without them tokens are numbered from 0
+  const uint32_t* sent = nullptr;      // [sources, all ranks]; without it the group is one node
   bool expand = false;
   int64_t alignment = 1, worst = 0;
   int64_t num_experts = 0;
@@ -143,7 +171,10 @@ struct PackedCall {
   int64_t* waits = nullptr;
   bool deferred = false;
   int32_t* count = nullptr;    // [L]
-  int64_t* ranges = nullptr;   // [L, ranks * sources]
+  int64_t* ranges = nullptr;   // [L, sources, ranks]
+  const int32_t* positions = nullptr;
+  std::vector<int64_t> begin;  // [sources + 1]
+  std::shared_ptr<Operation> reserved;
   uint64_t arguments[kArguments] = {};
 };
 
@@ -158,6 +189,7 @@ struct PackedCombineCall {
   int64_t out_stride = 0;
   int64_t* waits = nullptr;
   bool now = false;
+  bool gather = false;  // no sums: out is [n, K, row], every fetched row at its slot
   std::shared_ptr<Lease> lent;  // zero copy: x is this memory
   const int64_t* ranges = nullptr;
   uint64_t arguments[kArguments] = {};
@@ -176,6 +208,8 @@ class Engine : public std::enable_shared_from_this<Engine> {
 
   std::shared_ptr<Operation> dispatch(const DispatchCall& call);
   std::shared_ptr<Operation> combine(const CombineCall& call);
+  // The memory of a coming packed_dispatch, so that its tensors exist before the call is made.
+  std::shared_ptr<Operation> packed_reserve(const PackedCall& call);
   std::shared_ptr<Operation> packed_dispatch(const PackedCall& call);
   std::shared_ptr<Operation> packed_combine(const PackedCombineCall& call);
   std::shared_ptr<Lease> lend(uint64_t bytes, bool commit) { return arena_->take(bytes, commit); }
@@ -214,11 +248,12 @@ class Engine : public std::enable_shared_from_this<Engine> {
   [[noreturn]] void fail(RankFailed failure);
   void check_abort(int peer);
   bool dead(int peer) const;
-  int who_blocks(int peer);
+  int who_blocks(int peer, const Operation& op, Phase phase);
   void mask_now(int peer);
+  bool lost(const Operation& op, int peer) const;
   bool alive(int peer) const { return !peers_[peer].masked; }
 
-  std::shared_ptr<Operation> begin(Kind kind, int64_t tokens);
+  std::shared_ptr<Operation> begin(Kind kind, std::shared_ptr<Operation> op = nullptr);
   void enter();
   void post(Operation& op, const uint64_t* arguments, const Routes* routes, uint64_t offset, uint64_t bytes,
             uint64_t extra, const Text* refusal, int round, const std::vector<int>* only = nullptr);
@@ -233,11 +268,13 @@ class Engine : public std::enable_shared_from_this<Engine> {
   void push(Operation& op, const DispatchCall& call, const int64_t* idx);
   void send_done(Operation& op);
   void receive(Operation& op, int64_t* waits);
+  std::shared_ptr<Operation> reserve(const PackedCall& call);
   void packed_body(Operation& op, const PackedCall& call);
   void fetch(Operation& op, int64_t* waits);
   void acknowledge(const Operation& op);
   void settle(Operation& op);
   bool fault(Phase phase, uint64_t seq, int target);
+  uint32_t received(const Operation& op, int peer) const;
   void note(const Operation& op, Phase phase, int waits_for, bool end);
   void release_stages();
   const uint8_t* fetched_row(int peer, uint64_t seq, int64_t row, int64_t row_bytes);
@@ -256,6 +293,8 @@ class Engine : public std::enable_shared_from_this<Engine> {
     std::shared_ptr<Lease> lease;
   };
   std::deque<Stage> stages_;
+  // Memory that a masked rank may still write to, should it wake up.
+  std::vector<std::shared_ptr<Lease>> abandoned_;
   std::unique_ptr<RankFailed> broken_;
   bool closed_ = false;
   std::atomic<bool> closing_{false};

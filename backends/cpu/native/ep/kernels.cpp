@@ -6,7 +6,7 @@
 
 // HAL_EP_BASELINE leaves the variants out, for builds under a sanitizer.
 #if defined(__x86_64__) && !defined(HAL_EP_BASELINE)
-#include <immintrin.h>
+#include "sums_x86.h"
 #define HAL_X86 1
 #else
 #define HAL_X86 0
@@ -174,16 +174,31 @@ void cast_plain(uint8_t* out, void* scales, const void* row, Type type, size_t c
 void copy_plain(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
 
 #if HAL_X86
-#define HAL_AVX2 __attribute__((target("avx2,f16c")))
-#define HAL_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,f16c,prefer-vector-width=512")))
-
 HAL_AVX2 void reduce_avx2(void* out, Type out_type, const void* const* rows, const float* weights, int count,
-                          const void* bias0, const void* bias1, Type type, size_t columns) {
-  reduce_any(out, out_type, rows, weights, count, bias0, bias1, type, columns);
+                             const void* bias0, const void* bias1, Type type, size_t columns) {
+  if (type != Type::bf16 || out_type != Type::bf16 || bias0 != nullptr || bias1 != nullptr)
+    return reduce_any(out, out_type, rows, weights, count, bias0, bias1, type, columns);
+  auto* sums = static_cast<uint16_t*>(out);
+  for (size_t at = 0; at < columns;) {
+    at = sum_pairs_avx2(sums, rows, weights, count, at, columns);
+    // The rest, and a block with a NaN.
+    const size_t width = columns - at < kPairBlock256 ? columns - at : kPairBlock256;
+    if (width != 0) reduce_block<Type::bf16, Type::bf16>(out, rows, weights, count, nullptr, nullptr, at, width);
+    at += width;
+  }
 }
 HAL_AVX512 void reduce_avx512(void* out, Type out_type, const void* const* rows, const float* weights, int count,
-                              const void* bias0, const void* bias1, Type type, size_t columns) {
-  reduce_any(out, out_type, rows, weights, count, bias0, bias1, type, columns);
+                               const void* bias0, const void* bias1, Type type, size_t columns) {
+  if (type != Type::bf16 || out_type != Type::bf16 || bias0 != nullptr || bias1 != nullptr)
+    return reduce_any(out, out_type, rows, weights, count, bias0, bias1, type, columns);
+  auto* sums = static_cast<uint16_t*>(out);
+  for (size_t at = 0; at < columns;) {
+    at = sum_pairs_avx512(sums, rows, weights, count, at, columns);
+    // The rest, and a block with a NaN.
+    const size_t width = columns - at < kPairBlock512 ? columns - at : kPairBlock512;
+    if (width != 0) reduce_block<Type::bf16, Type::bf16>(out, rows, weights, count, nullptr, nullptr, at, width);
+    at += width;
+  }
 }
 HAL_AVX2 void cast_avx2(uint8_t* out, void* scales, const void* row, Type type, size_t columns, bool power_of_two,
                         bool ue8m0) {

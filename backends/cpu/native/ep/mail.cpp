@@ -8,6 +8,7 @@ void Engine::post(Operation& op, const uint64_t* arguments, const Routes* routes
   note(op, kPost, -1, false);
   if (!faults_.empty()) fault(kPost, op.seq, -1);
   const size_t sources = size_t(config_.sources), experts = size_t(config_.experts), words = sources * (1 + experts);
+  const size_t all = sources * size_t(config_.all_ranks);
   for (int peer = 0; peer < config_.ranks; ++peer) {
     if (!alive(peer) || (only != nullptr && std::find(only->begin(), only->end(), peer) == only->end())) continue;
     Post& mail = post_at(peer, op.seq);
@@ -28,6 +29,10 @@ void Engine::post(Operation& op, const uint64_t* arguments, const Routes* routes
       count = words;
       std::memcpy(counts, &routes->rows_to[size_t(peer) * sources], 4 * sources);
       std::memcpy(counts + sources, &routes->experts_to[size_t(peer) * sources * experts], 4 * sources * experts);
+      if (op.kind == Kind::dispatch) {
+        count += all;
+        std::memcpy(counts + words, routes->to_all.data(), 4 * all);
+      }
     }
     mail.check = checksum(mail, seq, counts, count);
     if (!faults_.empty() && peer != config_.rank) {
@@ -57,7 +62,8 @@ void Engine::check_posts(const Operation& op, int round) {
     if (!alive(peer)) continue;
     const Post& mail = post_from(peer, op.seq);
     const bool theirs = mail.kind == Kind::dispatch || mail.kind == Kind::low_latency_dispatch;
-    const size_t count = mail.status == Status::ok && theirs ? words : 0;
+    size_t count = mail.status == Status::ok && theirs ? words : 0;
+    if (count != 0 && mail.kind == Kind::dispatch) count += size_t(config_.sources) * size_t(config_.all_ranks);
     if (mail.check == checksum(mail, op.seq * 4 + uint64_t(round), post_rows(mail), count)) continue;
     RankFailed failure;
     failure.rank = peer;
@@ -110,7 +116,7 @@ void Engine::check_posts(const Operation& op, int round) {
 void Engine::refuse(const Text& text) {
   std::unique_lock<std::mutex> hold(api_);
   idle_.wait(hold, [&] { return !job_running_; });
-  auto op = begin(Kind::none, 0);
+  auto op = begin(Kind::none);
   post(*op, nullptr, nullptr, 0, 0, 0, &text, 0);
   wait(kPost, *op, nullptr, [&](int peer) {
     return post_from(peer, op->seq).seq.load(std::memory_order_seq_cst) >= op->seq * 4;

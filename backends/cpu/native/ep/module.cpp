@@ -1,6 +1,5 @@
 // The Python face of the engine: pointers in, tensors over window memory out.
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -9,6 +8,7 @@
 #include <cstring>
 
 #include "engine.h"
+#include "tensors.h"
 
 namespace nb = nanobind;
 using namespace hal_ep;
@@ -25,29 +25,23 @@ void set_arguments(Call& call, const std::vector<uint64_t>& arguments) {
   for (size_t i = 0; i < arguments.size() && i < kArguments; ++i) call.arguments[i] = arguments[i];
 }
 
-nb::dlpack::dtype element(int code) {
-  switch (code) {
-    case 0: return {4, 16, 1};                                  // bfloat16
-    case 1: return {uint8_t(nb::dlpack::dtype_code::Float), 16, 1};
-    case 2: return {uint8_t(nb::dlpack::dtype_code::Float), 32, 1};
-    case 3: return {uint8_t(nb::dlpack::dtype_code::UInt), 8, 1};
-    case 4: return {uint8_t(nb::dlpack::dtype_code::Int), 32, 1};
-    default: return {uint8_t(nb::dlpack::dtype_code::Int), 64, 1};
-  }
+int64_t element_bytes(Element element) {
+  return element == Element::i64 ? 8 : element == Element::u8 ? 1 : int(element) < 2 ? 2 : 4;
 }
 
-struct Holder {
-  std::shared_ptr<Lease> lease;
-  std::shared_ptr<int> use;
-};
+nb::object integers(const std::vector<int64_t>& values) {
+  nb::object made = nb::steal(PyTuple_New(Py_ssize_t(values.size())));
+  for (size_t i = 0; i < values.size(); ++i)
+    PyTuple_SET_ITEM(made.ptr(), Py_ssize_t(i), PyLong_FromLongLong(values[i]));
+  return made;
+}
 
-nb::object tensor(const std::shared_ptr<Lease>& lease, const std::shared_ptr<int>& use, uint64_t at, int code,
-                  const std::vector<size_t>& shape, const std::vector<int64_t>& strides) {
-  auto* holder = new Holder{lease, use};
-  nb::capsule owner(holder, [](void* p) noexcept { delete static_cast<Holder*>(p); });
-  nb::ndarray<nb::pytorch> array(lease->data() + at, shape.size(), shape.data(), owner,
-                                 strides.empty() ? nullptr : strides.data(), element(code));
-  return array.cast();
+nb::list record_list(const std::vector<Record>& records) {
+  nb::list list;
+  for (const Record& r : records)
+    list.append(nb::make_tuple(r.seq, uint32_t(r.kind), kPhases[r.phase], r.waits_for, r.tokens, r.expert, r.expected,
+                               r.received, r.begin_ns, r.end_ns));
+  return list;
 }
 
 }  // namespace
@@ -81,7 +75,24 @@ NB_MODULE(_ep, m) {
       .def_ro("recv_rows", &Routes::recv_rows)
       .def_ro("dropped", &Routes::dropped)
       .def_ro("recv_experts", &Routes::recv_experts)
-      .def_prop_ro("rows", [](const Routes& r) { return r.row; });
+      // For each received row the block it came in (source * ranks + peer), -1 for none; how many came by block and
+      // local expert.
+      .def("blocks_of_rows",
+           [](const Routes& r, uint64_t out, int64_t rows) {
+             auto* block = pointer<int32_t>(out);
+             std::fill_n(block, rows, -1);
+             for (size_t i = 0; i < r.came_at.size(); ++i)
+               std::fill_n(block + r.came_at[i].first, r.came_at[i].second, int32_t(i % r.came.size()));
+           })
+      .def("sources", [](const Routes& r, uint64_t out) {
+        std::memcpy(pointer<Source>(out), r.from.data(), r.from.size() * sizeof(Source));
+      })
+      .def("counts_of_blocks", [](const Routes& r, uint64_t out) {
+        std::memcpy(pointer<uint32_t>(out), r.came_for.data(), r.came_for.size() * 4);
+      })
+      .def("sent_by_blocks", [](const Routes& r, uint64_t out) {
+        std::memcpy(pointer<uint32_t>(out), r.sent.data(), r.sent.size() * 4);
+      });
 
   nb::class_<Lease>(m, "Lease").def_prop_ro("address", [](const Lease& lease) {
     return reinterpret_cast<uint64_t>(lease.data());
@@ -91,28 +102,28 @@ NB_MODULE(_ep, m) {
       .def_ro("seq", &Operation::seq)
       .def_ro("rows", &Operation::rows)
       .def_ro("routes", &Operation::routes)
-      .def_ro("expected", &Operation::expected)
-      .def("x", [](const Operation& op, int code, const std::vector<size_t>& shape) {
-        return tensor(op.slot, op.use, op.x_at, code, shape, {});
+      .def_prop_ro("reserved", [](const Operation& op) { return op.slot != nullptr; })
+      .def("x", [](const Operation& op, int code, const std::vector<int64_t>& shape) {
+        return tensor(op.slot, op.use, op.x_at, Element(code), shape, {});
       })
-      .def("scales", [](const Operation& op, int code, const std::vector<size_t>& shape,
+      .def("scales", [](const Operation& op, int code, const std::vector<int64_t>& shape,
                         const std::vector<int64_t>& strides) {
-        return tensor(op.slot, op.use, op.scales_at, code, shape, strides);
+        return tensor(op.slot, op.use, op.scales_at, Element(code), shape, strides);
       })
-      .def("idx", [](const Operation& op, int code, const std::vector<size_t>& shape) {
-        return tensor(op.slot, op.use, op.idx_at, code, shape, {});
+      .def("idx", [](const Operation& op, int code, const std::vector<int64_t>& shape) {
+        return tensor(op.slot, op.use, op.idx_at, Element(code), shape, {});
       })
-      .def("weights", [](const Operation& op, const std::vector<size_t>& shape) {
-        return tensor(op.slot, op.use, op.weights_at, 2, shape, {});
+      .def("weights", [](const Operation& op, const std::vector<int64_t>& shape) {
+        return tensor(op.slot, op.use, op.weights_at, Element::f32, shape);
       });
 
   nb::class_<Engine>(m, "Engine")
       .def("__init__",
-           [](Engine* self, int rank, int ranks, int sources, int experts, int64_t expert_base, int first_rank, double timeout,
-              bool mask, int64_t room, int policy, bool crowded, nb::bytes token) {
+           [](Engine* self, int rank, int ranks, int sources, int experts, int64_t expert_base, int first_rank,
+              double timeout, bool mask, int64_t room, int policy, bool crowded, int all_ranks, nb::bytes token) {
              if (token.size() != 32) throw std::invalid_argument("the token must have 32 bytes");
-             Config config{rank, ranks,  sources, experts, expert_base, first_rank, timeout,
-                           mask, room, Policy(policy), crowded};
+             Config config{rank, ranks, sources, experts,        expert_base, first_rank, timeout,
+                           mask, room,  Policy(policy), crowded, all_ranks};
              new (self) Engine(config, static_cast<const uint8_t*>(token.data()));
              self->poll_signals = [] {
                nb::gil_scoped_acquire hold;
@@ -132,6 +143,7 @@ NB_MODULE(_ep, m) {
            [](Engine& self, uint64_t x, int64_t tokens, int64_t stride, int64_t row_bytes, uint64_t scales,
               int64_t scales_stride, int64_t scale_bytes, uint64_t idx, int64_t topk, uint64_t weights, bool expand,
               int64_t alignment, int64_t worst, int64_t num_experts, const std::vector<int64_t>& begin,
+              uint64_t positions, uint64_t sent, int code, int scales_code, bool now, bool weighted,
               std::shared_ptr<Routes> cached, const std::vector<uint64_t>& arguments) {
              DispatchCall call;
              call.x = pointer<const uint8_t>(x);
@@ -143,13 +155,32 @@ NB_MODULE(_ep, m) {
              call.weights = pointer<const float>(weights);
              call.expand = expand, call.alignment = alignment, call.worst = worst, call.num_experts = num_experts;
              call.begin = begin;
+             call.positions = pointer<const int32_t>(positions);
+             call.sent = pointer<const uint32_t>(sent);
              call.cached = std::move(cached);
              set_arguments(call, arguments);
-             nb::gil_scoped_release release;
-             return self.dispatch(call);
+             std::shared_ptr<Operation> op;
+             {
+               nb::gil_scoped_release release;
+               op = self.dispatch(call);
+               if (now) self.finish(op);
+             }
+             const Routes& routes = *op->routes;
+             const int64_t columns = row_bytes / element_bytes(Element(code));
+             std::vector<int64_t> shape{op->rows};
+             if (!expand) shape.push_back(topk);
+             nb::object counts = worst != 0 ? nb::tuple() : integers(routes.recv_experts);
+             nb::object sent_weights = nb::none(), sent_scales = nb::none();
+             if (weighted) sent_weights = tensor(op->slot, nullptr, op->weights_at, Element::f32, shape);
+             if (scales != 0 || scale_bytes != 0)
+               sent_scales = tensor(op->slot, nullptr, op->scales_at, Element(scales_code), {op->rows, scale_bytes / 4});
+             return nb::make_tuple(op, op->rows, tensor(op->slot, nullptr, op->x_at, Element(code), {op->rows, columns}),
+                                   sent_scales, tensor(op->slot, nullptr, op->idx_at, Element::i64, shape), sent_weights,
+                                   counts, routes.dropped);
            },
            nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg())
+           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+           nb::arg(), nb::arg().none(), nb::arg())
       .def("combine",
            [](Engine& self, uint64_t x, int64_t row_bytes, int64_t columns, int type, int out_type,
               std::shared_ptr<Routes> routes, uint64_t row_weights, uint64_t weights_out, uint64_t bias0,
@@ -168,13 +199,25 @@ NB_MODULE(_ep, m) {
              call.gather = gather, call.now = now;
              set_arguments(call, arguments);
              nb::gil_scoped_release release;
-             return self.combine(call);
+             auto op = self.combine(call);
+             if (now) self.finish(op);
+             return op;
+           })
+      .def("packed_reserve",
+           [](Engine& self, int64_t columns, int type, int cast, int64_t slots) {
+             PackedCall call;
+             call.columns = columns, call.type = Type(type), call.cast = cast, call.slots = slots;
+             return self.packed_reserve(call);
            })
       .def("packed_dispatch",
            [](Engine& self, uint64_t x, int64_t tokens, int64_t stride, int64_t columns, int type, int cast,
               uint64_t idx, int64_t topk, int64_t num_experts, int64_t slots, uint64_t stats, uint64_t waits,
-              bool deferred, uint64_t count, uint64_t ranges, const std::vector<uint64_t>& arguments) {
+              bool deferred, uint64_t count, uint64_t ranges, const std::vector<int64_t>& begin, uint64_t positions,
+              std::shared_ptr<Operation> reserved, const std::vector<uint64_t>& arguments) {
              PackedCall call;
+             call.begin = begin;
+             call.positions = pointer<const int32_t>(positions);
+             call.reserved = std::move(reserved);
              call.x = pointer<const uint8_t>(x);
              call.tokens = tokens, call.stride = stride, call.columns = columns;
              call.type = Type(type), call.cast = cast;
@@ -186,11 +229,13 @@ NB_MODULE(_ep, m) {
              set_arguments(call, arguments);
              nb::gil_scoped_release release;
              return self.packed_dispatch(call);
-           })
+           },
+           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg())
       .def("packed_combine",
            [](Engine& self, uint64_t x, int64_t columns, int64_t slots, int type, std::shared_ptr<Routes> routes,
               uint64_t idx, uint64_t weights, uint64_t out, int64_t out_stride, uint64_t waits,
-              std::shared_ptr<Lease> lent, uint64_t ranges, bool now, const std::vector<uint64_t>& arguments) {
+              std::shared_ptr<Lease> lent, uint64_t ranges, bool gather, bool now, const std::vector<uint64_t>& arguments) {
              PackedCombineCall call;
              call.x = pointer<const uint8_t>(x);
              call.columns = columns, call.slots = slots, call.type = Type(type);
@@ -199,18 +244,18 @@ NB_MODULE(_ep, m) {
              call.out = pointer<uint8_t>(out), call.out_stride = out_stride;
              call.waits = pointer<int64_t>(waits);
              call.lent = std::move(lent);
-             call.now = now;
+             call.now = now, call.gather = gather;
              call.ranges = pointer<const int64_t>(ranges);
              set_arguments(call, arguments);
              nb::gil_scoped_release release;
              return self.packed_combine(call);
            },
            nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-           nb::arg().none(), nb::arg(), nb::arg(), nb::arg())
+           nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg())
       .def("lend", &Engine::lend)
       .def_static("lent_tensor",
-                  [](std::shared_ptr<Lease> lease, int code, const std::vector<size_t>& shape) {
-                    return tensor(lease, nullptr, 0, code, shape, {});
+                  [](std::shared_ptr<Lease> lease, int code, const std::vector<int64_t>& shape) {
+                    return tensor(lease, nullptr, 0, Element(code), shape);
                   })
       .def("finish", &Engine::finish, nb::call_guard<nb::gil_scoped_release>())
       .def("refuse",
@@ -228,17 +273,16 @@ NB_MODULE(_ep, m) {
         for (bool one : self.masked()) list.append(one);
         return list;
       })
-      .def("records",
-           [](Engine& self, int rank) {
-             nb::list list;
-             for (const Record& r : self.records(rank))
-               list.append(nb::make_tuple(r.seq, uint32_t(r.kind), kPhases[r.phase], r.waits_for, r.tokens, r.begin_ns,
-                                          r.end_ns));
-             return list;
-           })
+      .def("records", [](Engine& self, int rank) { return record_list(self.records(rank)); })
       .def("bytes", &Engine::bytes)
       .def("in_use", &Engine::in_use)
       .def("close", &Engine::close, nb::call_guard<nb::gil_scoped_release>());
+
+  m.def("inspect", [](int fd) {
+    const Glimpse seen = inspect(fd);
+    return nb::make_tuple(seen.group, seen.pid, seen.rank, seen.ranks, seen.first_rank, seen.all_ranks, seen.timeout,
+                          seen.states, record_list(seen.records));
+  });
 
   // Single kernels, for tests and measurements.
   m.def("copy_streaming", [](uint64_t to, uint64_t from, size_t bytes) {

@@ -9,54 +9,77 @@ void Engine::release(const std::shared_ptr<Routes>& routes) {
     packed_[routes->packed_slot].released = true;
 }
 
-std::shared_ptr<Operation> Engine::packed_dispatch(const PackedCall& call) {
+std::shared_ptr<Operation> Engine::packed_reserve(const PackedCall& call) {
   std::unique_lock<std::mutex> hold(api_);
-  idle_.wait(hold, [&] { return !job_running_; });
-  enter();
-  auto routes = std::make_shared<Routes>();
-  routes->tokens = call.tokens;
-  routes->topk = call.topk;
-  routes->packed = true;
-  routes->begin.assign(size_t(config_.sources) + 1, call.tokens);
-  routes->begin[0] = 0;
-  Text bad;
-  bool fine = route(*routes, call.idx, call.num_experts, &bad);
+  return reserve(call);
+}
+
+// An operation with one of the two slots. One without a slot is refused when it is made.
+std::shared_ptr<Operation> Engine::reserve(const PackedCall& call) {
   const int64_t groups = (call.columns + 127) / 128;
   const int64_t row_bytes = call.cast != 0 ? call.columns : call.columns * int64_t(type_bytes(call.type));
   const int64_t scale_words = call.cast == 0 ? 0 : call.cast == 3 ? (groups + 3) / 4 : groups;
   const size_t cells = size_t(config_.experts * call.slots);
-  auto op = begin(Kind::low_latency_dispatch, call.tokens);
-  op->routes = routes;
+  auto op = std::make_shared<Operation>();
+  op->routes = std::make_shared<Routes>();
+  op->routes->packed = true;
   op->scales_at = up64(cells * size_t(row_bytes));
   op->idx_at = op->scales_at + up64(cells * size_t(scale_words) * 4);
   const size_t bytes = op->idx_at + up64(cells * 4);
   int chosen = -1;
   for (int i = 0; i < 2; ++i)
     if (chosen < 0 && (packed_[i].released || packed_[i].use.expired())) chosen = i;
-  if (fine && chosen < 0) {
+  if (chosen < 0) return op;
+  PackedSlot& slot = packed_[chosen];
+  if (!slot.lease || slot.lease->bytes < bytes) {
+    slot.lease.reset();
+    slot.lease = arena_->take(bytes, false);
+  }
+  op->slot = slot.lease;
+  op->use = std::make_shared<int>(chosen);
+  slot.use = op->use;
+  slot.released = false;
+  slot.id = 0;
+  op->routes->packed_slot = chosen;
+  return op;
+}
+
+std::shared_ptr<Operation> Engine::packed_dispatch(const PackedCall& call) {
+  std::unique_lock<std::mutex> hold(api_);
+  idle_.wait(hold, [&] { return !job_running_; });
+  enter();
+  Text bad;
+  bool fine = true;
+  std::shared_ptr<Operation> op = call.reserved;
+  if (!op) {
+    try {
+      op = reserve(call);
+    } catch (const SystemError& error) {
+      fine = false;
+      op = std::make_shared<Operation>();
+      op->routes = std::make_shared<Routes>();
+      set_text(bad, "max_tokens_per_rank", error.what(), "what fits in memory");
+    }
+  }
+  if (fine && !op->slot) {
     fine = false;
     set_text(bad, "low_latency_dispatch",
              "a third result while two are live on rank " + number(config_.rank),
              "at most two: combine one, or let go of it, first");
   }
-  if (fine && (!packed_[chosen].lease || packed_[chosen].lease->bytes < bytes)) {
-    packed_[chosen].lease.reset();
-    try {
-      packed_[chosen].lease = arena_->take(bytes, false);
-    } catch (const SystemError& error) {
-      fine = false;
-      set_text(bad, "max_tokens_per_rank", std::to_string(bytes) + " bytes of packed rows", "what fits in memory");
-    }
-  }
-  if (fine) {
-    op->slot = packed_[chosen].lease;
-    op->use = std::make_shared<int>(chosen);
-    packed_[chosen].use = op->use;
-    packed_[chosen].released = false;
-    packed_[chosen].id = op->seq;
-    routes->packed_slot = chosen;
-    routes->id = op->seq;
-  }
+  const std::shared_ptr<Routes> routes = op->routes;
+  routes->tokens = call.tokens;
+  routes->topk = call.topk;
+  routes->packed = true;
+  routes->begin = call.begin;
+  fine = fine && route(*routes, call.idx, call.num_experts, &bad);
+  const int64_t groups = (call.columns + 127) / 128;
+  const int64_t row_bytes = call.cast != 0 ? call.columns : call.columns * int64_t(type_bytes(call.type));
+  const int64_t scale_words = call.cast == 0 ? 0 : call.cast == 3 ? (groups + 3) / 4 : groups;
+  begin(Kind::low_latency_dispatch, op);
+  routes->id = op->seq;
+  if (routes->packed_slot >= 0) packed_[routes->packed_slot].id = op->seq;
+  if (!fine && routes->packed_slot >= 0) packed_[routes->packed_slot].released = true;
   post(*op, call.arguments, fine ? routes.get() : nullptr, 0, 0, 0, fine ? nullptr : &bad, 0);
   auto posted = [this, raw = op.get()](int peer) {
     return post_from(peer, raw->seq).seq.load(std::memory_order_seq_cst) >= raw->seq * 4;
@@ -78,6 +101,7 @@ std::shared_ptr<Operation> Engine::packed_dispatch(const PackedCall& call) {
       std::memcpy(op->copy.data() + token * later.stride, call.x + token * call.stride, size_t(later.stride));
     later.x = op->copy.data();
     later.waits = nullptr;  // nobody waits here, and what the caller gave is written by the hook only
+    later.reserved = nullptr;  // the operation is not to hold itself
     job_ = [this, op, later] {
       try {
         packed_body(*op, later);
@@ -90,22 +114,29 @@ std::shared_ptr<Operation> Engine::packed_dispatch(const PackedCall& call) {
     idle_.notify_all();
   }
   Operation* raw = op.get();
-  const PackedCall kept = call;
+  PackedCall kept = call;
+  kept.reserved = nullptr;
   op->complete = [this, raw, kept, row_bytes, scale_words] {
     if (raw->error) std::rethrow_exception(raw->error);
-    std::vector<bool> before = masked();
     receive(*raw, kept.waits);
-    if (config_.mask && masked() != before)
-      for (int peer = 0; peer < config_.ranks; ++peer) {
-        if (alive(peer) || before[size_t(peer)]) continue;
-        for (int e = 0; e < config_.experts; ++e) {
-          int64_t range = kept.ranges[e * config_.ranks + peer];
-          int64_t first = range >> 32, count = range & 0xFFFFFFFF;
-          std::memset(raw->slot->data() + (e * kept.slots + first) * row_bytes, 0, size_t(count * row_bytes));
-          auto* info = reinterpret_cast<int32_t*>(raw->slot->data() + raw->idx_at);
-          std::fill_n(info + e * kept.slots + first, count, -1);
-        }
+    const int blocks = config_.sources * config_.ranks;
+    for (int peer = 0; config_.mask && peer < config_.ranks; ++peer) {
+      if (!lost(*raw, peer)) continue;
+      if (!dead(peer)) {
+        abandoned_.push_back(raw->slot);
+        PackedSlot& slot = packed_[raw->routes->packed_slot];
+        if (slot.lease == raw->slot) slot.lease.reset();
       }
+      uint8_t* data = raw->slot->data();
+      for (int e = 0; e < config_.experts; ++e)
+        for (int block = peer; block < blocks; block += config_.ranks) {
+          const int64_t range = kept.ranges[e * blocks + block], at = range >> 32, count = range & 0xFFFFFFFF;
+          std::memset(data + (e * kept.slots + at) * row_bytes, 0, size_t(count * row_bytes));
+          auto* scales = reinterpret_cast<uint32_t*>(data + raw->scales_at) + e * scale_words * kept.slots;
+          for (int64_t g = 0; g < scale_words; ++g) std::fill_n(scales + g * kept.slots + at, count, 0u);
+          std::fill_n(reinterpret_cast<int32_t*>(data + raw->idx_at) + e * kept.slots + at, count, -1);
+        }
+    }
     if (kept.stats != nullptr)
       for (int e = 0; e < config_.experts; ++e) kept.stats[e] += kept.count[e];
   };
@@ -121,6 +152,7 @@ void Engine::packed_body(Operation& op, const PackedCall& call) {
   const int ranks = config_.ranks;
   const size_t sources = size_t(config_.sources), experts = size_t(config_.experts);
   const size_t per_source = sources * experts;
+  for (int peer = 0; peer < ranks; ++peer) op.granted[size_t(peer)] = alive(peer);
   std::vector<uint32_t> starts(size_t(ranks) * per_source, 0);
   for (size_t e = 0; e < experts; ++e) {
     uint64_t at = 0;
@@ -171,8 +203,15 @@ void Engine::packed_body(Operation& op, const PackedCall& call) {
     for (size_t b = 0; b < per_source; ++b) total += routes.experts_to[size_t(peer) * per_source + b];
   }
   const bool streaming = total * uint64_t(row_bytes) >= kStreamFrom;
-  uint32_t written = 0;
+  std::vector<uint32_t> written(static_cast<size_t>(ranks), 0);
+  auto tell_progress = [&] {
+    for (int peer = 0; peer < ranks; ++peer)
+      if (alive(peer))
+        flags_at(peer).progress.store((op.seq & 0xFFFFFFFF) << 32 | written[size_t(peer)], std::memory_order_relaxed);
+  };
+  size_t source = 0;
   for (int64_t token = 0; token < call.tokens; ++token) {
+    while (token >= routes.begin[source + 1]) ++source;
     const uint8_t* row = call.x + token * call.stride;
     const size_t at = size_t(token * call.topk);
     bool cast_done = false;
@@ -183,7 +222,8 @@ void Engine::packed_body(Operation& op, const PackedCall& call) {
       const size_t local = size_t(slot - peer * int32_t(experts));
       const Grant& mail = grant_from(peer, op.seq);
       const uint64_t in_expert =
-          uint64_t(reinterpret_cast<const uint32_t*>(&mail + 1)[local]) + uint64_t(routes.order[at + size_t(k)]);
+          uint64_t(reinterpret_cast<const uint32_t*>(&mail + 1)[source * experts + local]) +
+          uint64_t(routes.order[at + size_t(k)]);
       if (in_expert >= uint64_t(call.slots)) continue;  // only a damaged grant leads here
       const uint64_t to = local * uint64_t(call.slots) + in_expert;
       routes.row[at + size_t(k)] = int32_t(to);
@@ -202,14 +242,13 @@ void Engine::packed_body(Operation& op, const PackedCall& call) {
         std::memcpy(base + to * uint64_t(row_bytes), row, size_t(row_bytes));
       auto* out = reinterpret_cast<uint32_t*>(base + op.scales_at) + local * uint64_t(scale_words * call.slots);
       for (int64_t g = 0; g < scale_words; ++g) out[uint64_t(g * call.slots) + in_expert] = scales[size_t(g)];
-      reinterpret_cast<int32_t*>(base + op.idx_at)[to] = int32_t(token);
-      ++written;
+      reinterpret_cast<int32_t*>(base + op.idx_at)[to] =
+          call.positions != nullptr ? call.positions[token] : int32_t(token);
+      ++written[size_t(peer)];
     }
-    if ((token & 63) == 63)
-      for (int peer = 0; peer < ranks; ++peer)
-        if (alive(peer))
-          flags_at(peer).progress.store((op.seq & 0xFFFFFFFF) << 32 | written, std::memory_order_relaxed);
+    if ((token & 63) == 63) tell_progress();
   }
+  tell_progress();
   send_done(op);
 }
 
@@ -218,14 +257,16 @@ std::shared_ptr<Operation> Engine::packed_combine(const PackedCombineCall& call)
   idle_.wait(hold, [&] { return !job_running_; });
   enter();
   const Routes& routes = *call.routes;
-  auto op = begin(Kind::low_latency_combine, routes.tokens);
+  auto op = begin(Kind::low_latency_combine);
   op->routes = call.routes;
   if (!faults_.empty()) fault(kStage, op->seq, -1);
   Text bad;
   bool fine = true;
   for (size_t i = 0; fine && i < size_t(routes.tokens * routes.topk); ++i) {
-    const int64_t expert = call.idx[i] < 0 ? -1 : call.idx[i] - config_.expert_base;
-    if (expert == routes.expert[i] || call.idx[i] < 0) continue;
+    const int64_t expert = call.idx[i] - config_.expert_base;
+    const bool here = call.idx[i] >= 0 && expert >= 0 && expert < int64_t(config_.experts) * config_.ranks;
+    // An expert of another node is another engine's business.
+    if (here ? expert == routes.expert[i] : call.idx[i] < 0 || routes.expert[i] < 0) continue;
     fine = false;
     set_text(bad, "topk_idx", std::to_string(call.idx[i]) + " at entry " + std::to_string(i) + " on rank " +
              number(config_.rank), "what the dispatch of this handle was given, or -1");
@@ -277,11 +318,17 @@ std::shared_ptr<Operation> Engine::packed_combine(const PackedCombineCall& call)
         const int32_t peer = way.rank[at];
         if (peer < 0 || way.row[at] < 0 || !alive(peer) || call.idx[at] < 0) continue;
         if (uint64_t(way.row[at]) >= cells || post_from(peer, raw->seq).bytes < cells * row_bytes) continue;
-        rows[size_t(count)] = call.now && peer == config_.rank
+        const uint8_t* from = call.now && peer == config_.rank
                                   ? call.x + size_t(way.row[at]) * row_bytes
                                   : fetched_row(peer, raw->seq, way.row[at], int64_t(row_bytes));
+        if (call.gather) {
+          std::memcpy(call.out + at * row_bytes, from, row_bytes);
+          continue;
+        }
+        rows[size_t(count)] = from;
         weights[size_t(count++)] = call.weights[at];
       }
+      if (call.gather) continue;
       reduce(call.out + token * call.out_stride, call.type, rows.data(), weights.data(), count, nullptr, nullptr,
              call.type, size_t(call.columns));
     }

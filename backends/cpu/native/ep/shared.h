@@ -10,7 +10,7 @@
 
 namespace hal_ep {
 
-constexpr char kMagic[8] = {'H', 'A', 'L', '-', 'E', 'P', '0', '1'};
+constexpr char kMagic[8] = {'H', 'A', 'L', '-', 'E', 'P', '0', '2'};
 constexpr uint32_t kRing = 16;       // operations whose mail may be unread at once
 constexpr uint32_t kArguments = 16;  // values of a call that must agree on all ranks
 constexpr uint32_t kRecords = 64;    // entries of the flight recorder
@@ -28,8 +28,11 @@ struct Text {
 // Owner: the window's rank. `bell` and `sleepers` are also written by whoever rings or sleeps.
 struct Header {
   char magic[8];
-  uint32_t rank, ranks, sources, experts;  // experts: L
+  uint32_t rank, ranks, sources, experts, all_ranks;  // experts: L
   uint64_t control_bytes;
+  int32_t first_rank;  // of this node in the whole group; like the next two for whoever looks from outside
+  int64_t pid;
+  double timeout;
   uint8_t token[32];
   alignas(64) std::atomic<uint32_t> bell;
   alignas(64) std::atomic<uint32_t> sleepers;
@@ -50,7 +53,8 @@ struct alignas(128) Flags {
 
 enum PeerState : uint32_t { kOpen = 0, kFailed = 1, kClosed = 2, kMaskedYou = 4 };
 
-// Mail from a source: what it is about to send. Writer: the source. Followed by rows[sources], experts[sources][L].
+// Mail from a source: what it is about to send. Writer: the source. Followed by rows[sources], experts[sources][L],
+// and for whoever asks who sends how much to whom, all[sources][all ranks].
 struct alignas(64) Post {
   std::atomic<uint64_t> seq;
   Kind kind;
@@ -80,6 +84,8 @@ struct Record {
   uint32_t phase;    // index into phase_name
   int32_t waits_for; // lowest rank waited for, -1
   uint32_t tokens;
+  int32_t expert;               // first expert that rows of that rank are for, -1
+  uint32_t expected, received;  // rows of that rank, while rows are waited for
   uint64_t begin_ns, end_ns;  // CLOCK_REALTIME; end 0 while under way
 };
 
@@ -87,12 +93,13 @@ static_assert(std::atomic<uint64_t>::is_always_lock_free && std::atomic<uint32_t
 
 // Offsets of the parts of a window's control area, the same for all windows of a group.
 struct Map {
-  uint32_t ranks, sources, experts;
+  uint32_t ranks, sources, experts, all_ranks;
   size_t flags, posts, grants, records, post_bytes, grant_bytes, end;
 
-  Map(uint32_t ranks_, uint32_t sources_, uint32_t experts_) : ranks(ranks_), sources(sources_), experts(experts_) {
+  Map(uint32_t ranks_, uint32_t sources_, uint32_t experts_, uint32_t all_ranks_)
+      : ranks(ranks_), sources(sources_), experts(experts_), all_ranks(all_ranks_) {
     auto up = [](size_t n, size_t to) { return (n + to - 1) / to * to; };
-    post_bytes = up(sizeof(Post) + 4 * (size_t(sources) + size_t(sources) * experts), 64);
+    post_bytes = up(sizeof(Post) + 4 * size_t(sources) * (1 + size_t(experts) + all_ranks), 64);
     grant_bytes = up(sizeof(Grant) + 4 * (size_t(sources) * experts + sources), 64);
     flags = up(sizeof(Header), kPage);
     posts = up(flags + sizeof(Flags) * ranks, kPage);

@@ -50,7 +50,7 @@ void work(Engine& engine, int rank, int ranks, int rounds, unsigned seed) {
       call.x = bytes, call.tokens = tokens, call.stride = kColumns * 4, call.columns = kColumns;
       call.type = Type::f32, call.idx = idx.data(), call.topk = kTopk, call.num_experts = experts, call.slots = slots;
       call.stats = stats.data(), call.waits = waits.data(), call.deferred = late;
-      call.count = count.data(), call.ranges = ranges.data();
+      call.count = count.data(), call.ranges = ranges.data(), call.begin = {0, tokens};
       auto op = engine.packed_dispatch(call);
       engine.finish(op);
       for (int e = 0; e < kLocal; ++e)
@@ -113,7 +113,7 @@ int main(int count, char** arguments) {
   const uint8_t token[32] = {7};
   std::vector<std::shared_ptr<Engine>> engines;
   for (int rank = 0; rank < ranks; ++rank) {
-    Config config{rank, ranks, 1, kLocal, 0, 0, 60.0, false, 1 << 20, Policy::error, rank % 2 == 0};
+    Config config{rank, ranks, 1, kLocal, 0, 0, 60.0, false, 1 << 20, Policy::error, rank % 2 == 0, ranks};
     engines.push_back(std::make_shared<Engine>(config, token));
   }
   for (int rank = 0; rank < ranks; ++rank)

@@ -32,6 +32,7 @@ std::shared_ptr<Window> Window::create(const Map& map, uint32_t rank, const uint
   header->ranks = map.ranks;
   header->sources = map.sources;
   header->experts = map.experts;
+  header->all_ranks = map.all_ranks;
   header->control_bytes = map.end;
   std::memcpy(header->token, token, 32);
   std::memcpy(header->magic, kMagic, 8);
@@ -54,7 +55,7 @@ std::shared_ptr<Window> Window::attach(int fd, const Map& map, uint32_t rank, co
   if (std::memcmp(header->magic, kMagic, 8) != 0) throw std::invalid_argument("the file is not a peer window");
   if (std::memcmp(header->token, token, 32) != 0) throw std::invalid_argument("the window belongs to another group");
   if (header->rank != rank || header->ranks != map.ranks || header->sources != map.sources ||
-      header->experts != map.experts || header->control_bytes != map.end)
+      header->experts != map.experts || header->all_ranks != map.all_ranks || header->control_bytes != map.end)
     throw std::invalid_argument("the window has another geometry");
   return made;
 }

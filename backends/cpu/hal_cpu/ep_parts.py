@@ -1,0 +1,141 @@
+"""Parts of the CPU's expert-parallel engine that need no engine: what must agree, errors, handles, the recorder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from hal.spec.ep import CASTS, EpBufferArgs
+from hal.spec.errors import RankFailure, SpecError
+
+OPERATIONS: Final = ("", "dispatch", "combine", "low_latency_dispatch", "low_latency_combine")
+Fields = Sequence[tuple[str, Callable[[int], str]]]
+
+# The values of a call that all ranks must share, in the order in which they are posted.
+DISPATCH_FIELDS: Final = (
+    ("topk_weights", ("None", "a tensor").__getitem__),
+    ("topk_idx", "K = {}".format),
+    ("x", ("bfloat16", "float16", "float32", "float8_e4m3fn").__getitem__),
+    ("x", "scales of {} bytes a row".format),
+    ("x", ("float32 scales", "int32 scales").__getitem__),
+    ("expand", ("False", "True").__getitem__),
+    ("expert_alignment", str),
+    ("num_worst_tokens", str),
+    ("handle", lambda seq: f"the one of operation {seq}" if seq else "None"),
+)
+COMBINE_FIELDS: Final = (
+    ("topk_weights", ("None", "a tensor", "a sum", "rows").__getitem__),
+    ("handle", "the one of operation {}".format),
+)
+PACKED_FIELDS: Final = (("topk_idx", "K = {}".format), ("use_fp8", lambda i: f"cast {CASTS[i]!r}"))
+PACKED_COMBINE_FIELDS: Final = (("handle", "the one of operation {}".format),)
+
+
+def translated(native: Any, first: int, error: Exception, fields: Fields) -> Exception:
+    """An error of the compiled engine, whose ranks count from ``first``, as the specification has it."""
+    if isinstance(error, native.Refused):
+        return refusal(first, error, fields)
+    if isinstance(error, native.RankFailed):
+        rank, phase, reason, expert, expected, received = error.args
+        return RankFailure(
+            first + rank,
+            phase,
+            reason,
+            expert=None if expert < 0 else expert,
+            expected=None if expected < 0 else expected,
+            received=None if received < 0 else received,
+        )
+    return error
+
+
+def refusal(first: int, error: Exception, fields: Fields) -> SpecError:
+    """The error that all ranks raise for a refused call."""
+    argument, got, legal, field, rank, against, value, other = error.args
+    if field < 0:
+        return SpecError(argument, got, legal)
+    name, show = fields[field] if field < len(fields) else ("call", str)
+    return SpecError(name, f"{show(value)} on rank {first + rank}", f"{show(other)}, as on rank {first + against}")
+
+
+class PackedState:
+    """What a low-latency handle carries: its routes, ranges by block, a reserved slot, the memory lent to combine."""
+
+    __slots__ = ("lent", "op", "ranges", "routes")
+
+    def __init__(self, routes: Any, op: Any, ranges: Tensor) -> None:
+        self.routes = routes
+        self.op = op
+        self.ranges = ranges
+        self.lent: Any = None
+
+
+class Sources:
+    """Where the rows of a dispatch came from."""
+
+    __slots__ = ("_args", "_origins", "_routes", "_rows")
+
+    def __init__(self, routes: Any, rows: int, origins: Tensor, args: EpBufferArgs) -> None:
+        self._routes, self._rows, self._origins, self._args = routes, rows, origins, args
+
+    def rank(self) -> Tensor:
+        """Blocks are known from the counts; the rows of a rank that was lost meanwhile are nobody's."""
+        block = torch.empty(self._rows, dtype=torch.int32)
+        self._routes.blocks_of_rows(block.data_ptr(), self._rows)
+        rank = self._origins[block.clamp(min=0)]
+        return rank.masked_fill_((block < 0) | (self.position() < 0), -1)
+
+    def position(self) -> Tensor:
+        """As the senders wrote them."""
+        return self._told()[:, 0]
+
+    def choice(self) -> Tensor:
+        """As the senders wrote them."""
+        return self._told()[:, 1]
+
+    def _told(self) -> Tensor:
+        found = torch.full((self._rows, 2), -1, dtype=torch.int32)
+        self._routes.sources(found.data_ptr())
+        return found
+
+    def counts(self) -> Tensor:
+        """Blocks put in the order of their ranks."""
+        return self._by_rank(self._routes.counts_of_blocks, self._args.local_experts)
+
+    def sent(self) -> Tensor:
+        """Blocks put in the order of their ranks."""
+        return self._by_rank(self._routes.sent_by_blocks, self._args.num_ranks)
+
+    def _by_rank(self, fill: Callable[[int], None], columns: int) -> Tensor:
+        by_block = torch.empty(len(self._origins), columns, dtype=torch.int32)
+        fill(by_block.data_ptr())
+        found = torch.zeros(self._args.num_ranks, columns, dtype=torch.int32)
+        there = self._origins >= 0
+        found[self._origins[there].long()] = by_block[there]
+        return found
+
+
+def nothing() -> None:
+    """The finish of what is only reserved."""
+
+
+def record_of(first: int, rank: int, fields: Sequence[Any]) -> dict[str, Any]:
+    """One entry of the flight recorder, in the numbering of the whole group."""
+    seq, kind, phase, waits_for, tokens, expert, expected, received, begin, end = fields
+    waits = not end and waits_for >= 0
+    awaits_rows = waits and phase == "receive"
+    return {
+        "rank": first + rank,
+        "operation": seq,
+        "kind": OPERATIONS[kind] if kind < len(OPERATIONS) else "?",
+        "phase": phase,
+        "waits_for": first + waits_for if waits else None,
+        "expert": expert if awaits_rows and expert >= 0 else None,
+        "expected": expected if awaits_rows else None,
+        "received": received if awaits_rows else None,
+        "tokens": tokens,
+        "begin_ns": begin,
+        "microseconds": (end - begin) / 1000 if end else None,
+    }

@@ -1,0 +1,59 @@
+"""What the launcher and the machine say about where a buffer's ranks run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+
+from hal.spec.errors import SpecError, UnsupportedError
+
+RANKS_PER_NODE_ENV: Final = "HAL_EP_RANKS_PER_NODE"
+
+
+def launched_ranks_per_node(num_ranks: int) -> int | None:
+    """Ranks of a node as ``HAL_EP_RANKS_PER_NODE`` says, else torchrun for a group of all its ranks, else None.
+
+    Raises
+    ------
+    SpecError
+        The variable is no positive integer.
+    """
+    said = os.environ.get(RANKS_PER_NODE_ENV)
+    if said is not None:
+        if not said.isdigit() or int(said) < 1:
+            raise SpecError(RANKS_PER_NODE_ENV, repr(said), "a positive integer, or unset")
+        return int(said)
+    local, world = os.environ.get("LOCAL_WORLD_SIZE", ""), os.environ.get("WORLD_SIZE", "")
+    # A group that is not the whole world says nothing about how its ranks lie on nodes.
+    return int(local) if local.isdigit() and int(local) > 0 and world == str(num_ranks) else None
+
+
+def resolved_device(device: object, declared: Sequence[str], backend: str) -> torch.device:
+    """The device as tensors on it say it (``cuda`` is the current one, ``cuda:0`` say), by default the backend's first.
+
+    Raises
+    ------
+    SpecError
+        Not a device, or not one of this machine.
+    UnsupportedError
+        Of a type that the backend does not declare.
+    """
+    if device is None:
+        device = declared[0]
+    if not isinstance(device, (str, torch.device)):
+        raise SpecError("device", type(device).__name__, "a torch.device, a string or None")
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise SpecError("device", repr(device), "the name of a device") from None
+    if wanted.type not in declared:
+        raise UnsupportedError(backend, "device", str(wanted), ", ".join(declared))
+    if wanted.type == "cpu":
+        return torch.device("cpu")
+    try:
+        return torch.empty(0, dtype=torch.float32, device=wanted).device
+    except (RuntimeError, AssertionError) as error:
+        raise SpecError("device", str(wanted), f"a device of this machine ({str(error).splitlines()[0]})") from None
