@@ -144,7 +144,7 @@ class WindowsLeft(Engine):
         super().__init__(args, launched)
         from hal.ep.rendezvous import exchange_over
 
-        exchange = exchange_over(args.group)
+        exchange = exchange_over(args.group, args.timeout)
         self.path = f"{WINDOWS}{self.mail.folder.name}-{self.rank}"
         with open(self.path, "wb") as file:
             file.truncate(4096)

@@ -20,7 +20,7 @@ class Mail:
     """One message a rank and operation. Sending waits for nobody; reading names whoever does not send."""
 
     def __init__(self, args: EpBufferArgs) -> None:
-        exchange = exchange_over(args.group)
+        exchange = exchange_over(args.group, args.timeout)
         name = f"hal-sample-{secrets.token_hex(16)}"
         everyone = exchange((name, os.getpid()))
         self.folder = Path(tempfile.gettempdir()) / everyone[0][0]
