@@ -32,7 +32,7 @@ def launched_ranks_per_node(num_ranks: int) -> int | None:
 
 
 def resolved_device(device: object, declared: Sequence[str], backend: str) -> torch.device:
-    """The device as tensors on it say it (``cuda`` is the current one, ``cuda:0`` say), by default the backend's first.
+    """The device as tensors on it say it (a type alone is its current device), by default the backend's first.
 
     Raises
     ------

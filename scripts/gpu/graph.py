@@ -6,10 +6,11 @@ import os
 import sys
 
 import torch
-from hal_conformance.limits import DENSE_OUT, compare
+from hal_conformance.limits import compare
 
 import hal
 from hal.reference.mla import mla_decode as reference
+from hal.spec.limits import DENSE_OUT
 
 PAGE, BATCH, MOST = 64, 4, 1000
 

@@ -10,9 +10,9 @@ import torch
 from hal_conformance.case import MlaCase
 from hal_conformance.decode import call, expect, judge
 from hal_conformance.inputs import build
-from hal_conformance.limits import DENSE_LSE, DENSE_OUT
 
 import hal
+from hal.spec.limits import DENSE_LSE, DENSE_OUT
 
 
 def cases(device: str) -> list[MlaCase]:

@@ -14,7 +14,6 @@ import torch
 from hal_conformance.case import MlaCase
 from hal_conformance.decode import call, expect, judge
 from hal_conformance.inputs import Inputs, build
-from hal_conformance.limits import DENSE_LSE, DENSE_OUT
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from interpreted import NAME, Interpreted
@@ -24,6 +23,7 @@ import hal
 from hal import plugins
 from hal.portable.triton import tuning
 from hal.portable.triton.mla import Sizes
+from hal.spec.limits import DENSE_LSE, DENSE_OUT
 
 plugins._registry = plugins.Registry([EntryPoint(NAME, "interpreted:plugin", plugins.GROUP)])
 

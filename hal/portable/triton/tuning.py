@@ -82,6 +82,15 @@ _HOPPER: Final = (
     Variant(256, 128, 64, 8, 2),
 )
 
+# What goes through tensor memory is kept in shared memory beside the blocks: there is no room for two of 64 tokens.
+_BLACKWELL: Final = (
+    Variant(512, 16, 64, 8, 3),
+    Variant(512, 64, 32, 8, 2),
+    Variant(256, 16, 64, 4, 3),
+    Variant(256, 64, 64, 8, 2),
+    Variant(256, 128, 64, 8, 2),
+)
+
 # 64 KiB of local memory hold one block of 32 tokens and no second.
 _CDNA: Final = (
     Variant(512, 16, 32, 4, 1),
@@ -99,7 +108,7 @@ _ANY: Final = Table((Variant(512, 16, 32, 4, 1), Variant(512, 64, 32, 8, 1)), 1 
 
 TABLES: Final[dict[str, Table]] = {
     "sm_90": Table(_HOPPER, 232_448, ("wgmma", "mma.sync")),
-    "sm_100": Table(_HOPPER, 232_448, ("tcgen05.mma", "mma.sync")),
+    "sm_100": Table(_BLACKWELL, 232_448, ("tcgen05.mma", "mma.sync")),
     "gfx942": Table(_CDNA, 65_536, ("v_mfma",)),
     "gfx90a": Table(_CDNA, 65_536, ("v_mfma",)),
     "gfx906": Table(_GCN, 65_536, ()),
