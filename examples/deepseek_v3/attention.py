@@ -75,8 +75,9 @@ class AbsorbedAttention(nn.Module):
         self.kv_a_proj_with_mqa, self.kv_a_layernorm = original.kv_a_proj_with_mqa, original.kv_a_layernorm
         self.o_proj = original.o_proj
         weight = original.kv_b_proj.weight.view(self._heads, self._nope + original.v_head_dim, self._latent)
-        self.key_part = nn.Buffer(weight[:, : self._nope].contiguous())  # [h, nope, latent]
-        self.value_part = nn.Buffer(weight[:, self._nope :].mT.contiguous())  # [h, latent, v]
+        # Products between two roundings stay in float32: absorbing puts one more product there than transformers has.
+        self.key_part = nn.Buffer(weight[:, : self._nope].float())  # [h, nope, latent]
+        self.value_part = nn.Buffer(weight[:, self._nope :].mT.float())  # [h, latent, v]
 
     def forward(self, hidden_states: Tensor, position_embeddings: Any, **_: Any) -> tuple[Tensor, None]:
         """Attend: [1, rows, hidden] → [1, rows, hidden]. Empty rows come out as anything finite."""
@@ -90,7 +91,8 @@ class AbsorbedAttention(nn.Module):
 
         key = torch.cat((self.kv_a_layernorm(latent)[0], k_rope[0, 0]), -1)
         self._cache.write(self._layer, step.slots, key[: step.live])
-        query = torch.cat((q_nope[0] @ self.key_part, q_rope[0]), -1).transpose(0, 1).contiguous()
+        absorbed = (q_nope[0].float() @ self.key_part).to(q.dtype)
+        query = torch.cat((absorbed, q_rope[0]), -1).transpose(0, 1).contiguous()
         attended = query.new_zeros(rows, self._heads, self._latent)
         if step.live:
             hal.mla_decode(
@@ -107,8 +109,9 @@ class AbsorbedAttention(nn.Module):
                 batch_invariant=self._invariant,
                 backend=self._backend,
             )
-        values = attended.transpose(0, 1) @ self.value_part  # [h, rows, v]
-        return self.o_proj(values.transpose(0, 1).reshape(1, rows, -1)), None
+        values = attended.transpose(0, 1).float() @ self.value_part  # [h, rows, v]
+        flat = values.transpose(0, 1).reshape(1, rows, -1)
+        return nn.functional.linear(flat, self.o_proj.weight.float()).to(q.dtype), None
 
 
 def _rotation(original: Any) -> Rotate:

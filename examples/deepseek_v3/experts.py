@@ -37,12 +37,17 @@ class LocalExperts(nn.Module):
         super().__init__()
         share = -(-original.num_experts // ranks)
         mine = slice(rank * share, (rank + 1) * share)
-        self.gate_up = nn.Buffer(original.gate_up_proj[mine].clone())
-        self.down = nn.Buffer(original.down_proj[mine].clone())
+        # In float32 whatever the model is in: rows are rounded when they arrive and when they leave, not in between.
+        self.gate_up = nn.Buffer(original.gate_up_proj[mine].float().clone())
+        self.down = nn.Buffer(original.down_proj[mine].float().clone())
         self._act = original.act_fn
 
     def forward(self, x: Tensor, counts: tuple[int, ...]) -> Tensor:
-        """Apply expert e to its ``counts[e]`` rows, a multiple of `TILE`; rows of one expert lie together."""
+        """Apply expert e to its ``counts[e]`` rows, a multiple of `TILE`; rows of one expert lie together.
+
+        Returns float32.
+        """
+        x = x.float()
         out = torch.empty_like(x)
         start = 0
         for expert, count in enumerate(counts):
@@ -82,6 +87,6 @@ class HalExperts(nn.Module):
         )
         assert isinstance(sent.recv_x, Tensor) and sent.recv_topk_weights is not None
         rows = self.local(sent.recv_x, sent.num_recv_tokens_per_expert)
-        weighted = (rows.float() * sent.recv_topk_weights[:, None]).to(rows.dtype)
+        weighted = (rows * sent.recv_topk_weights[:, None]).to(hidden_states.dtype)
         out[:n] = self._buffer.combine(weighted, sent.handle).combined_x
         return out
