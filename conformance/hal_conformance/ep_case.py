@@ -24,7 +24,7 @@ RANKS: Final = (3, 2, 4, 1)
 ROWS: Final = (128, 48, 272, 16, 528, 1040)
 """Bytes of a row; all but the first are an odd multiple of 16."""
 
-_LARGE: Final = 2.0**15
+_LARGE: Final = 1.5 * 2.0**15
 _SMALL: Final = 2.0**-11
 """Representable in every dtype of rows; their sum is not, in float32."""
 
@@ -148,8 +148,10 @@ class EpCase:
             idx = self._routes(n, rng)
             weights = torch.rand(n, self.topk, generator=rng) + 0.05
             if self.data == "order":
-                # Powers of two, so that weighted rows cancel too.
+                # Powers of two, so that weighted rows cancel too; and for every other token thirds, with which they
+                # cancel only if each product was rounded before it was added.
                 weights = torch.exp2(-torch.randint(0, 2, (n, self.topk), generator=rng).float())
+                weights[1::2] = 1 / 3
             rows = x if self.scales else x.to(self.torch_dtype)
             made.append(RankInput(rows, idx, weights if self.weights else None, scales))
         return made
