@@ -53,7 +53,7 @@ class ChosenTwiceSentTwice(Engine):
         return [t for t, row in enumerate(message["idx"]) for e in row.tolist() if e == expert]
 
 
-@engine("E2", "one slot of an expert is kept for a marker", "off by one")
+@engine("E2", "one slot of an expert is kept for a marker", "off by one|the last token of a rank is lost")
 class CapacityOffByOne(Engine):
     def capacity(self, slots: int) -> int:
         return slots - 1
