@@ -28,7 +28,7 @@ def run(arguments: Sequence[str]) -> None:
     for name in NAMES:
         sys.modules.pop(name, None)
     is_module = arguments[0] == "-m"
-    script = arguments[0]
+    script = os.path.abspath(arguments[0])
     # As python does it: a folder or an archive is a place to import __main__ from.
     is_place = not is_module and pkgutil.get_importer(script) is not None
     first = os.getcwd() if is_module else script if is_place else os.path.dirname(os.path.realpath(script))
@@ -69,8 +69,7 @@ def _run_spec(spec: ModuleSpec) -> None:
     _run_code(code, spec.origin, spec.loader, spec)
 
 
-def _run_file(script: str) -> None:
-    path = os.path.abspath(script)
+def _run_file(path: str) -> None:
     if path.endswith(".pyc"):
         compiled = SourcelessFileLoader("__main__", path)
         code = compiled.get_code("__main__")
