@@ -157,6 +157,20 @@ def test_star_and_version_are_the_published_ones() -> None:
     assert set(flash_mla.__all__) == {*PUBLISHED, "FlashMLASchedMeta", "get_mla_metadata"}
 
 
+def test_older_metadata_is_looked_at() -> None:
+    inputs = make(CASE)
+    made, splits = metadata("older", inputs.cache_seqlens)
+    for wrong, argument in [
+        ((made.float(), splits), "tile_scheduler_metadata"),
+        ((made, None), "num_splits"),
+        ((made, splits.long()), "num_splits"),
+        ((made, splits[:-1]), "num_splits"),
+    ]:
+        with pytest.raises(hal.SpecError) as caught:
+            flash_mla.flash_mla_with_kvcache(*inputs.tensors(), 512, *wrong, causal=True)
+        assert caught.value.argument == argument
+
+
 def test_reuse_with_other_lengths_or_sizes_is_refused() -> None:
     inputs = make(CASE)
     made, _ = flash_mla.get_mla_metadata()

@@ -37,6 +37,7 @@ __all__ = [
 
 _PACKED_BY_HEAD_DIM = {576: "v32", 512: "model1"}
 _METADATA_SIZE = 8
+_INT32 = (torch.int32,)
 _PUBLISHED_NAMES = {
     "kv_cache": "k_cache",
     "kv_format": "is_fp8_kvcache",
@@ -127,7 +128,7 @@ def get_mla_metadata(
     rows = num_q_tokens_per_head_k if num_heads_per_head_k is None else num_heads_per_head_k
     if cache_seqlens is None or rows is None or num_heads_k is None:
         return FlashMLASchedMeta(), None
-    require_tensor("cache_seqlens", cache_seqlens, (torch.int32,), 1, "[b]")
+    require_tensor("cache_seqlens", cache_seqlens, _INT32, 1, "[b]")
     require_int("num_q_tokens_per_head_k", rows, 1)
     require_int("num_heads_k", num_heads_k, 1)
     return _one_part(cache_seqlens)
@@ -208,6 +209,8 @@ def flash_mla_with_kvcache(
             extra = extra_k_cache, extra_indices_in_kvcache
             config = _config(q, k_cache, causal, is_fp8_kvcache, indices, *extra)
             plan = _scheduled(tile_scheduler_metadata, config, q, cache_seqlens, head_dim_v, kv_format)
+        else:
+            _check_older(tile_scheduler_metadata, num_splits, q)
         return mla.mla_decode(
             q,
             k_cache,
@@ -229,6 +232,14 @@ def flash_mla_with_kvcache(
         raise SpecError(_published(error.argument), error.got, error.legal) from None
     except UnsupportedError as error:
         raise UnsupportedError(error.backend, _published(error.argument), error.got, error.supported) from None
+
+
+def _check_older(metadata: Any, num_splits: Any, q: Any) -> None:
+    """Refuse metadata tensors that the older styles cannot have made for this call."""
+    require_tensor("tile_scheduler_metadata", metadata, _INT32, 2, "[parts, 8]")
+    require_tensor("num_splits", num_splits, _INT32, 1, "[b + 1]")
+    if isinstance(q, Tensor) and q.dim() == 4 and len(num_splits) != len(q) + 1:
+        raise SpecError("num_splits", f"shape {list(num_splits.shape)}", f"[b + 1] = [{len(q) + 1}]")
 
 
 def _published(argument: str) -> str:
