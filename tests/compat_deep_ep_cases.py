@@ -137,8 +137,9 @@ def refused(rank: int) -> int:
     assert torch.equal(buffer.low_latency_combine(**right["low_latency_combine"])[0], X * torch.tensor([[2], [1], [2]]))
     with pytest.raises(hal.SpecError, match="asynchronous"):
         buffer.combine(**right["combine"])[2].current_stream_wait()
-    with pytest.raises(hal.UnsupportedError):
-        _ = buffer.runtime
+    for name in ("runtime", "nvshmem_qp_depth"):
+        with pytest.raises(hal.UnsupportedError, match=name):
+            getattr(buffer, name)
     buffer.destroy()
     for name, call in right.items():
         with pytest.raises(hal.SpecError, match="destroyed"):
@@ -171,6 +172,10 @@ def refused_elastic(rank: int) -> int:
     assert torch.equal(buffer.combine(**right["combine"])[0], X)
     with buffer.agrs_new_session(enabled=False):
         pass
+    assert own.cached_recv_src_metadata_before_sort is None
+    for name in ("runtime", "nccl_comm_handle"):
+        with pytest.raises(hal.UnsupportedError, match=name):
+            getattr(buffer, name)
     for change, argument in (
         ({"num_bytes": 3}, "num_bytes"),
         ({"hidden": 0}, "hidden"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -108,6 +111,64 @@ def test_older_metadata_has_the_published_shapes() -> None:
     assert made.shape[1] == 8
     assert made.dtype == splits.dtype == torch.int32
     assert splits.tolist() == [0, 1, 2, 3]
+
+
+def test_the_first_call_fills_the_published_tensors() -> None:
+    inputs = make(CASE)
+    made, _ = flash_mla.get_mla_metadata()
+    flash_mla.flash_mla_with_kvcache(*inputs.tensors(), 512, made, causal=True)
+    older = metadata("older", inputs.cache_seqlens)
+    assert torch.equal(made.tile_scheduler_metadata, older[0])
+    assert torch.equal(made.num_splits, older[1])
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
+def test_a_copy_of_a_used_schedule_is_planned_again(copied: Callable[[Any], Any]) -> None:
+    inputs = make(CASE)
+    q, cache, table, lengths = inputs.tensors()
+    made, _ = flash_mla.get_mla_metadata()
+    flash_mla.flash_mla_with_kvcache(q, cache, table, lengths, 512, made, causal=True)
+    again = copied(made)
+    assert again == flash_mla.FlashMLASchedMeta()
+    assert made.have_initialized
+    out, lse = flash_mla.flash_mla_with_kvcache(q, cache, table, lengths - 1, 512, again)
+    assert_close(out, lse, *reference.mla_decode(q, cache, table, lengths - 1), "copy")
+    flash_mla.flash_mla_with_kvcache(q, cache, table, lengths, 512, made, causal=True)
+
+
+def test_the_newest_style_takes_anything() -> None:
+    lengths = torch.tensor([5, 0, 70], dtype=torch.int32)
+    for args, kwargs in [
+        ((), {}),
+        ((1, 2), {"foo": 3}),
+        ((lengths,), {}),
+        ((lengths, 16), {}),
+        ((lengths,), {"num_heads_k": 1}),
+        ((None,) * 9, {}),
+    ]:
+        made = flash_mla.get_mla_metadata(*args, **kwargs)
+        assert made == (flash_mla.FlashMLASchedMeta(), None)
+    with pytest.raises(hal.SpecError, match="cache_seqlens"):
+        flash_mla.get_mla_metadata(1, 2, 3)
+
+
+def test_star_and_version_are_the_published_ones() -> None:
+    assert flash_mla.__version__ == "1.0.0"
+    assert set(flash_mla.__all__) == {*PUBLISHED, "FlashMLASchedMeta", "get_mla_metadata"}
+
+
+def test_older_metadata_is_looked_at() -> None:
+    inputs = make(CASE)
+    made, splits = metadata("older", inputs.cache_seqlens)
+    for wrong, argument in [
+        ((made.float(), splits), "tile_scheduler_metadata"),
+        ((made, None), "num_splits"),
+        ((made, splits.long()), "num_splits"),
+        ((made, splits[:-1]), "num_splits"),
+    ]:
+        with pytest.raises(hal.SpecError) as caught:
+            flash_mla.flash_mla_with_kvcache(*inputs.tensors(), 512, *wrong, causal=True)
+        assert caught.value.argument == argument
 
 
 def test_reuse_with_other_lengths_or_sizes_is_refused() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from typer.testing import CliRunner
@@ -13,6 +17,7 @@ from typer.testing import CliRunner
 from hal.cli.app import app
 from hal.compat import shims
 from hal.compat.__main__ import main
+from hal.spec.errors import SpecError
 
 SCRIPTS = Path(__file__).parent / "published"
 LIMIT = 120  # seconds; a few are needed where nothing else runs
@@ -76,6 +81,61 @@ def test_run_is_for_one_run(tmp_path: Path) -> None:
     assert python("-c", "import deep_ep").returncode == 1
 
 
+def test_run_gives_the_path_that_python_gives(tmp_path: Path) -> None:
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "dir" / "script.py").write_text("import sys; print(*sys.path, sep='\\n')")
+    plain = python("dir/script.py", cwd=tmp_path).stdout.splitlines()
+    done = python("-m", "hal.compat", "run", "dir/script.py", cwd=tmp_path)
+    assert done.stdout.splitlines() == [str(shims.PACKAGES), *plain], done.stderr
+
+
+LATER = """
+import atexit, sys, threading, time
+name = "script"
+def look(who):
+    print(who, sys.modules["__main__"].name)
+def wait():
+    while threading.main_thread().is_alive():
+        time.sleep(0.01)
+    look("thread")
+atexit.register(look, "exit")
+threading.Thread(target=wait).start()
+"""
+
+
+@pytest.mark.parametrize("how", [("later.py",), ("-m", "later")])
+def test_run_leaves_the_script_as_main(how: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "later.py").write_text(LATER)
+    done = python("-m", "hal.compat", "run", *how, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "thread script\nexit script\n"), done.stderr
+
+
+MAIN = """
+import sys, other
+print(__name__, __file__, __package__, getattr(__spec__, "name", None), sys.argv, other.__name__)
+"""
+
+
+@pytest.mark.parametrize("how", ["folder", "archive.zip", "folder/__main__.py", "-m folder", "-m folder.other"])
+def test_run_takes_what_python_takes(how: str, tmp_path: Path) -> None:
+    (tmp_path / "other.py").write_text("")
+    (tmp_path / "folder").mkdir()
+    for name, text in {"__main__.py": MAIN, "other.py": "print(__name__, __package__)", "__init__.py": ""}.items():
+        (tmp_path / "folder" / name).write_text(text)
+    shutil.make_archive(str(tmp_path / "archive"), "zip", tmp_path / "folder")
+    plain = python(*how.split(), "x", cwd=tmp_path)
+    done = python("-m", "hal.compat", "run", *how.split(), "x", cwd=tmp_path)
+    assert plain.returncode == 0, plain.stderr
+    assert (done.returncode, done.stdout) == (0, plain.stdout), done.stderr
+
+
+@pytest.mark.parametrize("asked", ["run --help", "run -h", "--help"])
+def test_run_helps(asked: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["hal.compat", *asked.split()])
+    main()
+    assert capsys.readouterr().out.startswith("usage: python -m hal.compat run")
+
+
 @pytest.mark.parametrize("wrong", ["", "run", "run -m", "run nothing.py", "walk where.py"])
 def test_run_says_how_it_is_used(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["hal.compat", *wrong.split()])
@@ -133,6 +193,42 @@ def test_one_installed_elsewhere_counts(tmp_path: Path, monkeypatch: pytest.Monk
     code, said = hal("--target", str(tmp_path / "target"))
     assert code == 1
     assert f"flash_mla: left alone: a flash_mla is installed in {tmp_path / 'site' / 'flash_mla.py'}" in said
+
+
+class Editable:
+    """A finder as an editable install puts it on ``sys.meta_path``: a class that maps names to folders."""
+
+    places: ClassVar[dict[str, Path]] = {}
+
+    @classmethod
+    def find_spec(cls, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        place = cls.places.get(fullname)
+        if place is None:
+            return None
+        return importlib.util.spec_from_file_location(
+            fullname, place / "__init__.py", submodule_search_locations=[str(place)]
+        )
+
+
+def test_one_installed_editable_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = tmp_path / "source" / "flash_mla", tmp_path / "target"
+    source.mkdir(parents=True)
+    (source / "__init__.py").write_text("REAL = True\n")
+    target.mkdir()
+    monkeypatch.setattr(Editable, "places", {"flash_mla": source, "deep_ep": shims.PACKAGES / "deep_ep"})
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Editable])
+    code, said = hal("--target", str(target))
+    assert code == 1
+    assert f"flash_mla: left alone: a flash_mla is installed in {source}" in said
+    assert "deep_ep: installed in" in said
+    assert not (target / "flash_mla").exists()
+
+
+def test_a_file_in_the_way_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "flash_mla").write_text("mine")
+    with pytest.raises(SpecError, match=f"the file {tmp_path / 'flash_mla'}"):
+        hal("--target", str(tmp_path))
+    assert [one.name for one in tmp_path.iterdir()] == ["flash_mla"]
 
 
 def test_what_else_lies_there_is_kept(tmp_path: Path) -> None:

@@ -22,10 +22,22 @@ from hal.spec.errors import SpecError, UnsupportedError
 from hal.spec.plan import MlaPlan
 from hal.spec.tensors import require_bool, require_int, require_tensor
 
-__all__ = ["FlashMLASchedMeta", "flash_mla_sparse_fwd", "flash_mla_with_kvcache", "get_mla_metadata"]
+__version__ = "1.0.0"
+"""The version of the published interface that this one follows."""
+
+__all__ = [
+    "FlashMLASchedMeta",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_mla_sparse_fwd",
+    "flash_mla_with_kvcache",
+    "get_mla_metadata",
+]
 
 _PACKED_BY_HEAD_DIM = {576: "v32", 512: "model1"}
 _METADATA_SIZE = 8
+_INT32 = (torch.int32,)
 _PUBLISHED_NAMES = {
     "kv_cache": "k_cache",
     "kv_format": "is_fp8_kvcache",
@@ -37,7 +49,7 @@ _PUBLISHED_NAMES = {
 
 @dataclass
 class FlashMLASchedMeta:
-    """The schedule of one step, empty until its first use; reusable over layers.
+    """The schedule of one step, empty until its first use; reusable over layers. Its copies start empty.
 
     Attributes
     ----------
@@ -46,7 +58,7 @@ class FlashMLASchedMeta:
     config : Config or None
         The sizes of that call, which every later one must repeat.
     tile_scheduler_metadata, num_splits : Tensor or None
-        Kept for callers that look; the schedule itself is ``plan``.
+        For callers that look, filled by a dense call as in the older styles; the schedule itself is ``plan``.
     plan : MlaPlan or None
         The backend's schedule, for dense attention.
     """
@@ -72,6 +84,10 @@ class FlashMLASchedMeta:
     num_splits: Tensor | None = None
     plan: MlaPlan | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave everything out: a plan is bound to this process and to the lengths it was made from."""
+        return vars(FlashMLASchedMeta())
+
 
 @zero_or_one
 def get_mla_metadata(
@@ -81,17 +97,20 @@ def get_mla_metadata(
     num_heads_q: int | None = None,
     is_fp8_kvcache: bool = False,
     topk: int | None = None,
-    *,
+    *unused: Any,
     num_heads_per_head_k: int | None = None,
+    **ignored: Any,
 ) -> tuple[FlashMLASchedMeta, None] | tuple[Tensor, Tensor]:
     """Make the metadata that `flash_mla_with_kvcache` takes.
 
     Parameters
     ----------
     cache_seqlens : Tensor, optional
-        [b] int32. Without it the newest style is meant and nothing else matters.
+        [b] int32. Without it, or without one of the next two, the newest style is meant, in which nothing matters.
     num_q_tokens_per_head_k, num_heads_k, num_heads_q, is_fp8_kvcache, topk
-        As published in the older styles. ``num_heads_per_head_k`` is the oldest name of the second.
+        As published in the older styles. ``num_heads_per_head_k`` is the oldest name of the first.
+    *unused, **ignored
+        The newest style takes anything.
 
     Returns
     -------
@@ -106,12 +125,17 @@ def get_mla_metadata(
     SpecError
         A wrong argument.
     """
-    if cache_seqlens is None:
-        return FlashMLASchedMeta(), None
-    require_tensor("cache_seqlens", cache_seqlens, (torch.int32,), 1, "[b]")
     rows = num_q_tokens_per_head_k if num_heads_per_head_k is None else num_heads_per_head_k
+    if cache_seqlens is None or rows is None or num_heads_k is None:
+        return FlashMLASchedMeta(), None
+    require_tensor("cache_seqlens", cache_seqlens, _INT32, 1, "[b]")
     require_int("num_q_tokens_per_head_k", rows, 1)
     require_int("num_heads_k", num_heads_k, 1)
+    return _one_part(cache_seqlens)
+
+
+def _one_part(cache_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Metadata of the older styles."""
     batch = cache_seqlens.shape[0]
     metadata = torch.zeros(1, _METADATA_SIZE, dtype=torch.int32, device=cache_seqlens.device)
     if batch:
@@ -185,6 +209,8 @@ def flash_mla_with_kvcache(
             extra = extra_k_cache, extra_indices_in_kvcache
             config = _config(q, k_cache, causal, is_fp8_kvcache, indices, *extra)
             plan = _scheduled(tile_scheduler_metadata, config, q, cache_seqlens, head_dim_v, kv_format)
+        else:
+            _check_older(tile_scheduler_metadata, num_splits, q)
         return mla.mla_decode(
             q,
             k_cache,
@@ -206,6 +232,14 @@ def flash_mla_with_kvcache(
         raise SpecError(_published(error.argument), error.got, error.legal) from None
     except UnsupportedError as error:
         raise UnsupportedError(error.backend, _published(error.argument), error.got, error.supported) from None
+
+
+def _check_older(metadata: Any, num_splits: Any, q: Any) -> None:
+    """Refuse metadata tensors that the older styles cannot have made for this call."""
+    require_tensor("tile_scheduler_metadata", metadata, _INT32, 2, "[parts, 8]")
+    require_tensor("num_splits", num_splits, _INT32, 1, "[b + 1]")
+    if isinstance(q, Tensor) and q.dim() == 4 and len(num_splits) != len(q) + 1:
+        raise SpecError("num_splits", f"shape {list(num_splits.shape)}", f"[b + 1] = [{len(q) + 1}]")
 
 
 def _published(argument: str) -> str:
@@ -278,6 +312,7 @@ def _scheduled(
                 kv_format=kv_format,
                 causal=config.causal,
             )
+            meta.tile_scheduler_metadata, meta.num_splits = _one_part(cache_seqlens)
         meta.config = config
         meta.have_initialized = True
     return meta.plan

@@ -10,10 +10,11 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -96,6 +97,8 @@ class Done:
 def install(target: Path | None = None) -> list[Done]:
     """Write both packages, each only where no other package of that name is installed.
 
+    Both places are looked at before anything is written.
+
     Parameters
     ----------
     target : Path, optional
@@ -104,13 +107,17 @@ def install(target: Path | None = None) -> list[Done]:
     Raises
     ------
     SpecError
-        The folder is missing, or cannot be written.
+        The folder is missing, or cannot be written, or holds a file in the place of a package.
     """
     folder = _folder(target)
-    done = []
-    for name in NAMES:
+    others = {name: _other(name, folder) for name in NAMES}
+    for name, other in others.items():
         place = folder / name
-        other = _other(name, folder)
+        if other is None and os.path.lexists(place) and not place.is_dir():
+            raise SpecError("target", f"{folder} with the file {place}", "a folder where that file is not in the way")
+    done = []
+    for name, other in others.items():
+        place = folder / name
         if other is not None:
             done.append(Done(name, False, False, f"left alone: a {name} is installed in {other}"))
             continue
@@ -175,11 +182,7 @@ def _is_ours(place: Path) -> bool:
 
 def _other(name: str, folder: Path) -> Path | None:
     """Where another package of this name is: in the folder itself, or anywhere else that Python looks."""
-    for entry in [str(folder), *sys.path]:
-        # Asked folder by folder, so that an import of ours in this process does not hide what is installed.
-        found = importlib.machinery.PathFinder.find_spec(name, [entry or "."])
-        if found is None:
-            continue
+    for found in _specs(name, folder):
         places = [Path(one) for one in found.submodule_search_locations or ()]
         if found.origin is not None and not places:
             return Path(found.origin)
@@ -187,3 +190,13 @@ def _other(name: str, folder: Path) -> Path | None:
         if other and (found.origin is not None or any((one / "__init__.py").exists() for one in other)):
             return other[0]
     return None
+
+
+def _specs(name: str, folder: Path) -> Iterator[importlib.machinery.ModuleSpec]:
+    """All answers to an import of this name: an import of ours must not hide what is installed."""
+    path_finder = importlib.machinery.PathFinder
+    answers = [path_finder.find_spec(name, [entry or "."]) for entry in [str(folder), *sys.path]]
+    # Packages installed editable are found by finders of their own.
+    others = [one for one in sys.meta_path if one is not path_finder and not isinstance(one, _Finder)]
+    answers += [one.find_spec(name, None) for one in others if hasattr(one, "find_spec")]
+    return (one for one in answers if one is not None)

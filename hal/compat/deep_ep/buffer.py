@@ -111,6 +111,17 @@ class Buffer(LowLatency):
         """
         raise unsupported("runtime", "the compiled object", "the methods of Buffer")
 
+    @property
+    def nvshmem_qp_depth(self) -> Any:
+        """The depth of the published buffer's queue pairs, which have no counterpart.
+
+        Raises
+        ------
+        UnsupportedError
+            Always.
+        """
+        raise unsupported("nvshmem_qp_depth", "the depth of queue pairs", "the methods of Buffer")
+
     @staticmethod
     def is_sm90_compiled() -> bool:
         """Whether FP8 rows can be sent, which is what callers ask this for."""

@@ -141,6 +141,17 @@ class ElasticBuffer(Elsewhere):
         """
         raise unsupported("runtime", "the compiled object", "the methods of ElasticBuffer")
 
+    @property
+    def nccl_comm_handle(self) -> Any:
+        """The published buffer's communicator, which has no counterpart.
+
+        Raises
+        ------
+        UnsupportedError
+            Always.
+        """
+        raise unsupported("nccl_comm_handle", "the communicator", "the methods of ElasticBuffer")
+
     @staticmethod
     def get_buffer_size_hint(
         group: Any,

@@ -86,6 +86,8 @@ class EPHandle:
         [n, K] int32: per choice, how many earlier tokens of this rank go to that rank; -1 for none or a rank again.
     token_metadata_at_forward, channel_linked_list : None
         Of the published kernels between nodes.
+    cached_recv_src_metadata_before_sort : None
+        Of the published sort: here nothing is left to sort.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class EPHandle:
         self.dst_buffer_slot_idx = dst_buffer_slot_idx
         self.token_metadata_at_forward = token_metadata_at_forward
         self.channel_linked_list = channel_linked_list
+        self.cached_recv_src_metadata_before_sort: Tensor | None = None
         self._route: Route | None = None
 
     def deterministic_sort(
