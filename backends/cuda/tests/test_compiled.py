@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from hal.portable.triton import offline, tuning  # noqa: E402
 
 ARCHS = ["sm_90", "sm_100", "gfx942", "gfx90a", "gfx906"]
-BUILDS = [build for arch in ARCHS for build in offline.builds(arch)]
+WHOLE = "sm_90"
+"""The chip for which every variant is compiled each time; for the others all of them with ``HAL_COMPILE=all``."""
+
+
+def common(build: offline.Build) -> bool:
+    """Neither ragged nor batch-invariant, pages of 64, bf16."""
+    g = build.geometry
+    return g.page_size == 64 and g.dtype == torch.bfloat16 and not g.ragged_q and not g.batch_invariant
+
+
+def wanted(build: offline.Build) -> bool:
+    """Whether it is part of this run."""
+    return build.arch == WHOLE or os.environ.get("HAL_COMPILE") == "all" or common(build)
+
+
+BUILDS = [build for arch in ARCHS for build in offline.builds(arch) if wanted(build)]
 
 
 def spills_allowed(build: offline.Build) -> int:
