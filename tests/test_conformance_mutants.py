@@ -22,12 +22,8 @@ CHOSEN = (
     "mutant-maximum-not-subtracted",
     "mutant-race-one-in-fifty",
     "mutant-own-rank-first",
-    "mutant-sum-in-arrival-order",
-    "mutant-cached-handle-ignored",
     "mutant-error-on-one-rank",
     "mutant-hook-blocks",
-    "mutant-scale-rounded-down",
-    "mutant-neighbour-named",
 )
 
 
@@ -53,7 +49,7 @@ def test_a_mutant_dies_in_the_level_that_claims_it(name: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("backend", ["sample", "ep-sample", "ep-modest", "cpu"])
+@pytest.mark.parametrize("backend", ["sample", "ep-sample", "cpu"])
 def test_a_correct_backend_survives_a_fresh_seed(backend: str) -> None:
     alarms = [(r.id, r.message, [f.get("reproduce") for f in r.failures]) for r in run(backend) if r.status in RED]
     assert not alarms, alarms
