@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from hal.bench.cases import MlaCase
 from hal.bench.machine import last_level_cache
+from hal.cli.verify import published
 
 UNUSED_ENTRY: Final = 2147480000
 """What table entries past the last page hold, as in the published tests."""
@@ -137,7 +137,7 @@ def make(case: MlaCase, seed: int, device: torch.device) -> MlaData:
     # Gigabytes are drawn where they are used.
     elements = generator if device.type == "cpu" else torch.Generator(device).manual_seed(seed)
     for block in torch.split(cache, max(1, (4 << 20) // (page * case.d))):
-        block.copy_(_drawn(block.shape, elements))
+        block.copy_(published(elements, *block.shape))
     tables = []
     for layer in range(layers):
         own = order[layer * total : (layer + 1) * total]
@@ -147,13 +147,9 @@ def make(case: MlaCase, seed: int, device: torch.device) -> MlaData:
             if length % page:
                 cache[int(pages[-1]), length % page :] = torch.nan
         tables.append(table.to(device))
-    q = _drawn((case.b, case.s_q, case.h_q, case.d), generator).to(case.dtype)
+    q = published(generator, case.b, case.s_q, case.h_q, case.d).to(case.dtype)
     seqlens = torch.tensor(lengths, dtype=torch.int32)
     return MlaData(case, q.to(device), cache, tables, seqlens.to(device), lengths)
-
-
-def _drawn(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=generator, device=generator.device).div_(10).clamp_(-1, 1)
 
 
 def _pages(length: int, page_size: int) -> int:

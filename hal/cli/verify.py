@@ -59,8 +59,8 @@ class Agreement:
 
 
 def published(generator: torch.Generator, *shape: int) -> Tensor:
-    """Data of the kind that the limits were published for: normal, of standard deviation 0.1, within ±1."""
-    return torch.randn(shape, generator=generator).div_(10).clamp_(-1, 1)
+    """Normal data of standard deviation 0.1 within ±1, as the limits were published for, on the generator's device."""
+    return torch.randn(shape, generator=generator, device=generator.device).div_(10).clamp_(-1, 1)
 
 
 def compare(

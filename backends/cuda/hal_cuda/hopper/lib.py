@@ -1,4 +1,4 @@
-"""The three driver calls that cupy does not offer: tensor maps, launches that overlap, large shared memory.
+"""The driver calls that cupy does not offer: tensor maps, and launches that overlap.
 
 By ctypes on ``libcuda.so.1``, which every driver installs; nothing here is touched before a device was found.
 """

@@ -252,12 +252,11 @@ struct Computer {
 
     // A 64 × 64 tile from registers in accumulator order into swizzled shared memory. Free of bank conflicts: the eight
     // rows that a store covers lie in eight different chunks.
-    template <int kCount>
-    __device__ __forceinline__ void store_tile(u32 target, const u32 (&p)[kCount], int from = 0) const {
+    __device__ __forceinline__ void store_tile(u32 target, const u32 (&p)[16]) const {
 #pragma unroll
         for (int i = 0; i < 16; ++i) {
             const int r = row + (i % 2) * 8;
-            ptx::store_shared(chunk_address(target, r, i / 2) + column * 2, p[from + i]);
+            ptx::store_shared(chunk_address(target, r, i / 2) + column * 2, p[i]);
         }
     }
 
