@@ -1,5 +1,5 @@
 /* CUDA C++, without headers of the toolkit: NVRTC alone suffices. */
-#define HAL_DEVICE __device__ __forceinline__
+#define HAL_INLINE __device__ static __forceinline__
 #define HAL_KERNEL(threads) extern "C" __global__ __launch_bounds__(threads)
 #define HAL_SHARED(type, name, count) __shared__ alignas(16) type name[count]
 #define HAL_UNROLL _Pragma("unroll")
@@ -18,12 +18,12 @@
 #define HAL_AS_U32(x) __float_as_uint(x)
 #define HAL_AS_FLOAT(x) __uint_as_float(x)
 
-HAL_DEVICE static float hal_half_to_float(unsigned short bits) {
+HAL_INLINE float hal_half_to_float(unsigned short bits) {
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
   return value;
 }
-HAL_DEVICE static unsigned short hal_float_to_half(float value) {
+HAL_INLINE unsigned short hal_float_to_half(float value) {
   unsigned short bits;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
   return bits;

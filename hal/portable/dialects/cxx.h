@@ -3,7 +3,6 @@ typedef long long hal_long;
 typedef unsigned short hal_u16;
 typedef unsigned int hal_u32;
 
-#define HAL_INLINE HAL_DEVICE static inline
 #define HAL_GLOBAL
 #define HAL_LOCAL
 

@@ -2,7 +2,7 @@
 #include <math.h>
 #include <string.h>
 
-#define HAL_DEVICE
+#define HAL_INLINE static inline
 #define HAL_KERNEL(threads) extern "C" __attribute__((visibility("default")))
 /* Groups run one after the other, so that one copy of local memory serves them all. */
 #define HAL_SHARED(type, name, count) alignas(16) static type name[count]

@@ -56,8 +56,10 @@ void mla_decode(HAL_GLOBAL const hal_element *q, HAL_GLOBAL const hal_element *k
   HAL_SHARED(hal_element, queries, ROWS *PITCH);
   HAL_SHARED(hal_element, tokens, BLOCK *PITCH);
   HAL_SHARED(float, weights, BLOCK *ROWS); /* scores, then their exponentials */
+#if HAL_SUBGROUP < LANES
   HAL_SHARED(float, maxima, THREADS);
   HAL_SHARED(float, sums, THREADS);
+#endif
   HAL_SHARED(float, row_max, ROWS);
   HAL_SHARED(float, row_sum, ROWS);
   HAL_SHARED(float, row_factor, ROWS);
