@@ -39,7 +39,8 @@ def private_folder(*below: str, variable: str = ENV) -> Path | None:
     """
     chosen = os.environ.get(variable)
     try:
-        base = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "kernel-hal")
+        common = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "kernel-hal")
+        base = Path(chosen) if chosen else common
         folder = base.joinpath(*below)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()

@@ -1,6 +1,7 @@
-"""The driver for the host itself: kernels as C++, every thread of a group a fibre. For tests: it is slow and looks closely.
+"""The driver for the host itself: kernels as C++, every thread of a group a fibre.
 
-Subgroups may have any width. Threads that do not meet at the same barrier are an error.
+For tests: it is slow and looks closely. Subgroups may have any width; threads that do not meet at the same barrier are
+an error; memory is NaN until it is written.
 """
 
 from __future__ import annotations
@@ -120,7 +121,9 @@ class HostDevice:
         """See `runtime.Queue`."""
         return tensor, tensor.stride()
 
-    def launch(self, program: Program, kernel: str, groups: int, threads: int, arguments: Sequence[Argument]) -> HostEvent:
+    def launch(
+        self, program: Program, kernel: str, groups: int, threads: int, arguments: Sequence[Argument]
+    ) -> HostEvent:
         """See `runtime.Queue`.
 
         Raises
@@ -136,7 +139,8 @@ class HostDevice:
         done: int = program.library.hal_host_run(called, given, groups, threads, self.facts.subgroup, parted)
         if done:
             lines = " and ".join(str(abs(line)) if line else "the end" for line in parted)
-            raise DeviceError(f"{kernel}: threads of a group wait at different places: lines {lines} of {program.source.path}")
+            files = ", ".join(program.source.files)
+            raise DeviceError(f"{kernel}: threads of a group wait at different places: lines {lines} of {files}")
         self._launches[kernel] += 1
         return HostEvent()
 

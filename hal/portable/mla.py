@@ -29,8 +29,11 @@ SCHEDULE: Final = ("mla.h", "mla_schedule.h")
 DECODE: Final = ("elements.h", "mla.h", "mla_decode.h", "mla_merge.h")
 ELEMENTS: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-_WIDTHS: Final = (64, 128, 256, 512, MAX_DIM)
-_ROWS: Final = (2, 8, 16)
+# Few sizes, so that little is compiled: it takes seconds each, and all but the last of a kind are seldom asked for.
+_WIDTHS_K: Final = (64, MAX_DIM)
+_WIDTHS_V: Final = (64, 512, MAX_DIM)
+_ROWS: Final = (4, 8, 16)
+_FEW: Final = 4
 _BLOCKS: Final = (32, 16, 8)
 _THREADS: Final = 128
 _LANES: Final = 8
@@ -80,8 +83,9 @@ class Tile:
         """The largest that fits local memory, without more rows than there are."""
         # How many queries a ragged sequence has is known to the device alone: mostly one or two.
         there = g.h_q // g.h_kv * (2 if g.ragged_q else max(g.s_q, 1))
-        wanted = next((rows for rows in _ROWS if rows >= there), _ROWS[-1])
-        k, v = (next(width for width in _WIDTHS if width >= size) for size in (g.head_dim, g.head_dim_v))
+        wanted = _FEW if there <= _FEW else _ROWS[-1]
+        k = next(width for width in _WIDTHS_K if width >= g.head_dim)
+        v = next(width for width in _WIDTHS_V if width >= g.head_dim_v)
         choices = (
             Tile(ELEMENTS[g.dtype], rows, block, k, v, facts.subgroup)
             for rows in sorted((rows for rows in _ROWS if rows <= wanted), reverse=True)
@@ -109,7 +113,7 @@ class Tile:
     def grain(self) -> int:
         """Scores of a token that one thread computes, so that all threads have some."""
         share = self.rows * self.block // self.threads
-        return min(4, 1 << max(share, 1).bit_length() - 1)
+        return min(4, self.rows, 1 << max(share, 1).bit_length() - 1)
 
     @property
     def local_bytes(self) -> int:

@@ -209,7 +209,7 @@ class OpenClDevice:
 
     @cached_property
     def handle(self) -> Any:
-        """pyopencl's device.
+        """The device, as pyopencl knows it.
 
         Raises
         ------
@@ -230,14 +230,14 @@ class OpenClDevice:
 
     @cached_property
     def context(self) -> Any:
-        """pyopencl's context."""
+        """The context, as pyopencl knows it."""
         import pyopencl
 
         return checked("clCreateContext", pyopencl.Context, [self.handle])
 
     @cached_property
     def commands(self) -> Any:
-        """pyopencl's queue, which keeps order and times."""
+        """The queue, as pyopencl knows it; it keeps order, and times."""
         import pyopencl
 
         properties = pyopencl.command_queue_properties.PROFILING_ENABLE

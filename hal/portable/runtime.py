@@ -153,8 +153,13 @@ class Queue(Protocol):
 class Device(Protocol):
     """One device, as its driver shows it."""
 
-    facts: Facts
-    allocator: Allocator
+    @property
+    def facts(self) -> Facts:
+        """What it is."""
+
+    @property
+    def allocator(self) -> Allocator:
+        """Where its memory comes from; often the device itself."""
 
     def build(self, source: Source) -> Program:
         """Compile, or find compiled in the cache on disk.

@@ -204,7 +204,7 @@ class CudaEvent:
         if self.started is None or self.ended is None:
             raise DeviceError("cuEventElapsedTime: the device was opened without timed=True")
         self.wait()
-        return checked("cuEventElapsedTime", self.started.elapsed_time, self.ended) * 1e-3
+        return float(checked("cuEventElapsedTime", self.started.elapsed_time, self.ended)) * 1e-3
 
 
 class CudaDevice:
@@ -278,7 +278,7 @@ class CudaDevice:
     def _mark(self) -> torch.cuda.Event | None:
         if not self.timed:
             return None
-        event = torch.cuda.Event(enable_timing=True)
+        event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         checked("cuEventRecord", event.record, torch.cuda.current_stream(self.index))
         return event
 
