@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DISTRIBUTIONS := . backends/cpu conformance backends/cuda integrations/vllm integrations/sglang
+DISTRIBUTIONS := . backends/cpu conformance backends/cuda backends/musa integrations/vllm integrations/sglang
 # Whatever decides what is installed; Python sources are live in an editable install and need no reinstall.
 INPUTS := constraints.txt $(wildcard pyproject.toml */pyproject.toml backends/*/pyproject.toml integrations/*/pyproject.toml) \
           $(wildcard backends/*/CMakeLists.txt backends/*/native/* backends/*/native/*/*)
@@ -19,7 +19,7 @@ test: lint
 lint: $(VENV)/.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy --strict hal conformance/hal_conformance backends/cuda/hal_cuda
+	$(BIN)/mypy --strict hal conformance/hal_conformance backends/cuda/hal_cuda backends/musa/hal_musa
 	$(BIN)/mypy --strict -p examples.deepseek_v3
 	$(BIN)/mypy --strict integrations/recorded.py integrations/vllm/hal_vllm integrations/sglang/hal_sglang
 

@@ -49,7 +49,7 @@ hal() { "$PYTHON" -m hal "$@"; }
 
 # What to judge: the tiers as users get them (auto: the best that takes a call), then the one that takes every call alone.
 usable_tiers() {
-  if [[ -n $tiers ]]; then echo "$tiers"; elif [[ $backend == cuda ]]; then echo "auto triton"; else echo auto; fi
+  if [[ -n $tiers ]]; then echo "$tiers"; elif [[ $backend == cuda ]]; then echo "auto triton portable"; else echo auto; fi
 }
 
 stage_install() {
