@@ -1,4 +1,4 @@
-"""The portable kernels on the host, with subgroups of several widths, as backends that the suite's own cases can call."""
+"""The portable kernels on the host, with subgroups of several widths, as backends for the cases of the suite."""
 
 from __future__ import annotations
 
