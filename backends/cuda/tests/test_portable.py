@@ -33,7 +33,7 @@ CALLS = {
 }
 BUILDS = [("sm_80", "usual"), ("sm_90", "usual"), ("sm_90", "fp16, few heads")]
 if os.environ.get("HAL_COMPILE") == "all":
-    BUILDS = [(arch, name) for arch in ("sm_75", "sm_80", "sm_90", "sm_100") for name in CALLS]
+    BUILDS = [(arch, name) for arch in ("sm_80", "sm_90", "sm_100") for name in CALLS]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -60,21 +60,21 @@ def resources(cubin: bytes, folder: Path) -> dict[str, dict[str, int]]:
 
 @pytest.mark.parametrize(("arch", "name"), BUILDS)
 def test_it_compiles_and_spills_nothing(arch: str, name: str, tmp_path: Path) -> None:
-    tile = Tile.of(Facts(arch, "NVRTC", "cuda", 132, 4, 48 << 10, 32), CALLS[name])
+    tile = Tile.of(Facts(arch, "NVRTC", "cuda", 132, 3, 48 << 10, 32), CALLS[name])
     source = tile.decode()
     used = resources(driver.compile_text(source.text("cuda"), Path(source.path), arch), tmp_path)
     assert set(used) == {"mla_decode", "mla_merge"}
     for kernel in used.values():
         assert (kernel["STACK"], kernel["LOCAL"]) == (0, 0)
         assert kernel["SHARED"] <= 48 << 10
-        assert kernel["REG"] * tile.threads <= 65536 // 2, "not even two groups fit a processor"
+        assert kernel["REG"] * tile.threads * driver._GROUPS <= 65536
     source = tile.schedule()
     used = resources(driver.compile_text(source.text("cuda"), Path(source.path), arch), tmp_path)
     assert used["mla_schedule"]["STACK"] == 0
 
 
 def test_columns_are_loaded_sixteen_bytes_at_a_time(tmp_path: Path) -> None:
-    source = Tile.of(Facts("sm_90", "NVRTC", "cuda", 132, 4, 48 << 10, 32), USUAL).decode()
+    source = Tile.of(Facts("sm_90", "NVRTC", "cuda", 132, 3, 48 << 10, 32), USUAL).decode()
     (tmp_path / "kernel.cubin").write_bytes(driver.compile_text(source.text("cuda"), Path(source.path), "sm_90"))
     import triton
 
