@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -273,3 +274,44 @@ def test_code_the_driver_does_not_take_is_made_anew(
     folder = cache.private_folder("opencl")
     cache.kept(folder, f"{filled.key(device.facts)}.bin", lambda: b"of another driver")
     assert device.build(filled).source is filled
+
+
+@pytest.mark.long
+def test_it_is_ten_times_as_fast_as_a_thread_a_score(chosen: opencl.Platform) -> None:
+    heads, tokens, d, d_v = 64, 1024, 576, 512
+    device = opencl.OpenClDevice(chosen)
+    kernels, program = PortableMla(device), device.build(Source((str(Path(__file__).parent / "naive.h"),), ()))
+    torch.manual_seed(3)
+    table = torch.randperm(tokens // 64).to(torch.int32)[None]
+    args = decode_args(
+        (torch.randn(tokens // 64, 64, 1, d) / 10).bfloat16(),
+        q=(torch.randn(1, 1, heads, d) / 10).bfloat16(),
+        block_table=table,
+        cache_seqlens=torch.tensor([tokens], dtype=torch.int32),
+        head_dim_v=d_v,
+    )
+    naive = torch.empty(heads, d_v)
+
+    def slow() -> None:
+        queue = device.queue()
+        q, kv, pages = (queue.read(tensor) for tensor in (args.q, args.kv_cache, table))
+        scores, (out, _) = device.empty(4 * heads * tokens), queue.write(naive)
+        scale = np.float32(args.softmax_scale / np.log(2))
+        n, sizes = np.int32(tokens), [np.int32(size) for size in (tokens, d, d_v, 64)]
+        queue.launch(program, "naive_scores", heads * tokens // 64, 64, (q, kv, pages, scores, n, *sizes[1::2], scale))
+        queue.launch(program, "naive_softmax", heads, 1, (scores, n))
+        queue.launch(program, "naive_values", heads * d_v // 64, 64, (scores, kv, pages, out, *sizes))
+        queue.finish()
+
+    def seconds(call: Callable[[], None]) -> float:
+        started = time.perf_counter()
+        call()
+        return time.perf_counter() - started
+
+    def fast() -> None:
+        kernels.decode(args, None)
+
+    # In turns, after one of each to compile: whoever else uses the machine slows both down.
+    times = [(seconds(fast), seconds(slow)) for _ in range(7)][1:]
+    assert (args.out[0, 0].float() - naive).abs().max() < 8e-4
+    assert min(slow for _, slow in times) > 10 * min(fast for fast, _ in times)

@@ -9,7 +9,7 @@ typedef float8 hal_f8;
 #define HAL_GLOBAL __global
 #define HAL_LOCAL __local
 #define HAL_SHARED(type, name, count) __local type name[count] __attribute__((aligned(32)))
-#define HAL_UNROLL
+#define HAL_UNROLL _Pragma("unroll")
 
 #define HAL_THREAD ((int)get_local_id(0))
 #define HAL_GROUP ((int)get_group_id(0))

@@ -165,14 +165,18 @@ void mla_decode(HAL_GLOBAL const hal_element *q, HAL_GLOBAL const hal_element *k
       }
       HAL_BARRIER();
 
+      /* What outlives a barrier may be kept in memory by an OpenCL for processors: this does not. */
+      hal_f8 totals[EACH];
       HAL_UNROLL
-      for (int e = 0; e < EACH; e++) values[e] = HAL_F8_SCALE(values[e], row_factor[slice * EACH + e]);
+      for (int e = 0; e < EACH; e++) totals[e] = HAL_F8_SCALE(values[e], row_factor[slice * EACH + e]);
       for (int n = 0; n < BLOCK; n++) {
         hal_f8 value = HAL_F8_ELEMENTS(tokens + n * PITCH + column);
         HAL_UNROLL
         for (int e = 0; e < EACH; e++)
-          values[e] = HAL_F8_AXPY(weights[n * ROWS + slice * EACH + e], value, values[e]);
+          totals[e] = HAL_F8_AXPY(weights[n * ROWS + slice * EACH + e], value, totals[e]);
       }
+      HAL_UNROLL
+      for (int e = 0; e < EACH; e++) values[e] = totals[e];
       HAL_BARRIER();
     }
 
