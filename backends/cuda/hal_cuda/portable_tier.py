@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hal.spec.errors import DeviceError
 from hal_cuda import driver
 
 if TYPE_CHECKING:
@@ -25,10 +26,17 @@ class PortableTier:
         self._kernels: dict[int, PortableMla] = {}
 
     def missing(self) -> str:
-        """Whether cupy is there, which brings the compiler's interface."""
+        """Whether cupy is there, and the compiler it calls."""
         if importlib.util.find_spec("cupy") is None:
             return "cupy is not installed"
-        return driver.missing()
+        reason = driver.missing()
+        if reason:
+            return reason
+        try:
+            driver.version()
+        except DeviceError as error:
+            return str(error).splitlines()[0]
+        return ""
 
     def supports(self, args: MlaPlanArgs | MlaDecodeArgs) -> str:
         """Everything the backend declares."""

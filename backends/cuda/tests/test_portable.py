@@ -173,3 +173,12 @@ def test_memory_that_is_not_there_is_a_device_error(monkeypatch: pytest.MonkeyPa
 def test_times_are_kept_only_where_they_were_asked_for() -> None:
     with pytest.raises(DeviceError, match="timed=True"):
         driver.CudaEvent(None, None, 0).seconds()
+
+
+def test_a_compiler_that_does_not_load_is_the_reason_why_it_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> Any:
+        raise RuntimeError("libnvrtc.so.13: cannot open shared object file\nmore")
+
+    assert portable_tier.PortableTier().missing() == ""
+    monkeypatch.setattr("cupy.cuda.nvrtc.getVersion", absent)
+    assert "libnvrtc.so.13: cannot open" in portable_tier.PortableTier().missing()
