@@ -31,7 +31,7 @@ _CALLS: Final = 200
 _H_Q: Final = 4
 _IMPORT: Final = (
     "import time; start = time.perf_counter(); import torch; middle = time.perf_counter(); "
-    "import hal; end = time.perf_counter(); print(middle - start, end - middle)"
+    "import hal; hal.mla_decode; end = time.perf_counter(); print(middle - start, end - middle)"
 )
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import ctypes
+import errno
+import os
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -35,6 +38,15 @@ def require_tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], ndim:
         raise SpecError(name, f"shape {list(value.shape)}", layout)
     if value.stride(-1) != 1 and value.shape[-1] > 1:
         raise SpecError(name, f"strides {list(value.stride())}", "a last dimension of stride 1 (call .contiguous())")
+    _require_extent(name, value)
+
+
+def _require_extent(name: str, value: Tensor) -> None:
+    """Its storage, which may have been resized under it, still holds every element."""
+    elements = _spanned(value)
+    has, needs = value.untyped_storage().nbytes(), (value.storage_offset() + elements) * value.itemsize
+    if has < needs and elements:
+        raise SpecError(name, f"a storage of {has} bytes", f"a storage of the {needs} bytes that its elements span")
 
 
 def require_shape(name: str, value: Tensor, shape: tuple[int, ...], layout: str) -> None:
@@ -77,7 +89,7 @@ def require_values(name: str, bad: Tensor, values: Tensor, legal: str) -> None:
 
 
 def require_writable(name: str, value: Tensor, inputs: dict[str, Tensor | None]) -> None:
-    """Every element has memory of its own, and none of it lies within an input's byte range."""
+    """Every element has memory of its own, which may be written and lies within no input's byte range."""
     if not value.is_contiguous():
         _require_no_self_overlap(name, value)
     start, end = _storage_range(value)
@@ -87,6 +99,7 @@ def require_writable(name: str, value: Tensor, inputs: dict[str, Tensor | None])
         first, last = _storage_range(tensor)
         if start < last and first < end and tensor.device == value.device:
             _require_disjoint(name, value, other, tensor)
+    _require_not_read_only(name, value)
 
 
 def _storage_range(tensor: Tensor) -> tuple[int, int]:
@@ -113,7 +126,31 @@ def _require_disjoint(name: str, value: Tensor, other: str, tensor: Tensor) -> N
 def _byte_range(tensor: Tensor) -> tuple[int, int]:
     """First byte and one past the last byte that the elements of a tensor occupy."""
     start = tensor.data_ptr()
+    return start, start + _spanned(tensor) * tensor.itemsize
+
+
+def _spanned(tensor: Tensor) -> int:
+    """How many elements lie between the first one and one past the last one in memory."""
+    if tensor.is_contiguous():
+        return tensor.numel()
     if tensor.numel() == 0:
-        return start, start
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return start, start + (last + 1) * tensor.element_size()
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _require_not_read_only(name: str, value: Tensor) -> None:
+    """The first and the last byte lie in memory that this process may write, which a mapped file need not be."""
+    start, end = _byte_range(value)
+    if start == end or value.device.type != "cpu":
+        return
+    # The kernel copies both bytes onto themselves, and says so where it must not. Where it may not be asked (EPERM in
+    # some sandboxes), nothing is known and nothing refused.
+    both = (ctypes.c_size_t * 4)(start, 1, end - 1, 1)
+    copied = _copy(os.getpid(), both, 2, both, 2, 0)
+    if copied == 1 or (copied < 0 and ctypes.get_errno() == errno.EFAULT):
+        raise SpecError(name, "memory that may only be read", "memory that may be written")
+
+
+_copy: Final = ctypes.CDLL(None, use_errno=True).process_vm_readv
+_copy.argtypes = [ctypes.c_int, *[ctypes.c_void_p, ctypes.c_ulong] * 2, ctypes.c_ulong]
+_copy.restype = ctypes.c_ssize_t
