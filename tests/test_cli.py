@@ -211,6 +211,7 @@ VERDICTS = {
 }
 
 
+@pytest.mark.long(12)
 def test_the_doctor_survives_and_names_what_fails(crowd: Interpreter) -> None:
     found: dict[str, Any] = {}
     patient = [name for name in VERDICTS if name != "hang"]

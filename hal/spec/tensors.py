@@ -152,5 +152,7 @@ def _require_not_read_only(name: str, value: Tensor) -> None:
 
 
 _copy: Final = ctypes.CDLL(None, use_errno=True).process_vm_readv
-_copy.argtypes = [ctypes.c_int, *[ctypes.c_void_p, ctypes.c_ulong] * 2, ctypes.c_ulong]
+_copy.argtypes = [
+    ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong
+]  # fmt: skip
 _copy.restype = ctypes.c_ssize_t
