@@ -331,7 +331,10 @@ def test_a_storage_need_only_hold_what_strides_and_offset_span() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")
-def test_an_out_in_memory_that_may_only_be_read_is_refused(tmp_path: Path) -> None:
+def test_an_out_in_memory_that_may_only_be_read_is_refused_where_all_is_checked(
+    restore_validation: None, tmp_path: Path
+) -> None:
+    set_validation("full")
     call = good_call()
     file = tmp_path / "out"
     file.write_bytes(bytes(call["out"].nbytes))

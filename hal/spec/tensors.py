@@ -38,14 +38,10 @@ def require_tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], ndim:
         raise SpecError(name, f"shape {list(value.shape)}", layout)
     if value.stride(-1) != 1 and value.shape[-1] > 1:
         raise SpecError(name, f"strides {list(value.stride())}", "a last dimension of stride 1 (call .contiguous())")
-    _require_extent(name, value)
-
-
-def _require_extent(name: str, value: Tensor) -> None:
-    """Its storage, which may have been resized under it, still holds every element."""
-    elements = _spanned(value)
-    has, needs = value.untyped_storage().nbytes(), (value.storage_offset() + elements) * value.itemsize
-    if has < needs and elements:
+    spanned = value.numel() if value.is_contiguous() else _spanned(value)
+    has, needs = value.untyped_storage().nbytes(), (value.storage_offset() + spanned) * value.itemsize
+    if has < needs and spanned:
+        # Resized under the tensor.
         raise SpecError(name, f"a storage of {has} bytes", f"a storage of the {needs} bytes that its elements span")
 
 
@@ -89,7 +85,7 @@ def require_values(name: str, bad: Tensor, values: Tensor, legal: str) -> None:
 
 
 def require_writable(name: str, value: Tensor, inputs: dict[str, Tensor | None]) -> None:
-    """Every element has memory of its own, which may be written and lies within no input's byte range."""
+    """Every element has memory of its own, and none of it lies within an input's byte range."""
     if not value.is_contiguous():
         _require_no_self_overlap(name, value)
     start, end = _storage_range(value)
@@ -99,7 +95,6 @@ def require_writable(name: str, value: Tensor, inputs: dict[str, Tensor | None])
         first, last = _storage_range(tensor)
         if start < last and first < end and tensor.device == value.device:
             _require_disjoint(name, value, other, tensor)
-    _require_not_read_only(name, value)
 
 
 def _storage_range(tensor: Tensor) -> tuple[int, int]:
@@ -138,8 +133,11 @@ def _spanned(tensor: Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def _require_not_read_only(name: str, value: Tensor) -> None:
-    """The first and the last byte lie in memory that this process may write, which a mapped file need not be."""
+def require_write_access(name: str, value: Tensor) -> None:
+    """The first and the last byte lie in memory that this process may write, which a mapped file need not be.
+
+    Asks the operating system, which takes microseconds.
+    """
     start, end = _byte_range(value)
     if start == end or value.device.type != "cpu":
         return
