@@ -54,4 +54,4 @@ $(VENV)/.installed: $(INPUTS)
 	@touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) backends/cpu/build
