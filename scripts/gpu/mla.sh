@@ -49,7 +49,7 @@ hal() { "$PYTHON" -m hal "$@"; }
 
 # What to judge: the tiers as users get them (auto: the best that takes a call), then the one that takes every call alone.
 usable_tiers() {
-  if [[ -n $tiers ]]; then echo "$tiers"; elif [[ $backend == cuda ]]; then echo "auto triton"; else echo auto; fi
+  if [[ -n $tiers ]]; then echo "$tiers"; elif [[ $backend == cuda ]]; then echo "auto triton portable"; else echo auto; fi
 }
 
 stage_install() {
@@ -86,7 +86,7 @@ stage_sanitize() {
   for tier in $(usable_tiers); do
     [[ $tier == auto ]] || export HAL_CUDA_TIER=$tier
     limited 420 "sanitize-$tier" "$tool" --tool memcheck --error-exitcode 9 "$PYTHON" "$ROOT/scripts/gpu/small_set.py"
-    limited 420 "racecheck-$tier" "$tool" --tool racecheck --error-exitcode 9 "$PYTHON" "$ROOT/scripts/gpu/small_set.py" --few
+    limited 420 "racecheck-$tier" "$tool" --tool racecheck --num-cuda-barriers 64 --error-exitcode 9 "$PYTHON" "$ROOT/scripts/gpu/small_set.py" --few
     unset HAL_CUDA_TIER
   done
 }

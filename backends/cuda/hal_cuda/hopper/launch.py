@@ -19,6 +19,7 @@ TOKENS: Final = 64
 HEAD_DIM: Final = 576
 HEAD_DIM_V: Final = 512
 TILE_COLUMNS: Final = 64
+HALF_TILES: Final = HEAD_DIM_V // 2 // TILE_COLUMNS
 MERGE_WARPS: Final = 4
 MERGE_BLOCKS: Final = 1024
 MOST_TOKENS: Final = 2**30
@@ -111,9 +112,8 @@ def cache_maps(address: int, shape: tuple[int, ...], strides: tuple[int, ...]) -
     sizes = (TILE_COLUMNS, page_size, HEAD_DIM // TILE_COLUMNS, h_kv, num_blocks)
     # The stride of a dimension of one is never used, but zero is refused.
     spans = tuple(stride or HEAD_DIM * 2 for stride in (row, tile, head, block))
-    half, one = (
-        tensor_map(address, sizes, spans, (TILE_COLUMNS, min(page_size, TOKENS), tiles, 1, 1)) for tiles in (4, 1)
-    )
+    rows = min(page_size, TOKENS)
+    half, one = (tensor_map(address, sizes, spans, (TILE_COLUMNS, rows, tiles, 1, 1)) for tiles in (HALF_TILES, 1))
     return half, one
 
 

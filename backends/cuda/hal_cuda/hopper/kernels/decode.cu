@@ -15,7 +15,8 @@
 // so that the tensor cores have one warpgroup's products while the other computes exponentials, and the first buffer is
 // free, and being filled again, while the second is still in use. P travels through the last tile of its own keys: those
 // 64 columns are no part of V, and done with once the scores are. Each half of a buffer is loaded anew as soon as its
-// last reader is done, and scores start on the half that was freed first.
+// last reader is done, and scores start on the half that was freed first. Warpgroups tell each other of P by mbarriers
+// rather than named barriers: racecheck follows those.
 #include "problem.h"
 
 constexpr int kWarpgroup = 128;
@@ -41,16 +42,10 @@ struct Shared {
 };
 static_assert(sizeof(Shared) == HAL_SHARED_BYTES, "the host reserves what a block uses");
 
-
 constexpr float kSlack = 8.0f;  // in powers of two; 2^8 times a probability still fits fp16
 
 // Named barriers; 0 is __syncthreads.
 constexpr int kAll = 1, kOwn = 2;
-
-__device__ __forceinline__ int half_of(int tile) { return tile < kHalf ? 0 : 1; }
-
-// Which half's release frees the rope tile: the reader of P, the other warpgroup, is the last to need it.
-__device__ __forceinline__ int rope_half(int buffer) { return buffer == 0 ? 1 : 0; }
 
 // Address of 16-byte chunk `chunk` of row `row` in a tile of 128-byte rows, swizzled as the copy engine does it.
 __device__ __forceinline__ u32 chunk_address(u32 tile, int row, int chunk) {

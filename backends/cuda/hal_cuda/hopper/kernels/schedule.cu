@@ -6,26 +6,13 @@
 #include "problem.h"
 
 constexpr int kThreads = 1024;
-constexpr int kNear = 4096;  // batches below have their costs at hand in shared memory
-
-// The last sequence in [low, batch] that begins at or before `cost`, by a whole warp; costs[low] <= cost. The next few
-// are looked at one by one, for that is how far a part mostly reaches.
-__device__ __forceinline__ int last_at(const long long* costs, int low, int batch, long long cost) {
-    const int lane = threadIdx.x;
-    int high = batch + 1;
-    for (int width = 1; high - low > 1; width = (high - low + 32) / 33) {
-        // Probes cut the range; costs rise, so those that pass come first.
-        const int probe = low + (lane + 1) * width;
-        const int count = __popc(__ballot_sync(~0u, probe < high && costs[probe] <= cost));
-        if (count < 32) high = min(high, low + (count + 1) * width);
-        low += count * width;
-    }
-    return low;
-}
+constexpr int kNear = 8192;           // batches below have their costs at hand in shared memory,
+constexpr int kSmall = 1 << 30;       // if all of them together are less
 
 // How many of `steps` more steps a part takes that has room for `room` of cost; `idle` while it has nothing yet.
-__device__ __forceinline__ int share_of(int steps, long long room, bool idle) {
-    int take = static_cast<int>(max(room - kOverheadSteps, 0ll)) & ~1;  // even: a block takes steps in pairs
+template <typename Cost>
+__device__ __forceinline__ int share_of(int steps, Cost room, bool idle) {
+    int take = static_cast<int>(max(room - kOverheadSteps, Cost(0))) & ~1;  // even: a block takes steps in pairs
     if (idle) {
         take = max(take, 2);
     } else if (take < kOverheadSteps) {
@@ -36,26 +23,42 @@ __device__ __forceinline__ int share_of(int steps, long long room, bool idle) {
 }
 
 // By one warp; costs[i] = cost of the sequences before i.
-__device__ __forceinline__ void cut(const long long* costs, int batch, int parts, Bound* bounds) {
-    const long long total = costs[batch];
-    Bound next{0, 0};  // where the next part begins
-    long long share = 0;
+template <typename Cost>
+__device__ __forceinline__ void cut(const Cost* costs, int batch, int parts, Bound* bounds) {
+    const int lane = threadIdx.x;
+    const Cost total = costs[batch];
+    Bound next{0, 0};  // where the next part begins,
+    Cost begin = 0;    // and what that sequence begins at
+    Cost share = 0;
     for (int part = 0; part < parts; ++part) {
-        if (threadIdx.x == 0) bounds[part] = next;
+        if (lane == 0) bounds[part] = next;
         if (next.sequence == batch) continue;
-        const long long done = costs[next.sequence] + next.step;
+        const Cost rest = total - begin - next.step;
         const int left = parts - part;
-        if ((share - kOverheadSteps) * left < total - done) share = (total - done + left - 1) / left + kOverheadSteps;
-        const int end = last_at(costs, next.sequence, batch, done + share);
+        if ((share - kOverheadSteps) * left < rest) share = (rest + left - 1) / left + kOverheadSteps;
+        const Cost reach = begin + next.step + share;
+
+        // Whole sequences, 32 at a time: those that fit come first.
+        int end = next.sequence, count;
+        Cost at = begin, there;
+        do {
+            const int probe = end + 1 + lane;
+            there = probe <= batch ? costs[probe] : reach + 1;
+            count = __popc(__ballot_sync(~0u, there <= reach));
+            if (count > 0) at = __shfl_sync(~0u, there, count - 1);
+            end += count;
+        } while (count == 32);
         const bool idle = end == next.sequence;
-        if (!idle) next = Bound{end, 0};
+        if (!idle) next = Bound{end, 0}, begin = at;
         if (end == batch) continue;
-        const long long begin = costs[end];
-        const int steps = static_cast<int>(costs[end + 1] - begin) - kOverheadSteps - next.step;
-        const int take = share_of(steps, idle ? share : done + share - begin, idle);
+
+        const Cost after = __shfl_sync(~0u, there, count);
+        const int steps = static_cast<int>(after - begin) - kOverheadSteps - next.step;
+        const int take = share_of(steps, idle ? share : reach - begin, idle);
+        if (take == steps) begin = after;
         next = take == steps ? Bound{end + 1, 0} : Bound{end, next.step + take};
     }
-    if (threadIdx.x == 0) bounds[parts] = Bound{batch, 0};
+    if (lane == 0) bounds[parts] = Bound{batch, 0};
 }
 
 // costs[i] = cost of the sequences before i; costs[batch] = the whole. One block.
@@ -63,7 +66,6 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 schedule(const int* cache_seqlens, int batch, int most_tokens, int parts, long long* costs, Bound* bounds) {
     __shared__ long long sums[kThreads];
     __shared__ long long carry;
-    __shared__ long long copied[kNear];
     const int thread = threadIdx.x;
     ptx::wait_for_previous();
     if (thread == 0) carry = 0;
@@ -90,9 +92,12 @@ schedule(const int* cache_seqlens, int batch, int most_tokens, int parts, long l
     const long long total = carry;
     if (thread == 0) costs[batch] = total;
     __syncthreads();
-    const bool near = batch < kNear;
+    __shared__ int copied[kNear];
+    const bool near = batch < kNear && total < kSmall;
     if (near)
-        for (int i = thread; i <= batch; i += kThreads) copied[i] = costs[i];
+        for (int i = thread; i <= batch; i += kThreads) copied[i] = static_cast<int>(costs[i]);
     __syncthreads();
-    if (thread < 32) cut(near ? copied : costs, batch, parts, bounds);
+    if (thread >= 32) return;
+    if (near) cut(copied, batch, parts, bounds);
+    else cut(costs, batch, parts, bounds);
 }
