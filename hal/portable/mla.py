@@ -264,7 +264,7 @@ class PortableMla:
             *_int64(most_pieces, schedule.most_slots, *q_strides, *kv_strides, table.stride(0)),
             *to,
         )
-        queue.launch(schedule.program, "mla_decode", min(at_once, most_pieces), tile.threads, decode)
+        queue.launch(schedule.program, "mla_decode", max(1, min(at_once, most_pieces)), tile.threads, decode)
         if schedule.most_slots > 0 and (schedule.parts > 1 or g.batch_invariant):
             merge: tuple[Argument, ...] = (
                 at_lengths,

@@ -56,7 +56,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Kernels to compile: their files, in order, and what is defined before them."""
+    """Kernels to compile: their files in ``hal/portable/kernels``, in order, and what is defined before them."""
 
     files: tuple[str, ...]
     flags: tuple[tuple[str, int], ...]
@@ -64,9 +64,9 @@ class Source:
     def text(self, dialect: str) -> str:
         """The one file a compiler is given; its errors name the files it came from, and the lines there."""
         dialects = (f"{dialect}.h", "cxx.h") if dialect in _CXX else (f"{dialect}.h",)
-        paths = [*(f"dialects/{name}" for name in dialects), *(f"kernels/{name}" for name in self.files)]
+        paths = [*(_HERE / "dialects" / name for name in dialects), *(_HERE / "kernels" / name for name in self.files)]
         defined = "".join(f"#define {name} {value}\n" for name, value in self.flags)
-        return defined + "".join(f'#line 1 "{_HERE / path}"\n{_file(path)}' for path in paths)
+        return defined + "".join(f'#line 1 "{path}"\n{_text(path)}' for path in paths)
 
     def key(self, facts: Facts, *options: str) -> str:
         """What compiled code is kept under."""
@@ -80,8 +80,8 @@ class Source:
 
 
 @cache
-def _file(path: str) -> str:
-    return (_HERE / path).read_text()
+def _text(path: Path) -> str:
+    return path.read_text()
 
 
 class Memory(Protocol):

@@ -25,6 +25,8 @@ CACHE_ENV: Final = "HAL_CUDA_CACHE"
 """Folder of what was compiled; `hal.portable.cache` says where it is by default and who may write there."""
 
 _STATIC_SHARED: Final = 48 << 10
+# As many as a processor has registers for: one more would wait until another is through with its share.
+_GROUPS: Final = 3
 
 T = TypeVar("T")
 
@@ -230,7 +232,7 @@ class CudaDevice:
             driver=version(),
             dialect="cuda",
             processors=torch.cuda.get_device_properties(self.index).multi_processor_count,
-            groups=4,
+            groups=_GROUPS,
             local_bytes=_STATIC_SHARED,
             subgroup=32,
         )

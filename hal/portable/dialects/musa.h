@@ -1,7 +1,7 @@
 /* MUSA C++ as mcc compiles it: CUDA's words, subgroups of 128 lanes up to architecture 22 and of 32 from 31 on. */
 #define HAL_INLINE __device__ static __forceinline__
 #define HAL_KERNEL(threads) extern "C" __global__ __launch_bounds__(threads)
-#define HAL_SHARED(type, name, count) __shared__ alignas(16) type name[count]
+#define HAL_SHARED(type, name, count) __shared__ type name[count] __attribute__((aligned(16)))
 #define HAL_UNROLL _Pragma("unroll")
 
 #define HAL_THREAD ((int)threadIdx.x)

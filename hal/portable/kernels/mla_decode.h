@@ -149,7 +149,7 @@ void mla_decode(HAL_GLOBAL const hal_element *q, HAL_GLOBAL const hal_element *k
       float highest = LOWEST, sum = 0.0f;
       for (int n = lane; n < mine; n += LANES) highest = HAL_FMAX(highest, weights[n * ROWS + row]);
       JOIN(HAL_FMAX, highest, maxima)
-      highest = HAL_FMAX(highest, row_max[row < ROWS ? row : 0]);
+      if (row < ROWS) highest = HAL_FMAX(highest, row_max[row]);
       for (int n = lane; n < mine; n += LANES) {
         float score = weights[n * ROWS + row];
         float weight = score <= LOWEST ? 0.0f : HAL_EXP2(score - highest); /* a score that is NaN stays so */
