@@ -13,7 +13,7 @@ from hal_conformance.ep_judge import differ, padded, received
 from hal_conformance.parcel import pack, unpack
 from hal_conformance.session import Result, Session
 from hal_conformance.table import OBLIGATIONS
-from mutants.runner import installed
+from mutants.runner import WITNESS, installed
 from seeds import SEED
 
 from hal.reference import ep as oracle
@@ -26,7 +26,7 @@ def _mutants_are_installed() -> Iterator[None]:
 
 
 def run(backend: str, *only: str, case: int | None = None, seed: int = SEED) -> dict[str, Result]:
-    session = Session(Settings(backend, seed, "quick"), only, case)
+    session = Session(Settings(backend, seed, "quick"), only, case, witness=WITNESS)
     session.stop_after = 1
     try:
         return {o: session.run_one(next(row for row in OBLIGATIONS if row.id == o)) for o in only}

@@ -6,6 +6,7 @@ Exit codes: 0 the answer is yes, 1 the answer is no, 2 the request is wrong.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hal import plugins
-from hal.spec.errors import HalError
+from hal.spec.errors import HalError, SpecError
 from hal.spec.limits import DENSE_OUT
 from hal_conformance import certificate, diff, docs, html
 from hal_conformance import report as reports
@@ -115,6 +116,8 @@ def conform(
         wrong_request("--quick and --full exclude each other")
     try:
         DENSE_OUT.tightened(tighten)
+        if not math.isfinite(patience):
+            raise SpecError("--patience", patience, "a finite factor")
         known = waiver_file.read(waivers) if waivers is not None else {}
         older = reports.read(against) if against is not None else None
     except HalError as error:
@@ -125,7 +128,7 @@ def conform(
         obligation, seed, index = parse_case(case)
         ids = [obligation]
     settings = Settings(backend, fresh_seed() if seed is None else seed, mode, tighten, device, patience)
-    session = Session(settings, ids, index, known)
+    session = Session(settings, ids, index, known, fresh=seed is None)
     raise typer.Exit(_run(session, out, older))
 
 
@@ -133,6 +136,8 @@ def _run(session: Session, out: Path, older: dict[str, Any] | None) -> int:
     console = Console()
     console.print(f"[bold]{session.settings.backend}[/], {session.settings.mode} run, seed {session.settings.seed}")
     try:
+        # Both take seconds to import what they need, at the same time.
+        session.witness.start()
         session.learn()
         if session.facts.get("state") == "unavailable":
             reason = session.facts["reason"]

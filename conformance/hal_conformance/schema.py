@@ -44,6 +44,7 @@ SCHEMA: Final[dict[str, Any]] = {
             "run": _object(
                 {
                     "seed": _COUNT,
+                    "fresh": {"type": "boolean"},
                     "mode": {"enum": ["quick", "default", "full"]},
                     "tighten": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
                     "patience": {"type": "number", "exclusiveMinimum": 0},
@@ -69,6 +70,7 @@ SCHEMA: Final[dict[str, Any]] = {
                             "version": {"type": ["string", "null"]},
                             "editable": {"type": "boolean"},
                             "hash": {"oneOf": [_HASH, {"type": "null"}]},
+                            "reaches": {"type": "array", "items": _TEXT},
                         }
                     ),
                     "capabilities": {"type": ["object", "null"]},
@@ -102,6 +104,7 @@ SCHEMA: Final[dict[str, Any]] = {
                         "executed": _COUNT,
                         "calls": _COUNT,
                         "seconds": {"type": "number", "minimum": 0},
+                        "witnessed": {"type": "array", "items": _COUNT},
                         "failures": {"type": "array", "items": {"type": "object", "required": ["reproduce", "status"]}},
                         "errors": {"type": "object"},
                         "launches": {"type": "object", "additionalProperties": _COUNT},
