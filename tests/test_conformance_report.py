@@ -154,6 +154,16 @@ def test_the_schema_refuses_what_it_does_not_know() -> None:
     assert schema_errors([])
 
 
+def test_a_report_from_before_cases_were_judged_apart_is_read_and_certifies_nothing() -> None:
+    old = made()
+    del old["run"]["fresh"], old["backend"]["distribution"]["reaches"]
+    for row in old["obligations"]:
+        del row["witnessed"]
+    assert schema_errors(old) == []
+    assert diff.diff(old, made()) == []
+    assert certificate.verify(old)[0]
+
+
 def test_a_diff_names_what_broke_and_what_got_worse() -> None:
     old, new = made(MLA_08="FAIL"), made(MLA_07="FAIL")
     next(o for o in new["obligations"] if o["id"] == "MLA-01")["errors"]["out"]["worst"] = 0.95
@@ -162,6 +172,19 @@ def test_a_diff_names_what_broke_and_what_got_worse() -> None:
     assert kinds["MLA-08"] == "fixed"
     assert kinds["MLA-01"] == "worse"
     assert diff.diff(new, new) == []
+
+
+def test_a_failure_that_is_not_run_again_is_not_fixed_and_what_was_left_out_is_said_once() -> None:
+    skipped = {o.id.replace("-", "_"): "SKIPPED" for o in OBLIGATIONS if o.level != "L0"}
+    rows = {row["what"]: row for row in diff.diff(made(MLA_08="FAIL"), made(**skipped))}
+    assert rows["MLA-08 several queries"] == {
+        "kind": "changed",
+        "what": "MLA-08 several queries",
+        "then": "FAIL",
+        "now": "SKIPPED",
+    }
+    assert rows["obligations not run"]["now"] == str(len(skipped))
+    assert not any(what.startswith("MLA-07") for what in rows)
 
 
 class _Page(HTMLParser):

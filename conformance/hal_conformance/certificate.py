@@ -37,7 +37,7 @@ def obstacles(report: dict[str, Any]) -> list[str]:
     run, backend = report["run"], report["backend"]
     if run["filtered"]:
         found.append("quick mode or a filter was used")
-    if not run["fresh"]:
+    if not run.get("fresh"):
         found.append("the seed was chosen: run without --seed")
     if report["verdict"] not in ("PASS", "WAIVED"):
         found.append(f"the verdict is {report['verdict']}")
@@ -50,7 +50,7 @@ def obstacles(report: dict[str, Any]) -> list[str]:
         found.append("the backend's files could not be hashed")
     if made["editable"]:
         found.append("the backend is an editable install: its files are not fixed; install its wheel")
-    found += [f"its distribution reaches beyond its package: {text}" for text in made["reaches"]]
+    found += [f"its distribution reaches beyond its package: {text}" for text in made.get("reaches", [])]
     alone = [o["id"] for o in report["obligations"] if _judged_once(o)]
     if alone:
         found.append(f"no case was judged apart from the backend: {', '.join(alone)}")
@@ -60,7 +60,7 @@ def obstacles(report: dict[str, Any]) -> list[str]:
 
 
 def _judged_once(row: dict[str, Any]) -> bool:
-    return row["status"] == "PASS" and is_judged_twice(row["id"]) and not row["witnessed"]
+    return row["status"] == "PASS" and is_judged_twice(row["id"]) and not row.get("witnessed")
 
 
 def issue(report: dict[str, Any]) -> dict[str, Any] | None:

@@ -28,6 +28,7 @@ _STATUSES: Final = [
 
 
 def _object(properties: dict[str, Any], *optional: str) -> dict[str, Any]:
+    """``optional`` is what older reports lack: they are read, and certify nothing."""
     required = [name for name in properties if name not in optional]
     return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
@@ -55,7 +56,8 @@ SCHEMA: Final[dict[str, Any]] = {
                     "only": {"type": "array", "items": _TEXT},
                     "case": {"type": ["integer", "null"]},
                     "command": _TEXT,
-                }
+                },
+                "fresh",
             ),
             "backend": _object(
                 {
@@ -71,7 +73,8 @@ SCHEMA: Final[dict[str, Any]] = {
                             "editable": {"type": "boolean"},
                             "hash": {"oneOf": [_HASH, {"type": "null"}]},
                             "reaches": {"type": "array", "items": _TEXT},
-                        }
+                        },
+                        "reaches",
                     ),
                     "capabilities": {"type": ["object", "null"]},
                 }
@@ -119,7 +122,8 @@ SCHEMA: Final[dict[str, Any]] = {
                                 }
                             ),
                         },
-                    }
+                    },
+                    "witnessed",
                 ),
             },
             "waivers": {"type": "array", "items": _WAIVER},
