@@ -171,6 +171,7 @@ def test_a_diff_names_what_broke_and_what_got_worse() -> None:
     assert kinds["MLA-07"] == "broken"
     assert kinds["MLA-08"] == "fixed"
     assert kinds["MLA-01"] == "worse"
+    assert [row["kind"] for row in diff.diff(old, new)][:3] == ["broken", "worse", "fixed"]
     assert diff.diff(new, new) == []
 
 

@@ -9,6 +9,9 @@ from hal_conformance.table import LEVELS, OBLIGATIONS
 
 _RED: Final = ("FAIL", "CRASH", "TIMEOUT", "ERROR")
 _UNSEEN: Final = ("SKIPPED", "BLOCKED")
+_KINDS: Final = ("broken", "worse", "fixed", "changed")
+"""In the order a reader wants them."""
+
 _WORSE: Final = 2.0
 """Worst errors that grew by this factor are shown even though they still pass."""
 
@@ -45,7 +48,7 @@ def diff(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, str]]:
             add("changed", f"{section} {key}", *(_short(key, r[section].get(key, "–")) for r in (old, new)))
     for key in ("version", "hash"):
         add("changed", f"backend {key}", *(_short(key, r["backend"]["distribution"][key]) for r in (old, new)))
-    return rows
+    return sorted(rows, key=lambda row: _KINDS.index(row["kind"]))
 
 
 def _short(key: str, value: Any) -> Any:
