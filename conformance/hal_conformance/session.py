@@ -256,7 +256,7 @@ class Session:
         for done, index in enumerate(indices):
             progress(obligation.id, done, len(indices))
             failure = self._one(obligation, index, operation, result, totals)
-            if failure is None and index in again:
+            if failure is None and index in again and result.calls:
                 failure = self._apart(obligation, index)
                 result.witnessed.append(index)
             if failure is not None:
