@@ -47,7 +47,7 @@ def test_a_rank_that_raises_is_named_with_what_it_raised() -> None:
     assert [r.state for r in done.ranks] == ["stopped", "raised"]
 
 
-def test_a_rank_that_starts_late_does_not_prolong_the_wait_after_another_failed(
+def test_a_rank_that_starts_late_prolongs_no_wait_after_another_failed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ranks, "GRACE", 1.0)
