@@ -14,7 +14,7 @@ from hal_conformance.parcel import pack, unpack
 from hal_conformance.process import Worker
 from hal_conformance.session import Result, Session
 from hal_conformance.table import OBLIGATIONS
-from mutants.runner import installed
+from mutants.runner import WITNESS, installed
 from seeds import SEED
 
 from hal.reference import ep as oracle
@@ -34,7 +34,7 @@ def run(kept_worker: Worker) -> Run:
     """Run some obligations against a backend; what became of each."""
 
     def results(backend: str, *only: str, case: int | None = None) -> dict[str, Result]:
-        session = Session(Settings(backend, SEED, "quick"), only, case)
+        session = Session(Settings(backend, SEED, "quick"), only, case, witness=WITNESS)
         session.stop_after = 1
         session.worker = kept_worker
         return {o: session.run_one(next(row for row in OBLIGATIONS if row.id == o)) for o in only}

@@ -15,7 +15,7 @@ from hal_conformance.process import Worker
 from hal_conformance.session import RED, Session
 from hal_conformance.table import OBLIGATIONS
 from hal_conformance.waivers import Waiver, read
-from mutants.runner import installed
+from mutants.runner import WITNESS, installed
 from typer.testing import CliRunner
 
 import hal
@@ -32,7 +32,7 @@ def _mutants_are_installed() -> Iterator[None]:
 
 def run(backend: str, *only: str, patience: float = 1.0, **waivers: Waiver) -> Session:
     named = {name.replace("_", "-"): waiver for name, waiver in waivers.items()}
-    session = Session(Settings(backend, 11, "quick", patience=patience), only, None, named)
+    session = Session(Settings(backend, 11, "quick", patience=patience), only, None, named, witness=WITNESS)
     session.stop_after = 1
     try:
         session.run()

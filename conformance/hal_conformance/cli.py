@@ -6,6 +6,7 @@ Exit codes: 0 the answer is yes, 1 the answer is no, 2 the request is wrong.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from hal import plugins
-from hal.spec.errors import HalError
+from hal.spec.errors import HalError, SpecError
 from hal_conformance.table import BY_ID, LEVEL_IDS, OBLIGATIONS, Mode, of_level
 
 # `hal --help` describes this command too: what loads torch or writes reports is imported where it is used.
@@ -120,6 +121,8 @@ def conform(
         wrong_request("--quick and --full exclude each other")
     try:
         DENSE_OUT.tightened(tighten)
+        if not math.isfinite(patience):
+            raise SpecError("--patience", patience, "a finite factor")
         known = waiver_file.read(waivers) if waivers is not None else {}
         older = reports.read(against) if against is not None else None
     except HalError as error:
@@ -130,7 +133,7 @@ def conform(
         obligation, seed, index = parse_case(case)
         ids = [obligation]
     settings = Settings(backend, fresh_seed() if seed is None else seed, mode, tighten, device, patience)
-    session = Session(settings, ids, index, known)
+    session = Session(settings, ids, index, known, fresh=seed is None)
     raise typer.Exit(_run(session, out, older))
 
 
@@ -143,6 +146,8 @@ def _run(session: Session, out: Path, older: dict[str, Any] | None) -> int:
     console = Console()
     console.print(f"[bold]{session.settings.backend}[/], {session.settings.mode} run, seed {session.settings.seed}")
     try:
+        # Both take seconds to import what they need, at the same time.
+        session.witness.start()
         session.learn()
         if session.facts.get("state") == "unavailable":
             reason = session.facts["reason"]

@@ -105,6 +105,8 @@ class Outcome:
     launches : dict of str to int
         Kernels this call launched, by name.
     seconds : float
+    outputs : list of Guarded
+        Where it wrote, with the bits it left there.
     """
 
     out: Tensor
@@ -112,6 +114,11 @@ class Outcome:
     problems: list[str]
     launches: dict[str, int]
     seconds: float
+    outputs: list[Guarded] = field(default_factory=list)
+
+    def written_later(self) -> list[str]:
+        """Results whose memory was written since the call returned."""
+        return [f"{g.name} was written after the call had returned" for g in self.outputs if g.modified()]
 
 
 def plan_for(inputs: Inputs, backend: str) -> hal.MlaPlan:
@@ -152,7 +159,7 @@ def call(inputs: Inputs, backend: str, *, plan: hal.MlaPlan | None = None) -> Ou
             batch_invariant=case.batch_invariant,
             backend=backend,
         )
-        host_out, host_lse = out.detach().cpu(), lse.detach().cpu()
+        host_out, host_lse = (result.detach().to("cpu", copy=True) for result in (out, lse))
         seconds = time.perf_counter() - start
         after = dict(watcher.launches())
         outputs = [*watcher.outputs, *([given] if given is not None else [])]
@@ -160,10 +167,20 @@ def call(inputs: Inputs, backend: str, *, plan: hal.MlaPlan | None = None) -> Ou
         problems = _shape_problems(inputs, out, lse)
         problems += [text for text in (g.overrun() for g in outputs) if text]
         problems += [text for text in (g.modified() for g in inputs.guarded()) if text]
-    if given is not None and out.data_ptr() != given.view.data_ptr():
-        problems.append("the tensor returned as out is not the one passed as out=")
+        for guarded in outputs:
+            guarded.seal()
+    problems += _strangers({"out": out, "lse": lse}, outputs)
     launched = {name: count - before.get(name, 0) for name, count in after.items() if count != before.get(name, 0)}
-    return Outcome(host_out, host_lse, problems, launched, seconds)
+    return Outcome(host_out, host_lse, problems, launched, seconds, outputs)
+
+
+def _strangers(returned: dict[str, Tensor], outputs: list[Guarded]) -> list[str]:
+    """Which results are not the memory that was given: buffers of the backend's own, which its next call overwrites."""
+    return [
+        f"the tensor returned as {home.name} is not the one given to write to"
+        for home in outputs
+        if home.view.numel() and returned[home.name].data_ptr() != home.view.data_ptr()
+    ]
 
 
 def _shape_problems(inputs: Inputs, out: Tensor, lse: Tensor) -> list[str]:

@@ -18,6 +18,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+import torch
+from torch import Tensor
+
 from hal.spec.errors import SpecError
 
 
@@ -51,6 +54,38 @@ class Limits:
             raise SpecError("tighten", factor, "a factor above 0 and at most 1: limits may only be tightened")
         return Limits(self.absolute * factor, self.relative * factor, self.cosine * factor, self.row_cosine * factor)
 
+
+def directions(got: Tensor, want: Tensor, limits: Limits, magnitude: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """The cosine difference of every row, and how many times its limit it is, up to 1 being right.
+
+    What the tensor as a whole exceeds is laid at the door of the row that is furthest off.
+
+    Parameters
+    ----------
+    got, want : Tensor
+        float64, of one shape; the last dimension is that of a row.
+    limits : Limits
+    magnitude : Tensor or float
+        For every row, how many times larger than ±1 its data are.
+    """
+    errors = (got - want).square().sum(-1)
+    squares = got.square().sum(-1) + want.square().sum(-1)
+    # A row far below the absolute limit is rounding of zero; its direction means nothing.
+    counted = ~(squares.sqrt() <= limits.absolute * magnitude * 1e-3) & ~(squares < _NOTHING)
+    if want.shape[-1] < DIRECTION:
+        counted = torch.zeros_like(counted)
+    # Σ(x−y)²/Σ(x²+y²) equals |1 − 2Σxy/Σ(x²+y²)| and loses no digits to the subtraction from 1.
+    cosine = (errors / squares.clamp(min=_NOTHING)).masked_fill(~counted, 0)
+    ratio = cosine / limits.row_cosine
+    if cosine.numel() >= WHOLE:
+        whole = errors[counted].sum() / squares[counted].sum().clamp(min=_NOTHING)
+        furthest = cosine.flatten().argmax()
+        ratio.view(-1)[furthest] = torch.maximum(ratio.view(-1)[furthest], whole / limits.cosine)
+    return cosine, ratio
+
+
+_NOTHING: Final = 1e-30
+"""Rows whose squared norms sum to less have no direction to compare."""
 
 WHOLE: Final = 16
 """From so many rows on a tensor has a cosine difference of its own; fewer may all be of the rare kind."""

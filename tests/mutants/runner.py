@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import tempfile
@@ -19,6 +20,11 @@ from hal_conformance.session import RED, Result, Session, fresh_seed
 from hal_conformance.table import LEVEL_IDS, OBLIGATIONS
 
 from mutants.registry import Mutant, install, load
+
+WITNESS = Worker()
+"""Judges cases of every backend: it loads none."""
+
+atexit.register(WITNESS.stop)
 
 TESTS = Path(__file__).resolve().parent.parent
 _HANGS = ("mutant-probe-hangs", "mutant-hangs-on-long")
@@ -80,7 +86,7 @@ def run(
     A ``worker`` that is given stays, with the ranks it started.
     """
     seed = fresh_seed() if seed is None else seed
-    session = Session(Settings(backend, seed, "quick", patience=patience))
+    session = Session(Settings(backend, seed, "quick", patience=patience), witness=WITNESS)
     session.stop_after = 1 if enough else session.stop_after
     session.worker = worker or session.worker
     results: list[Result] = []
