@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 import datetime
 import json
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hal_conformance import certificate, diff, html, report
+from hal_conformance import certificate, diff, html, report, verdict
 from hal_conformance.cli import app
 from hal_conformance.context import Settings
 from hal_conformance.facts import environment
+from hal_conformance.requirements import REQUIREMENTS
 from hal_conformance.schema import schema_errors
 from hal_conformance.session import Result, Session
 from hal_conformance.table import OBLIGATIONS
@@ -34,20 +36,22 @@ _ERRORS = {
 
 def made(*waivers: Waiver, mode: str = "default", **changed: str) -> dict[str, Any]:
     """A report of a backend that passes, but for the named obligations."""
-    session = Session(Settings("acme", 5, mode), waivers={w.obligation: w for w in waivers})  # type: ignore[arg-type]
+    session = Session(Settings("acme", 5, mode), waivers={w.obligation: w for w in waivers}, fresh=True)  # type: ignore[arg-type]
+    capabilities = hal.capabilities("cpu")
     session.facts = {
         "state": "available",
         "reason": "chip 7, <b>rev B</b>",
-        "capabilities": hal.capabilities("cpu").to_dict(),
+        "capabilities": capabilities.to_dict(),
         "evidence": "simulation",
         "details": {"driver": "acme 3"},
-        "distribution": {"name": "hal-acme", "version": "1.0", "editable": False, "hash": "ab" * 32},
+        "distribution": {"name": "hal-acme", "version": "1.0", "editable": False, "hash": "ab" * 32, "reaches": []},
         "environment": environment(),
     }
     for o in OBLIGATIONS:
-        status = changed.get(o.id.replace("-", "_"), "PASS" if o.covered else "REFUSED")
+        declared = REQUIREMENTS[o.requires].declared(capabilities)
+        status = changed.get(o.id.replace("-", "_"), "PASS" if declared else "REFUSED")
         count = max(o.count("default"), 1)
-        result = Result(o.id, status, "", count, count, count, seconds=0.1)  # type: ignore[arg-type]
+        result = Result(o.id, status, "", count, count, count, seconds=0.1, witnessed=[0])  # type: ignore[arg-type]
         if status == "FAIL":
             result.message = "out differs"
             result.failures = [{"status": "FAIL", "problems": ["out differs"], "reproduce": "hal conform", "index": 0}]
@@ -58,6 +62,14 @@ def made(*waivers: Waiver, mode: str = "default", **changed: str) -> dict[str, A
         session.results[o.id] = result
     points = [{"name": "b1 h16 s4096", "seconds": 1e-3, "flops": 1e8, "bytes": 5e6}]
     return report.make(session, {"points": points, "flops": 2e11, "bytes": 1e10, "dtype": "bfloat16"})
+
+
+def forge(one: dict[str, Any], change: Callable[[], None]) -> None:
+    """Change a report and make everything that follows from it fit."""
+    change()
+    one["levels"] = verdict.levels({row["id"]: row["status"] for row in one["obligations"]})
+    one["verdict"] = verdict.overall(one["levels"], one["run"]["filtered"], one["problems"])[0]
+    one["certificate"] = certificate.issue(one)
 
 
 def test_a_passing_report_certifies_and_verifies() -> None:
@@ -93,6 +105,12 @@ def test_a_passing_report_certifies_and_verifies() -> None:
         lambda r: r["certificate"]["levels"].update(L3="PASS"),
         lambda r: r["suite"].update(hash="cd" * 32),
         lambda r: r.update(certificate=None),
+        lambda r: r["run"].update(fresh=False),
+        lambda r: r["obligations"][20].update(witnessed=[]),
+        lambda r: r["backend"]["distribution"].update(reaches=["acme.pth is executed wherever Python starts"]),
+        lambda r: forge(r, lambda: r["obligations"][20].update(status="REFUSED")),
+        lambda r: forge(r, lambda: r["obligations"][20].update(status="UNCOVERED")),
+        lambda r: forge(r, lambda: r["backend"]["capabilities"].update(mla_dense=None)),
         lambda r: r.update(schema=2),
         lambda r: r.pop("environment"),
     ],
@@ -136,6 +154,16 @@ def test_the_schema_refuses_what_it_does_not_know() -> None:
     assert schema_errors([])
 
 
+def test_a_report_from_before_cases_were_judged_apart_is_read_and_certifies_nothing() -> None:
+    old = made()
+    del old["run"]["fresh"], old["backend"]["distribution"]["reaches"]
+    for row in old["obligations"]:
+        del row["witnessed"]
+    assert schema_errors(old) == []
+    assert diff.diff(old, made()) == []
+    assert certificate.verify(old)[0]
+
+
 def test_a_diff_names_what_broke_and_what_got_worse() -> None:
     old, new = made(MLA_08="FAIL"), made(MLA_07="FAIL")
     next(o for o in new["obligations"] if o["id"] == "MLA-01")["errors"]["out"]["worst"] = 0.95
@@ -143,7 +171,21 @@ def test_a_diff_names_what_broke_and_what_got_worse() -> None:
     assert kinds["MLA-07"] == "broken"
     assert kinds["MLA-08"] == "fixed"
     assert kinds["MLA-01"] == "worse"
+    assert [row["kind"] for row in diff.diff(old, new)][:3] == ["broken", "worse", "fixed"]
     assert diff.diff(new, new) == []
+
+
+def test_a_failure_that_is_not_run_again_is_not_fixed_and_what_was_left_out_is_said_once() -> None:
+    skipped = {o.id.replace("-", "_"): "SKIPPED" for o in OBLIGATIONS if o.level != "L0"}
+    rows = {row["what"]: row for row in diff.diff(made(MLA_08="FAIL"), made(**skipped))}
+    assert rows["MLA-08 several queries"] == {
+        "kind": "changed",
+        "what": "MLA-08 several queries",
+        "then": "FAIL",
+        "now": "SKIPPED",
+    }
+    assert rows["obligations not run"]["now"] == str(len(skipped))
+    assert not any(what.startswith("MLA-07") for what in rows)
 
 
 class _Page(HTMLParser):

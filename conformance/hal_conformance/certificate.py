@@ -13,10 +13,13 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from hal import plugins
+from hal.spec.capability import Capabilities
 from hal_conformance.facts import distribution, suite_hash
+from hal_conformance.requirements import REQUIREMENTS
 from hal_conformance.schema import schema_errors
 from hal_conformance.table import BY_ID, OBLIGATIONS
 from hal_conformance.verdict import levels, overall
+from hal_conformance.witness import is_judged_twice
 
 REQUIRED = ("L0",)
 """Levels without which there is nothing to certify; beside them at least one level of work."""
@@ -34,6 +37,8 @@ def obstacles(report: dict[str, Any]) -> list[str]:
     run, backend = report["run"], report["backend"]
     if run["filtered"]:
         found.append("quick mode or a filter was used")
+    if not run.get("fresh"):
+        found.append("the seed was chosen: run without --seed")
     if report["verdict"] not in ("PASS", "WAIVED"):
         found.append(f"the verdict is {report['verdict']}")
     verdicts = {row["id"]: row["verdict"] for row in report["levels"]}
@@ -45,9 +50,17 @@ def obstacles(report: dict[str, Any]) -> list[str]:
         found.append("the backend's files could not be hashed")
     if made["editable"]:
         found.append("the backend is an editable install: its files are not fixed; install its wheel")
+    found += [f"its distribution reaches beyond its package: {text}" for text in made.get("reaches", [])]
+    alone = [o["id"] for o in report["obligations"] if _judged_once(o)]
+    if alone:
+        found.append(f"no case was judged apart from the backend: {', '.join(alone)}")
     if backend["evidence"] == "compiled" or backend["evidence"] is None:
         found.append("kernels are not executed on this machine")
     return found
+
+
+def _judged_once(row: dict[str, Any]) -> bool:
+    return row["status"] == "PASS" and is_judged_twice(row["id"]) and not row.get("witnessed")
 
 
 def issue(report: dict[str, Any]) -> dict[str, Any] | None:
@@ -127,9 +140,28 @@ def _consistency(report: dict[str, Any]) -> list[str]:
             errors.append(f"{row['id']} ran {row['planned']} cases where this mode has {least}")
         if row["status"] == "WAIVED" and row["id"] not in {w["obligation"] for w in report["waivers"]}:
             errors.append(f"{row['id']} says WAIVED without a waiver")
+    errors += _undeclared(report)
     rows = levels({row["id"]: row["status"] for row in report["obligations"]})
     if rows != report["levels"]:
         errors.append("the verdicts of the levels do not follow from the obligations")
     if overall(rows, report["run"]["filtered"], report["problems"])[0] != report["verdict"]:
         errors.append("the verdict does not follow from the levels")
+    return errors
+
+
+def _undeclared(report: dict[str, Any]) -> list[str]:
+    """Obligations left out as not declared that are, and the reverse."""
+    try:
+        capabilities = Capabilities.from_dict(report["backend"]["capabilities"])
+    except Exception as error:
+        return [f"the capabilities cannot be read: {error}"]
+    errors = []
+    for row in report["obligations"]:
+        declared = REQUIREMENTS[BY_ID[row["id"]].requires].declared(capabilities)
+        if declared and row["status"] == "REFUSED":
+            errors.append(f"{row['id']} says REFUSED, but {BY_ID[row['id']].requires} is declared")
+        if not declared and row["status"] in ("PASS", "UNCOVERED"):
+            errors.append(f"{row['id']} says {row['status']}, but {BY_ID[row['id']].requires} is not declared")
+        if row["status"] == "UNCOVERED" and BY_ID[row["id"]].covered:
+            errors.append(f"{row['id']} says UNCOVERED, but this suite tests it")
     return errors

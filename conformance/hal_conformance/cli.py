@@ -6,23 +6,23 @@ Exit codes: 0 the answer is yes, 1 the answer is no, 2 the request is wrong.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hal import plugins
-from hal.spec.errors import HalError
-from hal.spec.limits import DENSE_OUT
-from hal_conformance import certificate, diff, docs, html
-from hal_conformance import report as reports
-from hal_conformance import waivers as waiver_file
-from hal_conformance.context import Settings
-from hal_conformance.session import RED, Result, Session, fresh_seed
+from hal.spec.errors import HalError, SpecError
 from hal_conformance.table import BY_ID, LEVEL_IDS, OBLIGATIONS, Mode, of_level
+
+# `hal --help` describes this command too: what loads torch or writes reports is imported where it is used.
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from hal_conformance.session import Result, Session
 
 app = typer.Typer(
     name="conform",
@@ -110,11 +110,19 @@ def conform(
     """Run the suite against a backend."""
     if context.invoked_subcommand is not None:
         return
+    from hal.spec.limits import DENSE_OUT
+    from hal_conformance import report as reports
+    from hal_conformance import waivers as waiver_file
+    from hal_conformance.context import Settings
+    from hal_conformance.session import Session, fresh_seed
+
     require_backend(backend)
     if quick and full:
         wrong_request("--quick and --full exclude each other")
     try:
         DENSE_OUT.tightened(tighten)
+        if not math.isfinite(patience):
+            raise SpecError("--patience", patience, "a finite factor")
         known = waiver_file.read(waivers) if waivers is not None else {}
         older = reports.read(against) if against is not None else None
     except HalError as error:
@@ -125,14 +133,21 @@ def conform(
         obligation, seed, index = parse_case(case)
         ids = [obligation]
     settings = Settings(backend, fresh_seed() if seed is None else seed, mode, tighten, device, patience)
-    session = Session(settings, ids, index, known)
+    session = Session(settings, ids, index, known, fresh=seed is None)
     raise typer.Exit(_run(session, out, older))
 
 
 def _run(session: Session, out: Path, older: dict[str, Any] | None) -> int:
+    from rich.console import Console
+
+    from hal_conformance import diff, html
+    from hal_conformance import report as reports
+
     console = Console()
     console.print(f"[bold]{session.settings.backend}[/], {session.settings.mode} run, seed {session.settings.seed}")
     try:
+        # Both take seconds to import what they need, at the same time.
+        session.witness.start()
         session.learn()
         if session.facts.get("state") == "unavailable":
             reason = session.facts["reason"]
@@ -160,12 +175,16 @@ def _run(session: Session, out: Path, older: dict[str, Any] | None) -> int:
 
 
 def _progress(console: Console) -> Progress:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _roofline(session: Session) -> dict[str, Any] | None:
     """Measured only where decode works and nothing was filtered out."""
+    from hal_conformance.session import RED
+
     works = all(r.status not in RED for r in session.results.values() if r.obligation.level in ("L0", "L1"))
     if session.only or not works:
         return None
@@ -179,6 +198,8 @@ def _roofline(session: Session) -> dict[str, Any] | None:
 
 
 def _say(console: Console, result: Result) -> None:
+    from hal_conformance.session import RED
+
     # A blocked level is one line of the summary, not one an obligation.
     if result.status in ("SKIPPED", "BLOCKED"):
         return
@@ -221,6 +242,9 @@ def _summary(console: Console, report: dict[str, Any], rows: list[dict[str, str]
 @app.command()
 def verify(report: Annotated[Path, typer.Argument(help="A report.json.")]) -> None:
     """Check a report and its certificate again, offline."""
+    from hal_conformance import certificate
+    from hal_conformance import report as reports
+
     try:
         read = reports.read(report)
     except HalError as error:
@@ -244,6 +268,9 @@ def bisect(
     case: Annotated[str, typer.Argument(help="A case, as a failure prints it: MLA-07@12345.3.")], backend: Backend = ""
 ) -> None:
     """Compare one case stage by stage with the reference: scores, row maximum, row sum, partial and merged results."""
+    from hal_conformance.context import Settings
+    from hal_conformance.session import Session
+
     require_backend(backend)
     obligation, seed, index = parse_case(case)
     session = Session(Settings(backend, seed), [obligation], index)
@@ -276,6 +303,9 @@ def matrix(
     out: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("matrix.html"),
 ) -> None:
     """Write a compatibility matrix from many reports: what was seen, not what is claimed."""
+    from hal_conformance import diff, html
+    from hal_conformance import report as reports
+
     try:
         table = diff.matrix([reports.read(path) for path in files])
     except HalError as error:
@@ -287,4 +317,6 @@ def matrix(
 @app.command()
 def spec() -> None:
     """Print the obligations as the text of docs/spec.md."""
+    from hal_conformance import docs
+
     typer.echo(docs.spec(), nl=False)

@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -20,6 +20,9 @@ from hal_conformance.draw import Draw
 from hal_conformance.inputs import Inputs, build
 from hal_conformance.table import Mode, Obligation
 from hal_conformance.threads import few_threads, is_small
+
+if TYPE_CHECKING:
+    from hal_conformance.witness import Tape
 
 
 class BackendRaised(Exception):
@@ -107,8 +110,10 @@ class Context:
         self.index = index
         self.record = Record()
         self.wants_diagnosis = True
+        self.tape: Tape | None = None
         self.rng = random.Random()
         self.device = settings.device or capabilities.device_types[0]
+        self._outcomes: list[Outcome] = []
         self.restart()
 
     def restart(self) -> None:
@@ -160,6 +165,7 @@ class Context:
             outcome = call(inputs, self.backend, plan=plan)
         except Exception as error:
             raise BackendRaised(inputs.case, error) from error
+        self._outcomes.append(outcome)
         self.record.calls += 1
         self.record.seconds += outcome.seconds
         self.record.add_launches(outcome.launches)
@@ -170,6 +176,11 @@ class Context:
         if any(text.startswith(("out is", "lse is")) for text in outcome.problems):
             raise Stop
         return outcome
+
+    def look_back(self) -> None:
+        """See that no call of this case wrote once it had returned."""
+        for text in {text for outcome in self._outcomes for text in outcome.written_later()}:
+            self.problem(text)
 
     def compare(self, inputs: Inputs, outcome: Outcome, expected: Expected | None = None, what: str = "") -> Verdict:
         """Compare with the reference; note and diagnose what differs."""
@@ -211,7 +222,7 @@ class Context:
 
     def same(self, have: tuple[Tensor, Tensor], want: Outcome, like: Expected, what: str) -> bool:
         """Two results of the backend that must agree: each may be off by the limits, so they by twice that."""
-        twin = Expected(want.out.double(), want.lse.double(), like.out_magnitude, like.lse_magnitude)
+        twin = Expected(want.out.double(), want.lse.double(), like.out_magnitude, like.lse_magnitude, like.rounding)
         verdict = judge(*have, twin, *self.limits(), slack=2.0)
         if not verdict.ok:
             self.problem(f"{what}: {explain(verdict, 'the first result')}")

@@ -8,6 +8,10 @@ from hal_conformance.requirements import REQUIREMENTS
 from hal_conformance.table import LEVELS, OBLIGATIONS
 
 _RED: Final = ("FAIL", "CRASH", "TIMEOUT", "ERROR")
+_UNSEEN: Final = ("SKIPPED", "BLOCKED")
+_KINDS: Final = ("broken", "worse", "fixed", "changed")
+"""In the order a reader wants them."""
+
 _WORSE: Final = 2.0
 """Worst errors that grew by this factor are shown even though they still pass."""
 
@@ -25,23 +29,31 @@ def diff(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, str]]:
     for row in new["levels"]:
         add("changed", f"level {row['id']}", levels.pop(row["id"], "absent"), row["verdict"])
     then = {row["id"]: row for row in old["obligations"]}
+    unseen = [sum(row["status"] in _UNSEEN for row in report["obligations"]) for report in (old, new)]
+    add("changed", "obligations not run", *unseen)
     for row in new["obligations"]:
         before = then.pop(row["id"], None)
         was, now = "absent" if before is None else before["status"], row["status"]
-        kind = (
-            "broken" if now in _RED and was not in _RED else "fixed" if was in _RED and now not in _RED else "changed"
-        )
-        add(kind, f"{row['id']} {row['title']}", was, now)
+        if (was in _UNSEEN or now in _UNSEEN) and not {was, now} & {*_RED}:
+            # Nothing is known of it then or now; how many there are is said once.
+            continue
+        broken, fixed = now in _RED and was not in _RED, was in _RED and now in ("PASS", "REFUSED")
+        add("broken" if broken else "fixed" if fixed else "changed", f"{row['id']} {row['title']}", was, now)
         if before is not None and was == now:
             _worse(before, row, add)
     for gone in then.values():
         add("changed", f"{gone['id']} {gone['title']}", gone["status"], "absent")
     for section in ("suite", "environment"):
         for key in sorted(set(old[section]) | set(new[section])):
-            add("changed", f"{section} {key}", old[section].get(key, "–"), new[section].get(key, "–"))
+            add("changed", f"{section} {key}", *(_short(key, r[section].get(key, "–")) for r in (old, new)))
     for key in ("version", "hash"):
-        add("changed", f"backend {key}", old["backend"]["distribution"][key], new["backend"]["distribution"][key])
-    return rows
+        add("changed", f"backend {key}", *(_short(key, r["backend"]["distribution"][key]) for r in (old, new)))
+    return sorted(rows, key=lambda row: _KINDS.index(row["kind"]))
+
+
+def _short(key: str, value: Any) -> Any:
+    """A hash by its beginning: the reports have all of it."""
+    return f"{value[:12]}…" if key == "hash" and value else value
 
 
 def _worse(before: dict[str, Any], row: dict[str, Any], add: Any) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Final
 from torch import Tensor
 
 import hal
+from hal_conformance import manners
 from hal_conformance.memory import Guarded, bits, place
 from hal_conformance.ranks import Rank
 
@@ -148,6 +149,7 @@ class _Player:
 
     def _step(self, step: Step) -> Done:
         done = Done(step.name, time.monotonic())
+        as_it_was = manners.shared()
         try:
             own = getattr(self, f"_{step.op}", None)
             if own is not None:
@@ -159,6 +161,9 @@ class _Player:
             done.raised |= {name: getattr(error, name) for name in _FIELDS if hasattr(error, name)}
             done.raised = {k: v if isinstance(v, (int, type(None))) else str(v) for k, v in done.raised.items()}
         done.end = done.end or time.monotonic()
+        changed = manners.changed(as_it_was)
+        if changed:
+            done.problems.append(f"changed {', '.join(changed)}, which the whole process shares")
         return done
 
     def _call(self, step: Step, done: Done) -> None:

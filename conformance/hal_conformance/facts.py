@@ -17,6 +17,10 @@ import hal
 from hal import plugins
 from hal_conformance import SUITE_VERSION
 
+_AT_START = ("sitecustomize", "usercustomize")
+_JUDGES = ("hal", "hal_conformance", "torch", "numpy", "pytest", "_pytest", "hypothesis", "pluggy", "jsonschema")
+"""Packages a verdict rests on."""
+
 
 def facts(backend: str) -> dict[str, Any]:
     """Capabilities, probe, distribution and environment; every value ready for JSON."""
@@ -75,11 +79,30 @@ def distribution(backend: str) -> dict[str, Any]:
     """
     entries = list(entry_points(group=plugins.GROUP, name=backend))
     if len(entries) != 1 or entries[0].dist is None:
-        return {"name": None, "version": None, "editable": False, "hash": None}
+        return {"name": None, "version": None, "editable": False, "hash": None, "reaches": []}
     entry, dist = entries[0], entries[0].dist
     editable = _editable(dist)
     files = _package_files(entry) if editable else _installed_files(dist)
-    return {"name": dist.name, "version": dist.version, "editable": editable, "hash": _hash(files)}
+    return {
+        "name": dist.name,
+        "version": dist.version,
+        "editable": editable,
+        "hash": _hash(files),
+        "reaches": [] if editable else reaches(dist),
+    }
+
+
+def reaches(dist: Distribution) -> list[str]:
+    """Where a distribution reaches beyond its own package, into processes or packages that judge it."""
+    found = [f"it is loaded by pytest: {e.value}" for e in dist.entry_points if e.group == "pytest11"]
+    for name in sorted(f.as_posix() for f in dist.files or []):
+        top, _, rest = name.partition("/")
+        package = top if rest else top.removesuffix(".py")
+        if top.endswith(".pth") or package in _AT_START:
+            found.append(f"{name} is executed wherever Python starts")
+        elif package in _JUDGES:
+            found.append(f"{name} lies in the package {package}")
+    return found
 
 
 def _editable(dist: Distribution) -> bool:
@@ -110,14 +133,14 @@ def _hash(files: list[tuple[str, Path]]) -> str | None:
 
 
 def suite_hash() -> str:
-    """A hash over the text of this suite and of the reference and limits it judges by."""
+    """A hash over the text of this suite, and of the specification, reference and public face it judges by."""
     here = Path(__file__).parent
     files = [
         (f"hal_conformance/{p.relative_to(here)}", p) for p in here.rglob("*") if p.suffix in (".py", ".j2", ".json")
     ]
-    reference = Path(hal.__file__).parent / "reference"
-    files += [(f"hal/reference/{p.name}", p) for p in reference.glob("*.py")]
-    files.append(("hal/spec/limits.py", reference.parent / "spec" / "limits.py"))
+    face = Path(hal.__file__).parent
+    judging = [*face.glob("*.py"), *(face / "spec").rglob("*.py"), *(face / "reference").rglob("*.py")]
+    files += [(f"hal/{p.relative_to(face)}", p) for p in judging]
     digest = _hash(files)
     assert digest is not None
     return digest

@@ -53,6 +53,7 @@ def render(report: dict[str, Any], against: list[dict[str, Any]] | None = None) 
             roofline=Markup(plots.roofline(roof)) if roof else "",
             roof=roof,
             calls=sum(row["calls"] for row in rows),
+            witnessed=sum(len(row.get("witnessed", [])) for row in rows),
             obstacles=obstacles(report),
             against=against,
         )

@@ -8,10 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from hal.spec.limits import DIRECTION, WHOLE, Limits
-
-COSINE_FLOOR: Final = 1e-30
-"""Rows whose squared norms sum to less have no direction to compare."""
+from hal.spec.limits import Limits, directions
 
 ULP_EDGES: Final = (0.5, 1, 2, 4, 8, 16, 32, 64, 128)
 """Upper edges of the ulp histogram; the last bin is everything above."""
@@ -81,7 +78,13 @@ def number(value: float) -> float | str:
     return float(f"{value:.6g}")
 
 
-def compare(actual: Tensor, expected: Tensor, limits: Limits, magnitude: Tensor | float = 1.0) -> Comparison:
+def compare(
+    actual: Tensor,
+    expected: Tensor,
+    limits: Limits,
+    magnitude: Tensor | float = 1.0,
+    rounding: Tensor | None = None,
+) -> Comparison:
     """Compare rows (the last dimension) of a result with the float64 reference.
 
     Parameters
@@ -93,6 +96,8 @@ def compare(actual: Tensor, expected: Tensor, limits: Limits, magnitude: Tensor 
     limits : Limits
     magnitude : Tensor or float
         For every row, how many times larger than ±1 its data are; scales the absolute limit. At least 1.
+    rounding : Tensor, optional
+        For every element, `hal.spec.limits.rounding_of` it.
     """
     got = actual.detach().cpu().double()
     want = expected
@@ -106,22 +111,11 @@ def compare(actual: Tensor, expected: Tensor, limits: Limits, magnitude: Tensor 
     have, ref = got.masked_fill(~finite, 0), want.masked_fill(~finite, 0)
     error = (have - ref).abs()
     allowed = torch.maximum(limits.absolute * magnitude.unsqueeze(-1), limits.relative * ref.abs())
+    if rounding is not None:
+        allowed = torch.maximum(allowed, limits.rounding * rounding)
     ratio = error / allowed
-    squares = (have * have + ref * ref).sum(-1)
-    # Σ(x−y)²/Σ(x²+y²) equals |1 − 2Σxy/Σ(x²+y²)| and loses no digits to the subtraction from 1.
-    cosine = (error * error).sum(-1) / squares.clamp(min=COSINE_FLOOR)
-    # A row far below the absolute limit is rounding of zero; its direction means nothing.
-    meaningful = squares.sqrt() > limits.absolute * magnitude * 1e-3
-    cosine = cosine.masked_fill(~meaningful | (squares < COSINE_FLOOR), 0)
-    if want.shape[-1] < DIRECTION:
-        cosine = torch.zeros_like(cosine)
-    row_ratio = torch.maximum(ratio.amax(-1), cosine / limits.row_cosine)
-    if cosine.numel() >= WHOLE and want.shape[-1] >= DIRECTION:
-        # The tensor as a whole: what it exceeds is laid at the door of the row that is furthest off.
-        counted = meaningful & (squares >= COSINE_FLOOR)
-        whole = (error * error).sum(-1)[counted].sum() / squares[counted].sum().clamp(min=COSINE_FLOOR)
-        furthest = cosine.flatten().argmax()
-        row_ratio.view(-1)[furthest] = torch.maximum(row_ratio.view(-1)[furthest], whole / limits.cosine)
+    cosine, direction = directions(have, ref, limits, magnitude)
+    row_ratio = torch.maximum(ratio.amax(-1), direction)
     row_ratio = row_ratio.masked_fill(mask_bad, torch.inf)
     bad = row_ratio > 1
     at = int(row_ratio.flatten().argmax())

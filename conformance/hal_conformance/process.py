@@ -20,6 +20,12 @@ TAIL = 2000
 INTERPRETER = [sys.executable, *(["-S"] if sys.flags.no_site else [])]
 """This interpreter, seeing the same installed distributions as this process."""
 
+_START = "import sys; sys.path.remove(''); from hal_conformance.worker import main; main()"
+"""Imports what is installed, whatever lies in the folder the command was given in."""
+
+_UNSET = ("HAL_BACKEND", "HAL_VALIDATE", "HAL_EP_RANKS_PER_NODE", "PYTHONOPTIMIZE")
+"""Variables that change what the HAL checks or does: the suite judges it as it is by default."""
+
 
 class WorkerDied(Exception):
     """The process ended before it answered.
@@ -85,13 +91,19 @@ class Worker:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
+    def start(self) -> None:
+        """Start the process now, so that it is ready when it is asked."""
+        if self._process is None:
+            self._start()
+
     def _start(self) -> None:
         request_read, self._requests = os.pipe()
         self._answers, answer_write = os.pipe()
         self._buffer = b""
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._process = subprocess.Popen(
-            [*INTERPRETER, "-m", "hal_conformance.worker", str(request_read), str(answer_write)],
+            [*INTERPRETER, "-c", _START, str(request_read), str(answer_write)],
+            env={name: value for name, value in os.environ.items() if name not in _UNSET},
             pass_fds=(request_read, answer_write),
             stdin=subprocess.DEVNULL,
             stdout=self._output,

@@ -219,7 +219,8 @@ class Team:
                     member.listen()
                 return True
             if self._fresh and all(m.entered for m in self._members):
-                self._fresh, deadline = False, time.monotonic() + timeout
+                self._fresh = False
+                deadline = min(deadline, time.monotonic() + GRACE) if failed else time.monotonic() + timeout
             if not failed and any(m.failed for m in awaited):
                 failed, deadline = True, min(deadline, time.monotonic() + GRACE)
             if time.monotonic() > deadline:

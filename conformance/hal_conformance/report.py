@@ -16,7 +16,7 @@ from hal_conformance.schema import SCHEMA_VERSION, schema_errors
 from hal_conformance.session import Result, Session
 from hal_conformance.verdict import levels, overall
 
-_NOBODY = {"name": None, "version": None, "editable": False, "hash": None}
+_NOBODY: dict[str, Any] = {"name": None, "version": None, "editable": False, "hash": None, "reaches": []}
 
 
 def make(session: Session, roofline: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -33,6 +33,7 @@ def make(session: Session, roofline: dict[str, Any] | None = None) -> dict[str, 
         "suite": {"version": SUITE_VERSION, "hash": suite_hash()},
         "run": {
             "seed": settings.seed,
+            "fresh": session.fresh,
             "mode": settings.mode,
             "tighten": settings.tighten,
             "patience": settings.patience,
@@ -90,6 +91,7 @@ def _row(result: Result) -> dict[str, Any]:
         "errors": result.errors,
         "launches": result.launches,
         "cases": result.cases,
+        "witnessed": result.witnessed,
     }
 
 

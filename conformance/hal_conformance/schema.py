@@ -28,6 +28,7 @@ _STATUSES: Final = [
 
 
 def _object(properties: dict[str, Any], *optional: str) -> dict[str, Any]:
+    """``optional`` is what older reports lack: they are read, and certify nothing."""
     required = [name for name in properties if name not in optional]
     return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
@@ -44,6 +45,7 @@ SCHEMA: Final[dict[str, Any]] = {
             "run": _object(
                 {
                     "seed": _COUNT,
+                    "fresh": {"type": "boolean"},
                     "mode": {"enum": ["quick", "default", "full"]},
                     "tighten": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
                     "patience": {"type": "number", "exclusiveMinimum": 0},
@@ -54,7 +56,8 @@ SCHEMA: Final[dict[str, Any]] = {
                     "only": {"type": "array", "items": _TEXT},
                     "case": {"type": ["integer", "null"]},
                     "command": _TEXT,
-                }
+                },
+                "fresh",
             ),
             "backend": _object(
                 {
@@ -69,7 +72,9 @@ SCHEMA: Final[dict[str, Any]] = {
                             "version": {"type": ["string", "null"]},
                             "editable": {"type": "boolean"},
                             "hash": {"oneOf": [_HASH, {"type": "null"}]},
-                        }
+                            "reaches": {"type": "array", "items": _TEXT},
+                        },
+                        "reaches",
                     ),
                     "capabilities": {"type": ["object", "null"]},
                 }
@@ -102,6 +107,7 @@ SCHEMA: Final[dict[str, Any]] = {
                         "executed": _COUNT,
                         "calls": _COUNT,
                         "seconds": {"type": "number", "minimum": 0},
+                        "witnessed": {"type": "array", "items": _COUNT},
                         "failures": {"type": "array", "items": {"type": "object", "required": ["reproduce", "status"]}},
                         "errors": {"type": "object"},
                         "launches": {"type": "object", "additionalProperties": _COUNT},
@@ -116,7 +122,8 @@ SCHEMA: Final[dict[str, Any]] = {
                                 }
                             ),
                         },
-                    }
+                    },
+                    "witnessed",
                 ),
             },
             "waivers": {"type": "array", "items": _WAIVER},

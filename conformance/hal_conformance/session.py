@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, Literal
 
 from hal.spec.capability import Capabilities
@@ -15,6 +17,7 @@ from hal_conformance.process import Worker, WorkerDied, WorkerHangs
 from hal_conformance.requirements import REQUIREMENTS
 from hal_conformance.table import BY_ID, LEVELS, OBLIGATIONS, Obligation
 from hal_conformance.waivers import Waiver
+from hal_conformance.witness import SHARE, is_judged_twice
 
 Status = Literal["PASS", "FAIL", "CRASH", "TIMEOUT", "ERROR", "REFUSED", "UNCOVERED", "BLOCKED", "WAIVED", "SKIPPED"]
 """``REFUSED``: not declared, and the call was seen to raise `UnsupportedError`. ``UNCOVERED``: declared, but this suite
@@ -25,6 +28,10 @@ RED: Final = ("FAIL", "CRASH", "TIMEOUT", "ERROR")
 
 STOP_AFTER: Final = 3
 """Failing cases of an obligation after which the rest of its cases are not run."""
+
+
+_STARTING: Final = 60.0
+"""Seconds the witness has to import what it needs."""
 
 
 @dataclass(slots=True)
@@ -46,6 +53,8 @@ class Result:
     launches : dict of str to int
     cases : list of dict
         For every case its ``index``, how many ``calls`` it made, what they launched, and seconds inside the backend.
+    witnessed : list of int
+        Cases that were judged again in a process without the backend.
     seconds : float
         Wall time.
     """
@@ -60,6 +69,7 @@ class Result:
     errors: dict[str, Any] = field(default_factory=dict)
     launches: dict[str, int] = field(default_factory=dict)
     cases: list[dict[str, Any]] = field(default_factory=list)
+    witnessed: list[int] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
@@ -85,6 +95,11 @@ class Session:
         With exactly one obligation, the one case to run.
     waivers : mapping of str to Waiver
         By obligation.
+    fresh : bool
+        Whether the seed was drawn for this run. One that was known before shows nothing to others: results may have
+        been prepared for it.
+    witness : Worker, optional
+        Judges cases apart from the backend; given, it outlives this session, and may serve the next one too.
     """
 
     def __init__(
@@ -93,12 +108,17 @@ class Session:
         only: Iterable[str] = (),
         case: int | None = None,
         waivers: Mapping[str, Waiver] | None = None,
+        fresh: bool = False,
+        witness: Worker | None = None,
     ) -> None:
         self.settings = settings
         self.waivers = dict(waivers or {})
         self.only = frozenset(only)
         self.case = case
+        self.fresh = fresh
         self.worker = Worker()
+        self.witness = witness or Worker()
+        self._owned = [self.worker] if witness else [self.worker, self.witness]
         self.stop_after = STOP_AFTER
         self.results: dict[str, Result] = {}
         self.started = time.time()
@@ -143,8 +163,9 @@ class Session:
         return result
 
     def close(self) -> None:
-        """End the worker."""
-        self.worker.stop()
+        """End the processes."""
+        for process in self._owned:
+            process.stop()
 
     def _waive(self, result: Result) -> None:
         """Turn a failure with a waiver in force into a waived one; a failure of the suite itself has no waiver."""
@@ -231,9 +252,13 @@ class Session:
     ) -> Result:
         result = Result(obligation.id, "PASS", planned=len(indices))
         totals = _Totals()
+        again = self._judged_twice(obligation, indices) if operation == "case" else set()
         for done, index in enumerate(indices):
             progress(obligation.id, done, len(indices))
             failure = self._one(obligation, index, operation, result, totals)
+            if failure is None and index in again and result.calls:
+                failure = self._apart(obligation, index)
+                result.witnessed.append(index)
             if failure is not None:
                 failure["index"] = index
                 failure["reproduce"] = self.reproduce(obligation, index)
@@ -283,6 +308,35 @@ class Session:
             return None
         kept = {key: answer[key] for key in ("problems", "case", "diagnosis") if answer.get(key)}
         return {"status": "FAIL", **kept}
+
+    @staticmethod
+    def _judged_twice(obligation: Obligation, indices: list[int]) -> set[int]:
+        """Cases to judge again apart from the backend. Which they are, no process of the backend's learns before."""
+        if not is_judged_twice(obligation.id) or not indices:
+            return set()
+        return set(random.SystemRandom().sample(indices, -(-len(indices) // SHARE)))
+
+    def _apart(self, obligation: Obligation, index: int) -> dict[str, Any] | None:
+        """Judge a case that passed once more, in a process without the backend; the failure, or None."""
+        limit = obligation.timeout * self.settings.patience
+        with tempfile.TemporaryDirectory() as folder:
+            tape = str(Path(folder) / "tape")
+            try:
+                answer = self.worker.ask(self._request("tape", obligation, index) | {"tape": tape}, limit)
+                if "error" not in answer:
+                    assert self.capabilities is not None
+                    request = self._request("witness", obligation, index)
+                    request |= {"tape": tape, "capabilities": self.capabilities.to_dict()}
+                    answer = self.witness.ask(request, limit + _STARTING)
+            except (WorkerDied, WorkerHangs) as error:
+                answer = {"error": f"the case could not be judged apart: {error}", "output": error.output}
+        if "error" in answer:
+            lines = answer["error"].strip().splitlines()
+            return {"status": "ERROR", "problems": [lines[-1]], "output": answer.get("output", answer["error"])}
+        if not answer["problems"]:
+            return None
+        apart = [f"passed beside the backend, but judged apart from it: {text}" for text in answer["problems"]]
+        return {"status": "FAIL", "problems": apart}
 
     def _lost(self, obligation: Obligation, error: WorkerDied | WorkerHangs) -> Result:
         status: Status = "CRASH" if isinstance(error, WorkerDied) else "TIMEOUT"

@@ -91,7 +91,7 @@ TABLE: Final = (
         "L0",
         "discovered and loadable",
         "One installed distribution registers the name in the group hal.backends; its plugin imports and its hook "
-        "returns one Backend without touching a device.",
+        "returns one Backend without touching a device, and leaves the settings of its process alone.",
         "nothing",
         (1, 1, 1),
         gate=True,
@@ -226,7 +226,8 @@ TABLE: Final = (
         "MLA-11",
         "L1",
         "out=",
-        "A given out is written whole and returned; memory around out and lse and all inputs keep their bits.",
+        "out and lse are written whole where they were given, and returned; memory around them and all inputs keep "
+        "their bits.",
         cases=_FEW,
     ),
     Obligation(
@@ -239,7 +240,9 @@ TABLE: Final = (
         "MLA-13",
         "L1",
         "calls leave nothing behind",
-        "The result of a call does not depend on the calls before it, whatever their sizes, dtypes and options.",
+        "The result of a call does not depend on the calls before it, whatever their sizes, dtypes and options. A call "
+        "writes nothing once it has returned, and leaves what its process shares as it was: torch's defaults, "
+        "generators of random numbers, denormal numbers, the working directory (seen at every call of every level).",
         cases=_FEW,
     ),
     Obligation(

@@ -22,6 +22,9 @@ from hal_conformance.table import BY_ID
 
 tomllib: Any = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
+LONGEST = datetime.timedelta(days=366)
+"""A waiver is looked at again at least once a year."""
+
 _FIELDS = {"obligation", "reason", "expires"}
 
 
@@ -83,4 +86,6 @@ def _waiver(where: str, row: dict[str, Any]) -> Waiver:
         raise SpecError("--waivers", f"{where}: no reason", "a reason in words")
     if type(expires) is not datetime.date:
         raise SpecError("--waivers", f"{where}: expires {expires!r}", "a date like 2027-03-01")
+    if expires > datetime.date.today() + LONGEST:
+        raise SpecError("--waivers", f"{where}: expires {expires}", f"a day within the next {LONGEST.days}")
     return Waiver(obligation, reason.strip(), expires)

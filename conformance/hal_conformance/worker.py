@@ -1,4 +1,4 @@
-"""The process in which a backend is touched: ``python -m hal_conformance.worker READ_FD WRITE_FD``.
+"""The process in which a backend is touched; its arguments are the descriptors it reads from and writes to.
 
 It answers one JSON line with one JSON line. It may crash or hang: the other end of the pipe is `process.Worker`, which
 records that and starts another. Nothing here decides what is tested.
@@ -12,14 +12,21 @@ import os
 import signal
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 from hal import plugins
 from hal.spec.capability import Capabilities
+from hal_conformance import manners
 from hal_conformance.checks import Check, load
+from hal_conformance.checks.capability import as_it_was
 from hal_conformance.context import BackendRaised, Context, Settings, Stop
 from hal_conformance.requirements import REQUIREMENTS
 from hal_conformance.table import BY_ID
+from hal_conformance.witness import Tape, recording, witness
+
+_LAST = Tape()
+"""Of the last case."""
 
 NOTHING = Capabilities(("cpu",), None, None, None)
 """Stands for a backend that could not be asked."""
@@ -30,6 +37,7 @@ def main() -> None:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     read, write = (int(text) for text in sys.argv[1:3])
+    as_it_was.update(manners.shared())
     with os.fdopen(read) as requests, os.fdopen(write, "w") as answers:
         for line in requests:
             answers.write(json.dumps(answer(json.loads(line))) + "\n")
@@ -41,6 +49,11 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
         settings = Settings(**request["settings"])
         operation = request["op"]
+        if operation == "witness":
+            return witness(request)
+        if operation == "tape":
+            _LAST.save(Path(request["tape"]))
+            return {"calls": len(_LAST.entries)}
         if operation == "facts":
             from hal_conformance.facts import facts
 
@@ -88,9 +101,13 @@ def _refusal(context: Context) -> dict[str, Any]:
 
 
 def _case(context: Context) -> dict[str, Any]:
+    global _LAST
     record = context.record
+    _LAST = Tape()
     try:
-        _check(context).run(context)
+        with recording(context, _LAST):
+            _check(context).run(context)
+        context.look_back()
     except Stop:
         pass
     except BackendRaised as raised:
@@ -105,7 +122,3 @@ def _case(context: Context) -> dict[str, Any]:
         "launches": record.launches,
         "seconds": record.seconds,
     }
-
-
-if __name__ == "__main__":
-    main()

@@ -10,7 +10,8 @@ from typing import Any
 
 from mutants.sample import Plugin
 
-CATALOGUES = ("l0", "l1", "l2_memory", "l2_numbers", "l2_options", "fatal", "e1_routes", "e1_sums", "e2", "e3")
+_MLA = ("l0", "l1", "l2_memory", "l2_numbers", "l2_options", "fatal", "hostile")
+CATALOGUES = (*_MLA, "e1_routes", "e1_sums", "e2", "e3")
 
 CORRECT = (
     "sample = mutants.sample:plugin",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import tempfile
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -18,6 +20,11 @@ from hal_conformance.session import RED, Result, Session, fresh_seed
 from hal_conformance.table import LEVEL_IDS, OBLIGATIONS
 
 from mutants.registry import Mutant, install, load
+
+WITNESS = Worker()
+"""Judges cases of every backend: it loads none."""
+
+atexit.register(WITNESS.stop)
 
 TESTS = Path(__file__).resolve().parent.parent
 _HANGS = ("mutant-probe-hangs", "mutant-hangs-on-long")
@@ -52,12 +59,18 @@ def named(mutant: Mutant, cause: str) -> bool:
 @contextmanager
 def installed() -> Iterator[None]:
     """Make the mutants backends of every worker process started meanwhile."""
-    with tempfile.TemporaryDirectory() as folder:
-        install(Path(folder))
-        path = os.pathsep.join(filter(None, [folder, str(TESTS), os.environ.get("PYTHONPATH")]))
-        # One host thread: the mutants compute small things, and waking a second thread takes longer than they do.
-        with mock.patch.dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1"):
-            yield
+    path = os.pathsep.join(filter(None, [_distribution().name, str(TESTS), os.environ.get("PYTHONPATH")]))
+    # One host thread: the mutants compute small things, and waking a second thread takes longer than they do.
+    with mock.patch.dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1"):
+        yield
+
+
+@cache
+def _distribution() -> tempfile.TemporaryDirectory[str]:
+    """The mutants' metadata, there as long as this process: a worker that is kept reads it again and again."""
+    folder = tempfile.TemporaryDirectory()
+    install(Path(folder.name))
+    return folder
 
 
 def run(
@@ -73,7 +86,7 @@ def run(
     A ``worker`` that is given stays, with the ranks it started.
     """
     seed = fresh_seed() if seed is None else seed
-    session = Session(Settings(backend, seed, "quick", patience=patience))
+    session = Session(Settings(backend, seed, "quick", patience=patience), witness=WITNESS)
     session.stop_after = 1 if enough else session.stop_after
     session.worker = worker or session.worker
     results: list[Result] = []

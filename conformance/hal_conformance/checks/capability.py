@@ -15,12 +15,16 @@ from hal.backend import Backend, Evidence, Probe
 from hal.spec.capability import Capabilities, EpCapabilities, Ints, MlaCapabilities
 from hal.spec.mla import KV_FORMATS, LSE_BASES, QUERY_DTYPES
 from hal.spec.tensors import dtype_name
+from hal_conformance import manners
 from hal_conformance.case import MlaCase
 from hal_conformance.checks import holds
 from hal_conformance.context import Context, refused
 from hal_conformance.decode import call
 from hal_conformance.draw import head_dims, head_pairs, members
 from hal_conformance.requirements import decode
+
+as_it_was: dict[str, Any] = {}
+"""Settings of this process before anything of the backend was loaded."""
 
 _PROBES = 3
 _EP_WORDS = {
@@ -41,6 +45,9 @@ def discovered(context: Context) -> None:
     context.record.calls += 1
     if status.backend is None:
         context.problem(f"the plugin is {status.state}: {status.reason}")
+    changed = manners.changed(as_it_was) if as_it_was else []
+    if changed:
+        context.problem(f"loading the plugin changed {', '.join(changed)}, which the whole process shares")
 
 
 @holds("CAP-02")

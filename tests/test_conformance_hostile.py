@@ -1,0 +1,154 @@
+"""Backends that work on their judge, and surroundings that do: what the suite sees of them."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributions import Distribution, install
+from hal_conformance import manners
+from hal_conformance.cli import app
+from hal_conformance.facts import reaches
+from hal_conformance.parcel import pack, unpack_plain
+from hal_conformance.ranks import GroupResult, RankResult
+from hal_conformance.session import Session, Settings
+from hal_conformance.table import BY_ID
+from hal_conformance.waivers import LONGEST, read
+from hal_conformance.witness import Departed, Tape, out_of_reach
+from mutants.runner import WITNESS, installed
+from typer.testing import CliRunner
+
+import hal
+from hal.reference import mla as reference
+
+
+@pytest.fixture(autouse=True)
+def _mutants_are_installed() -> Iterator[None]:
+    with installed():
+        yield
+
+
+@pytest.mark.parametrize(
+    ("name", "obligation", "complaint"),
+    [
+        ("mutant-loosens-the-limits", "MLA-01", "judged apart from it: out differs from the reference"),
+        ("mutant-silences-the-judge-of-ranks", "EPN-01", "judged apart from it: rank "),
+        ("mutant-asks-the-reference", "CAP-05", "asked the reference"),
+        ("mutant-lse-of-its-own", "MLA-13", "the tensor returned as lse is not the one given to write to"),
+        ("mutant-stores-later", "MLA-01", "out was written after the call had returned"),
+        ("mutant-leaves-its-dtype", "MLA-01", "a call changed torch's default dtype"),
+    ],
+)
+def test_what_a_backend_does_to_its_judge_and_its_process_is_seen(name: str, obligation: str, complaint: str) -> None:
+    session = Session(Settings(name, 3, "quick"), [obligation], witness=WITNESS)
+    session.stop_after = 1
+    try:
+        assert complaint in session.run_one(BY_ID[obligation]).message
+    finally:
+        session.close()
+
+
+def test_a_changed_setting_is_named_and_set_back() -> None:
+    before = manners.shared()
+    torch.set_default_dtype(torch.float64)
+    torch.set_flush_denormal(True)
+    assert manners.changed(before) == ["torch's default dtype", "denormal numbers"]
+    assert torch.get_default_dtype() == torch.float32
+    assert manners.changed(before) == []
+
+
+def test_every_case_of_numbers_has_a_witness_that_never_loads_the_backend() -> None:
+    session = Session(Settings("sample", 3, "quick"), ["CAP-01", "MLA-03"], witness=WITNESS)
+    try:
+        results = {o: session.run_one(BY_ID[o]) for o in ("CAP-01", "MLA-03")}
+    finally:
+        session.close()
+    assert [r.status for r in results.values()] == ["PASS", "PASS"]
+    assert results["CAP-01"].witnessed == []
+    assert len(results["MLA-03"].witnessed) == 1
+
+
+def test_a_tape_gives_what_it_holds_and_no_more() -> None:
+    tape = Tape([GroupResult((RankResult(0, "done", "start", value=torch.ones(2)),))])
+    assert tape.through(lambda: None).ranks[0].rank == 0
+    with pytest.raises(Departed, match="more calls"):
+        tape.through(lambda: None)
+
+
+class _Evil:
+    def __reduce__(self) -> Any:
+        return print, ("executed",)
+
+
+def test_what_a_process_of_the_backend_sends_is_read_and_not_executed(capsys: pytest.CaptureFixture[str]) -> None:
+    sent = [{"out": torch.ones(2, dtype=torch.bfloat16)}, GroupResult((RankResult(0, "done", "x", value=(1, "a")),))]
+    got = unpack_plain(pack(sent))
+    assert torch.equal(got[0]["out"], sent[0]["out"])  # type: ignore[index]
+    assert got[1] == sent[1]
+    with pytest.raises(pickle.UnpicklingError, match="no plain data"):
+        unpack_plain(pickle.dumps(_Evil()))
+    assert capsys.readouterr().out == ""
+
+
+def test_the_reference_is_out_of_reach_for_all_who_hold_it() -> None:
+    held = reference.mla_decode
+    with out_of_reach(held), pytest.raises(RuntimeError, match="asked the reference"):
+        reference.mla_decode(*[torch.zeros(1)] * 4)
+    assert held is reference.mla_decode
+    with pytest.raises(TypeError):
+        held()  # type: ignore[call-arg]
+
+
+def test_neither_the_folder_nor_variables_decide_how_a_backend_is_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hal_conformance").mkdir()
+    (tmp_path / "hal_conformance" / "__init__.py").write_text("raise SystemExit('of this folder')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HAL_VALIDATE", "full")
+    session = Session(Settings("mutant-asserts-on-bad-entry", 3, "quick"), ["CAP-01", "MLA-40"], witness=WITNESS)
+    try:
+        results = [session.run_one(BY_ID[o]).status for o in ("CAP-01", "MLA-40")]
+    finally:
+        session.close()
+    assert results == ["PASS", "FAIL"]
+
+
+def test_a_distribution_that_reaches_into_its_judge_is_named(tmp_path: Path) -> None:
+    plain = Distribution("hal-plain", "x = 1\n", "plain")
+    groups = {"hal.backends": {"sly": "hal_sly"}, "pytest11": {"sly": "hal_sly"}}
+    folder = install(tmp_path, plain, Distribution("hal-sly", "x = 1\n", entry_points=groups))
+    (folder / "sly.pth").write_text("import hal_sly\n")
+    record = folder / "hal_sly-1.0.dist-info" / "RECORD"
+    record.write_text(record.read_text() + "sly.pth,,\nsitecustomize.py,,\nhal/spec/limits.py,,\ntorch/sly.py,,\n")
+    found = {d.name: reaches(d) for d in importlib.metadata.distributions(path=[str(folder)])}
+    assert found["hal-plain"] == []
+    assert found["hal-sly"] == [
+        "it is loaded by pytest: hal_sly",
+        "hal/spec/limits.py lies in the package hal",
+        "sitecustomize.py is executed wherever Python starts",
+        "sly.pth is executed wherever Python starts",
+        "torch/sly.py lies in the package torch",
+    ]
+
+
+def test_a_waiver_lasts_a_year_at_most(tmp_path: Path) -> None:
+    path = tmp_path / "waivers.toml"
+    last = datetime.date.today() + LONGEST
+    line = "[[waiver]]\nobligation = 'MLA-07'\nreason = 'due'\nexpires = {}\n"
+    path.write_text(line.format(last))
+    assert read(path)["MLA-07"].expires == last
+    path.write_text(line.format(last + datetime.timedelta(days=1)))
+    with pytest.raises(hal.SpecError, match="expires"):
+        read(path)
+
+
+@pytest.mark.parametrize("factor", ["nan", "inf"])
+def test_a_patience_without_end_is_a_wrong_request(factor: str) -> None:
+    assert CliRunner().invoke(app, ["--backend", "cpu", "--only", "CAP-01", "--patience", factor]).exit_code == 2
