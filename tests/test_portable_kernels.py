@@ -117,7 +117,7 @@ def check(case: MlaCase, backend: str) -> None:
     assert verdict.ok, f"{case.to_dict()}: out {verdict.out.to_dict()}, lse {verdict.lse.to_dict()}"
 
 
-@pytest.mark.long
+@pytest.mark.long(4)
 @pytest.mark.parametrize("width", portable_backends.WIDTHS)
 def test_every_width_of_subgroups_gives_the_reference(width: int) -> None:
     for changes in CASES.values():

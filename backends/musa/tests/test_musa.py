@@ -118,7 +118,7 @@ def test_a_backend_that_is_not_asked_imports_no_driver() -> None:
     assert done.stdout == "False\n"
 
 
-@pytest.mark.long
+@pytest.mark.long(12)
 def test_it_conforms(monkeypatch: pytest.MonkeyPatch) -> None:
     plugins.reset()
     session = Session(Settings("musa", SEED, "quick", patience=6.0), list(CHOSEN))
@@ -276,7 +276,7 @@ def test_code_the_driver_does_not_take_is_made_anew(
     assert device.build(filled).source is filled
 
 
-@pytest.mark.long
+@pytest.mark.long(4)
 def test_it_is_ten_times_as_fast_as_a_thread_a_score(chosen: opencl.Platform) -> None:
     heads, tokens, d, d_v = 64, 1024, 576, 512
     device = opencl.OpenClDevice(chosen)

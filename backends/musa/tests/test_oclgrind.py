@@ -39,7 +39,7 @@ def run(what: str, folder: Path) -> tuple[str, set[str], str]:
     return done.stdout, wrong, log.read_text()
 
 
-@pytest.mark.long
+@pytest.mark.long(5)
 def test_it_finds_nothing(tmp_path: Path) -> None:
     printed, wrong, log = run("decode", tmp_path)
     assert printed == "7 right\n"
