@@ -1,4 +1,4 @@
-"""`MusaBackend`: the portable kernels on Moore Threads GPUs, through their OpenCL driver."""
+"""`MusaBackend`: the portable kernels on Moore Threads GPUs, through MUSA's driver or through their OpenCL."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hal.spec.capability import Capabilities
 from hal.spec.errors import BackendUnavailable, HalError, SpecError, UnsupportedError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from hal.ep.engine import EpEngine
@@ -21,51 +22,97 @@ if TYPE_CHECKING:
     from hal.spec.mla import MlaDecodeArgs
     from hal.spec.plan import MlaPlanArgs
 
+RUNTIME: Final = "HAL_MUSA_RUNTIME"
+"""``driver`` or ``opencl``; unset, the driver where all it needs is there."""
+
 SIMULATE: Final = "HAL_MUSA_SIMULATE"
-"""``1`` allows a platform of another vendor. It is then no Moore Threads GPU that is tested, and evidence says so."""
+"""``1`` allows an OpenCL platform of another vendor. What is tested is then no Moore Threads GPU, as evidence says."""
 
 VENDORS: Final = ("Moore Threads", "MThreads", "MUSA")
 """What the name or vendor of the chip's own OpenCL platform holds."""
 
 
 class MusaBackend(Backend):
-    """MLA decode for tensors of the host; ``HAL_OPENCL_PLATFORM`` and ``HAL_OPENCL_DEVICE`` choose among several."""
+    """MLA decode for tensors of torch_musa (runtime ``driver``) or of the host (runtime ``opencl``).
+
+    ``HAL_OPENCL_PLATFORM`` and ``HAL_OPENCL_DEVICE`` choose among several OpenCL devices.
+    """
 
     spec_version: ClassVar[str] = "1.0"
     priority: ClassVar[int] = 100
 
+    def __init__(self) -> None:
+        self._kernels: dict[int, PortableMla] = {}
+
     @cached_property
-    def device(self) -> OpenClDevice:
-        """The device of the one platform that may be used.
+    def _driver_is_out(self) -> str:
+        """Why the driver is not the runtime, in words; empty if it is.
+
+        Raises
+        ------
+        SpecError
+        """
+        # Imported late: making a MusaBackend must load neither torch nor a driver.
+        from hal_musa import driver
+
+        chosen, simulating = _one_of(RUNTIME, "", "driver", "opencl"), _simulating()
+        if chosen == "opencl":
+            return f"{RUNTIME}=opencl"
+        if simulating and not chosen:
+            return f"{SIMULATE}=1"
+        reason = driver.missing()
+        if reason and chosen:
+            raise BackendUnavailable(f"{RUNTIME}=driver: {reason}")
+        return reason
+
+    @cached_property
+    def opencl(self) -> OpenClDevice:
+        """The device of the one OpenCL platform that may be used.
 
         Raises
         ------
         BackendUnavailable, SpecError
         """
-        # Imported late: making a MusaBackend must load neither torch nor pyopencl.
         from hal.portable import opencl
 
         return opencl.OpenClDevice(opencl.choose(*(() if _simulating() else VENDORS)))
 
-    @cached_property
-    def _mla(self) -> PortableMla:
-        from hal.portable.mla import PortableMla
-
-        return PortableMla(self.device)
-
     def probe(self) -> Probe:
-        """Look for pyopencl, for the platform, and for its device."""
+        """Look for MUSA's driver with its toolkit and torch_musa; where they are not, for OpenCL."""
+        details: dict[str, str] = {}
         try:
-            device = self.device
-            facts, platform = device.facts, device.platform
+            reason = self._driver_is_out
+            if not reason:
+                return self._probe_driver()
+            details["runtime driver"] = f"out: {reason}"
+            return self._probe_opencl(details)
         except SpecError as error:
-            return Probe(False, str(error), f"unset {error.argument}")
+            return Probe(False, str(error), f"unset {error.argument}", details=details)
         except BackendUnavailable as error:
             fix = "" if _simulating() else f"install the MUSA driver; {SIMULATE}=1 runs the kernels in simulation"
-            return Probe(False, str(error), fix)
+            return Probe(False, str(error), fix, details=details)
         except HalError as error:
-            return Probe(False, str(error).splitlines()[0], "see what the tool clinfo says")
+            return Probe(False, str(error).splitlines()[0], "see what mthreads-gmi and clinfo say", details=details)
+
+    def _probe_driver(self) -> Probe:
+        from hal_musa import driver
+
+        facts = driver.MusaDevice(0).facts
         details = {
+            "runtime": "MUSA driver",
+            "device": facts.name,
+            "driver": facts.driver,
+            "compiler": driver.compiler(),
+        }
+        if os.environ.get(driver.LIBRARY_ENV):
+            details["simulation"] = f"{driver.LIBRARY_ENV} stands in for the driver"
+            return Probe(True, f"simulated {facts.name}", evidence="simulation", details=details)
+        return Probe(True, f"{facts.name}, {facts.driver}", details=details)
+
+    def _probe_opencl(self, details: dict[str, str]) -> Probe:
+        device = self.opencl
+        facts, platform = device.facts, device.platform
+        details |= {
             "runtime": "OpenCL",
             "platform": f"{platform}, {platform.version}",
             "device": facts.name,
@@ -81,34 +128,52 @@ class MusaBackend(Backend):
         """Dense decode of plain caches. Packed caches, chosen tokens and expert parallelism are not written yet."""
         from hal.portable.mla import dense
 
-        return Capabilities(device_types=("cpu",), mla_dense=dense(), mla_sparse=None, ep=None)
+        where = "cpu" if self._driver_is_out else "musa"
+        return Capabilities(device_types=(where,), mla_dense=dense(), mla_sparse=None, ep=None)
 
     def mla_plan(self, args: MlaPlanArgs) -> Schedule:
         """See `PortableMla.plan`."""
-        return self._mla.plan(args)
+        return self._on(args.geometry.device).plan(args)
 
     def mla_decode(self, args: MlaDecodeArgs) -> None:
         """See `PortableMla.decode`."""
-        self._mla.decode(args, args.schedule)  # type: ignore[arg-type]
+        self._on(args.q.device).decode(args, args.schedule)  # type: ignore[arg-type]
 
     def ep_buffer(self, args: EpBufferArgs) -> EpEngine:
         """Not written yet, and not declared."""
         raise UnsupportedError("musa", "group", "an expert-parallel group", "no expert parallelism yet")
 
     def adopt(self, tensor: Tensor) -> Adopted | None:
-        """Keep a copy of a KV cache on the device; None where the device reads the host's memory as it is.
+        """Keep a copy of a KV cache on the device; None where the device reads the tensor's memory as it is.
 
         See `OpenClDevice.adopt`.
         """
-        return self.device.adopt(tensor)
+        return self.opencl.adopt(tensor) if self._driver_is_out else None
 
     def launches(self) -> Mapping[str, int]:
-        """Of all kernels."""
-        return self.device.launches()
+        """Of all kernels, over all devices."""
+        found: dict[str, int] = {}
+        for kernels in self._kernels.values():
+            for name, count in kernels.device.launches().items():
+                found[name] = found.get(name, 0) + count
+        return found
+
+    def _on(self, device: torch.device) -> PortableMla:
+        index = device.index or 0
+        if index not in self._kernels:
+            from hal.portable.mla import PortableMla
+            from hal_musa import driver
+
+            self._kernels[index] = PortableMla(self.opencl if self._driver_is_out else driver.MusaDevice(index))
+        return self._kernels[index]
+
+
+def _one_of(variable: str, *legal: str) -> str:
+    chosen = os.environ.get(variable) or legal[0]
+    if chosen not in legal:
+        raise SpecError(variable, repr(chosen), f"{' or '.join(filter(None, legal))}, or unset")
+    return chosen
 
 
 def _simulating() -> bool:
-    chosen = os.environ.get(SIMULATE) or "0"
-    if chosen not in ("0", "1"):
-        raise SpecError(SIMULATE, repr(chosen), "0 or 1")
-    return chosen == "1"
+    return _one_of(SIMULATE, "0", "1") == "1"

@@ -15,6 +15,7 @@ import torch
 from hal_conformance.context import Settings
 from hal_conformance.session import Session
 from hal_musa import backend as musa
+from hal_musa import driver
 from seeds import SEED
 
 from hal import plugins
@@ -84,10 +85,10 @@ def test_a_platform_is_chosen_by_vendor_and_name(
     else:
         monkeypatch.setattr(pyopencl, "get_platforms", list)
     if isinstance(found, int):
-        assert musa.MusaBackend().device.platform is there[found]
+        assert musa.MusaBackend().opencl.platform is there[found]
         return
     with pytest.raises(BackendUnavailable) as caught:
-        _ = musa.MusaBackend().device
+        _ = musa.MusaBackend().opencl
     assert found in str(caught.value)
     probe = musa.MusaBackend().probe()
     assert not probe.available and found in probe.reason
@@ -104,6 +105,16 @@ def test_a_word_that_is_neither_yes_nor_no_is_refused(monkeypatch: pytest.Monkey
     monkeypatch.setenv(musa.SIMULATE, "maybe")
     probe = musa.MusaBackend().probe()
     assert (probe.available, probe.fix) == (False, "unset HAL_MUSA_SIMULATE")
+
+
+def test_a_runtime_that_is_asked_for_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(driver.LIBRARY_ENV, "libnowhere.so")
+    monkeypatch.setenv(musa.RUNTIME, "driver")
+    assert "HAL_MUSA_RUNTIME=driver: no MUSA driver: libnowhere.so" in musa.MusaBackend().probe().reason
+    monkeypatch.setenv(musa.RUNTIME, "opencl")
+    assert musa.MusaBackend().probe().details["runtime driver"] == "out: HAL_MUSA_RUNTIME=opencl"
+    monkeypatch.setenv(musa.RUNTIME, "abacus")
+    assert musa.MusaBackend().probe().fix == "unset HAL_MUSA_RUNTIME"
 
 
 def test_simulation_says_what_it_is() -> None:

@@ -1,0 +1,285 @@
+"""The driver for MUSA: its driver API by ctypes, kernels compiled by mcc, torch_musa's tensors by address.
+
+The names of the API are those of CUDA's with ``mu`` for ``cu``. Written from public sources and executed against a
+simulated library only; see the README.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from hal.portable import cache
+from hal.portable.runtime import Argument, Facts, Program, Source
+from hal.spec.errors import BackendUnavailable, CompileError, DeviceError, HalError
+
+LIBRARY_ENV: Final = "HAL_MUSA_LIBRARY"
+"""The driver's library; ``libmusa.so`` if unset."""
+HOME_ENV: Final = "MUSA_HOME"
+"""Folder of the MUSA toolkit; ``/usr/local/musa`` if unset."""
+
+_SHARED_PER_BLOCK, _WARP_SIZE, _PROCESSORS, _MAJOR, _MINOR = 8, 10, 16, 75, 76
+"""Numbers of device attributes."""
+_FLAGS: Final = ("-std=c++17", "-O2", "-x", "musa", "--cuda-device-only")
+_GROUPS: Final = 3
+
+
+class Library:
+    """The driver API. Every call is checked.
+
+    Raises
+    ------
+    BackendUnavailable
+        The library does not load.
+    """
+
+    def __init__(self) -> None:
+        name = os.environ.get(LIBRARY_ENV) or "libmusa.so"
+        try:
+            self._library = ctypes.CDLL(name)
+        except OSError as error:
+            raise BackendUnavailable(f"no MUSA driver: {error}") from error
+        self("muInit", 0)
+
+    def __call__(self, name: str, *arguments: Any) -> None:
+        """Call a function of the driver.
+
+        Raises
+        ------
+        DeviceError
+            Names the call and the driver's own error.
+        """
+        code = getattr(self._library, name)(*arguments)
+        if code:
+            text = ctypes.c_char_p()
+            self._library.muGetErrorName(code, ctypes.byref(text))
+            raise DeviceError(f"{name}: {(text.value or b'unknown error').decode()} ({code})")
+
+    def number(self, name: str, *arguments: Any) -> int:
+        """What a function writes to the integer it is given first."""
+        found = ctypes.c_int()
+        self(name, ctypes.byref(found), *arguments)
+        return found.value
+
+    def handle(self, name: str, *arguments: Any) -> ctypes.c_void_p:
+        """What a function writes to the handle it is given first."""
+        found = ctypes.c_void_p()
+        self(name, ctypes.byref(found), *arguments)
+        return found
+
+
+def compiler() -> str:
+    """Where mcc is.
+
+    Raises
+    ------
+    BackendUnavailable
+        Nowhere.
+    """
+    home = Path(os.environ.get(HOME_ENV) or "/usr/local/musa")
+    found = shutil.which("mcc", path=f"{home / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}")
+    if found is None:
+        raise BackendUnavailable(f"no mcc on PATH nor in {home / 'bin'}: install the MUSA toolkit, or set {HOME_ENV}")
+    return found
+
+
+def missing() -> str:
+    """Why this runtime cannot be used, in words; empty if it can."""
+    try:
+        Library().number("muDeviceGet", 0)
+        compiler()
+    except HalError as error:
+        return str(error).splitlines()[0]
+    try:
+        import torch_musa  # noqa: F401  (registers torch's device type)
+    except ImportError as error:
+        return f"torch_musa does not import: {str(error).splitlines()[0]}"
+    return ""
+
+
+@dataclass(slots=True, eq=False)
+class MusaProgram:
+    """See `runtime.Program`."""
+
+    source: Source
+    module: ctypes.c_void_p
+    functions: dict[str, ctypes.c_void_p] = field(default_factory=dict)
+
+
+class MusaEvent:
+    """See `runtime.Event`: before and after a launch, where times were asked for."""
+
+    def __init__(self, library: Library, stream: ctypes.c_void_p, timed: bool) -> None:
+        self._library, self._stream = library, stream
+        self._marks: list[ctypes.c_void_p] = []
+        self._timed = timed
+        self.mark()
+
+    def mark(self) -> None:
+        """Note that the stream has come this far."""
+        if self._timed:
+            self._marks.append(self._library.handle("muEventCreate", 0))
+            self._library("muEventRecord", self._marks[-1], self._stream)
+
+    def wait(self) -> None:
+        """Return when it is done."""
+        self._library("muStreamSynchronize", self._stream)
+
+    def seconds(self) -> float:
+        """By the device's clock.
+
+        Raises
+        ------
+        DeviceError
+            The device was not made with ``timed``.
+        """
+        if not self._timed:
+            raise DeviceError("muEventElapsedTime: the device was opened without timed=True")
+        self.wait()
+        milliseconds = ctypes.c_float()
+        self._library("muEventElapsedTime", ctypes.byref(milliseconds), *self._marks)
+        return milliseconds.value * 1e-3
+
+    def __del__(self) -> None:
+        for event in self._marks:
+            self._library("muEventDestroy_v2", event)
+
+
+class MusaDevice:
+    """See `runtime.Device`; its queue is torch_musa's current stream, so that nothing here waits.
+
+    Parameters
+    ----------
+    index : int
+    memory : str
+        Where torch makes tensors that the device can address.
+    timed : bool
+        Whether launches can be asked how long they took, which costs two more calls each.
+    """
+
+    def __init__(self, index: int, memory: str = "musa", timed: bool = False) -> None:
+        self.index = index
+        self._timed = timed
+        self._memory = f"musa:{index}" if memory == "musa" else memory
+        self._launches: Counter[str] = Counter()
+
+    @cached_property
+    def library(self) -> Library:
+        """The driver, with torch_musa's context current."""
+        library = Library()
+        library("muCtxSetCurrent", library.handle("muDevicePrimaryCtxRetain", self._number(library)))
+        return library
+
+    def _number(self, library: Library) -> int:
+        return library.number("muDeviceGet", self.index)
+
+    @cached_property
+    def facts(self) -> Facts:
+        """What the driver says of the device."""
+        library = self.library
+        device = self._number(library)
+
+        def attribute(which: int) -> int:
+            return library.number("muDeviceGetAttribute", which, device)
+
+        return Facts(
+            name=f"mp_{attribute(_MAJOR)}{attribute(_MINOR)}",
+            driver=f"MUSA {library.number('muDriverGetVersion')}",
+            dialect="musa",
+            processors=attribute(_PROCESSORS),
+            groups=_GROUPS,
+            local_bytes=attribute(_SHARED_PER_BLOCK),
+            subgroup=attribute(_WARP_SIZE),
+        )
+
+    @property
+    def allocator(self) -> MusaDevice:
+        """The device itself."""
+        return self
+
+    def empty(self, size: int) -> Tensor:
+        """See `runtime.Allocator`; torch's memory, freed in the order of its stream."""
+        try:
+            return torch.empty(max(size, 16), dtype=torch.uint8, device=self._memory)
+        except RuntimeError as error:
+            raise DeviceError(f"muMemAlloc of {size} bytes: {str(error).splitlines()[0]}") from error
+
+    def build(self, source: Source) -> MusaProgram:
+        """See `runtime.Device`."""
+        facts = self.facts
+        text, made_by = source.text("musa"), compiler()
+        known = subprocess.run([made_by, "--version"], capture_output=True, text=True, check=False).stdout
+        name = f"{cache.key(text, facts.name, known, *_FLAGS)}.bin"
+        code = cache.kept(cache.private_folder("musa"), name, lambda: _compile(made_by, text, facts.name, source))
+        return MusaProgram(source, self.library.handle("muModuleLoadData", code))
+
+    def queue(self) -> MusaDevice:
+        """The device itself, on whatever stream is current."""
+        return self
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """See `runtime.Queue`."""
+        return tensor
+
+    def write(self, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """See `runtime.Queue`."""
+        return tensor, tensor.stride()
+
+    def launch(
+        self, program: Program, kernel: str, groups: int, threads: int, arguments: Sequence[Argument]
+    ) -> MusaEvent:
+        """See `runtime.Queue`."""
+        assert isinstance(program, MusaProgram)
+        library, stream = self.library, self._stream()
+        if kernel not in program.functions:
+            program.functions[kernel] = library.handle("muModuleGetFunction", program.module, kernel.encode())
+        cells = [_cell(argument) for argument in arguments]
+        given = (ctypes.c_void_p * len(cells))(*(ctypes.addressof(cell) for cell in cells))
+        event = MusaEvent(library, stream, self._timed)
+        shape = (groups, 1, 1, threads, 1, 1)
+        library("muLaunchKernel", program.functions[kernel], *shape, 0, stream, given, None)
+        event.mark()
+        self._launches[kernel] += 1
+        return event
+
+    def _stream(self) -> ctypes.c_void_p:
+        if not self._memory.startswith("musa"):
+            return ctypes.c_void_p()
+        return ctypes.c_void_p(torch.musa.current_stream(self.index).musa_stream)  # type: ignore[attr-defined]
+
+    def finish(self) -> None:
+        """Results are where torch looks for them: on its stream."""
+
+    def launches(self) -> Mapping[str, int]:
+        """See `runtime.Device`."""
+        return {f"musa:{kernel}@{self.facts.name}": count for kernel, count in self._launches.items()}
+
+
+def _cell(argument: Any) -> Any:
+    """Memory that holds an argument."""
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.create_string_buffer(argument.tobytes())
+
+
+def _compile(made_by: str, text: str, arch: str, source: Source) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        made, from_file = Path(folder, "kernels.mubin"), Path(folder, "kernels.mu")
+        from_file.write_text(text)
+        line = [made_by, *_FLAGS, f"--offload-arch={arch}", "-o", str(made), str(from_file)]
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise CompileError(f"mcc for {arch}: the kernels do not build", log=done.stderr, source_path=source.path)
+        return made.read_bytes()

@@ -1,0 +1,119 @@
+"""The runtime on MUSA's driver API, against a simulated libmusa.so and a simulated mcc."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hal_musa import backend as musa
+from hal_musa import driver
+from test_musa import agrees, cached, decode_args, source
+
+import hal.portable
+from hal.portable import host
+from hal.portable.mla import PortableMla
+from hal.spec.errors import BackendUnavailable, CompileError, DeviceError
+
+SIMULATED = Path(__file__).parent / "simulated"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def toolkit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A machine with a MUSA driver and toolkit."""
+    folder = tmp_path_factory.mktemp("musa")
+    (folder / "bin").mkdir()
+    (folder / "bin" / "mcc").symlink_to(SIMULATED / "mcc")
+    library = folder / "libmusa.so"
+    made = [host.compiler(), "-std=c++17", "-O1", "-fPIC", "-shared", "-o", str(library)]
+    subprocess.run([*made, str(SIMULATED / "libmusa.cpp")], check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(driver.LIBRARY_ENV, str(library))
+        patch.setenv(driver.HOME_ENV, str(folder))
+        patch.setenv("HAL_SIMULATOR", str(Path(hal.portable.__file__).parent / "dialects" / "host.cpp"))
+        patch.setenv("HAL_KERNEL_CACHE", str(folder))
+        yield
+
+
+@pytest.mark.parametrize(("arch", "subgroup"), [("21", 128), ("31", 32)])
+def test_it_decodes_on_every_architecture(arch: str, subgroup: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIMULATED_MUSA", arch)
+    device = driver.MusaDevice(0, memory="cpu")
+    assert (device.facts.name, device.facts.subgroup, device.facts.dialect) == (f"mp_{arch}", subgroup, "musa")
+    kernels, args = PortableMla(device), decode_args(cached()[0])
+    kernels.decode(args, None)
+    assert agrees(args)
+    assert device.launches() == {f"musa:{name}@mp_{arch}": 1 for name in ("mla_schedule", "mla_decode", "mla_merge")}
+
+
+def test_launches_can_be_timed(tmp_path: Path) -> None:
+    filled, to = source(tmp_path, "to[HAL_GROUP * 8 + HAL_THREAD] = value;"), torch.zeros(16)
+    device = driver.MusaDevice(0, memory="cpu", timed=True)
+    event = device.launch(device.build(filled), "mine", 2, 8, (to, np.float32(3)))
+    assert to.tolist() == [3.0] * 16 and 0 < event.seconds() < 10
+    untimed = driver.MusaDevice(0, memory="cpu")
+    with pytest.raises(DeviceError, match="timed=True"):
+        untimed.launch(untimed.build(filled), "mine", 1, 8, (to, np.float32(3))).seconds()
+
+
+def test_what_the_driver_refuses_is_named(tmp_path: Path) -> None:
+    device = driver.MusaDevice(0, memory="cpu")
+    program = device.build(source(tmp_path, "to[0] = value;"))
+    with pytest.raises(DeviceError, match=r"muModuleGetFunction: MUSA_ERROR_NOT_FOUND \(500\)"):
+        device.launch(program, "other", 1, 8, ())
+    with pytest.raises(DeviceError, match="muLaunchKernel: MUSA_ERROR_INVALID_VALUE"):
+        device.launch(program, "mine", 1, 2048, (torch.zeros(1), np.float32(0)))
+    with pytest.raises(DeviceError, match="muModuleLoadData: MUSA_ERROR_INVALID_IMAGE"):
+        device.library.handle("muModuleLoadData", b"not code, and long enough to look")
+    with pytest.raises(DeviceError, match="muDeviceGet: MUSA_ERROR_INVALID_DEVICE"):
+        _ = driver.MusaDevice(1, memory="cpu").facts
+
+
+def test_a_compile_error_names_file_and_line(tmp_path: Path) -> None:
+    wrong = source(tmp_path, "to[0] = valve;")
+    with pytest.raises(CompileError, match="mcc for mp_22") as caught:
+        driver.MusaDevice(0, memory="cpu").build(wrong)
+    assert caught.value.source_path == wrong.files[0]
+    assert f"{wrong.files[0]}:3" in caught.value.log and "valve" in caught.value.log
+
+
+def test_code_is_kept_for_an_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled = source(tmp_path, "to[0] = value + 1;")
+    driver.MusaDevice(0, memory="cpu").build(filled)
+    monkeypatch.setattr(driver, "_compile", lambda *given: pytest.fail("compiled again"))
+    driver.MusaDevice(0, memory="cpu").build(filled)
+    monkeypatch.setenv("SIMULATED_MUSA", "31")
+    with pytest.raises(pytest.fail.Exception):
+        driver.MusaDevice(0, memory="cpu").build(filled)
+
+
+def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert driver.missing().startswith("torch_musa does not import")
+    monkeypatch.setenv(driver.HOME_ENV, str(tmp_path))
+    assert driver.missing().startswith("no mcc on PATH nor in")
+    monkeypatch.setenv(driver.LIBRARY_ENV, "libnowhere.so")
+    assert "no MUSA driver: libnowhere.so" in driver.missing()
+    with pytest.raises(BackendUnavailable):
+        driver.Library()
+
+
+def test_the_backend_takes_the_driver_where_all_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_musa", types.ModuleType("torch_musa"))
+    monkeypatch.setenv("SIMULATED_MUSA", "31")
+    backend = musa.MusaBackend()
+    probe = backend.probe()
+    assert probe.available and probe.evidence == "simulation"
+    assert probe.details["runtime"] == "MUSA driver" and "mp_31" in probe.reason
+    assert backend.capabilities().device_types == ("musa",)
+    assert backend.adopt(torch.zeros(4)) is None
+    monkeypatch.setattr(driver.MusaDevice.__init__, "__defaults__", ("cpu", False))  # where its tensors are here
+    args = decode_args(cached()[0])
+    args.schedule = None
+    backend.mla_decode(args)
+    assert agrees(args)
+    assert backend.launches()["musa:mla_decode@mp_31"] == 1
