@@ -14,6 +14,9 @@ from hal.bench.data import MlaData
 from hal.bench.peers.base import Peer, Prepared, Presence
 
 _PAGE: Final = 64
+_MODULES: Final = ("flash_mla", "vllm.third_party.flashmla.flash_mla_interface")
+"""Its own distribution, and the one inside vLLM."""
+_NAMES: Final = ("flash_mla_with_kvcache", "get_mla_metadata")
 
 
 class FlashMla(Peer):
@@ -21,7 +24,7 @@ class FlashMla(Peer):
 
     name = "flash_mla"
     summary = "FlashMLA's flash_mla_with_kvcache on the same pages, its schedule made once"
-    install = "pip install --no-build-isolation git+https://github.com/deepseek-ai/FlashMLA"
+    install = "pip install --no-build-isolation git+https://github.com/deepseek-ai/FlashMLA, or vllm, which brings it"
     lacks = ("pages other than 64 tokens",)
 
     def presence(self) -> Presence:
@@ -29,14 +32,8 @@ class FlashMla(Peer):
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         if accelerator is None:
             return Presence(False, "this machine has no accelerator")
-        try:
-            module = importlib.import_module("flash_mla")
-        except ImportError as error:
-            return Presence(False, f"flash_mla does not import: {str(error).splitlines()[0]}")
-        missing = [n for n in ("flash_mla_with_kvcache", "get_mla_metadata") if not hasattr(module, n)]
-        if missing:
-            return Presence(False, f"flash_mla has no {' and no '.join(missing)}")
-        return Presence(True, f"flash_mla {getattr(module, '__version__', 'of unknown version')}")
+        module, reason = _found()
+        return Presence(module is not None, reason)
 
     def elsewhere(self, device: torch.device) -> str:
         """Host memory is of no use to it."""
@@ -53,9 +50,27 @@ class FlashMla(Peer):
         return _FlashMlaCall(data)
 
 
+def _found() -> tuple[Any, str]:
+    """The first module that has what is called, and which it is; or None, and why each is out."""
+    reasons = []
+    for name in _MODULES:
+        try:
+            module = importlib.import_module(name)
+        except ImportError as error:
+            reasons.append(f"{name} does not import: {(str(error).splitlines() or [''])[0]}")
+            continue
+        missing = [n for n in _NAMES if not hasattr(module, n)]
+        if not missing:
+            return module, f"{name} {getattr(module, '__version__', 'of unknown version')}"
+        reasons.append(f"{name} has no {' and no '.join(missing)}")
+    return None, "; ".join(reasons)
+
+
 class _FlashMlaCall(Prepared):
     def __init__(self, data: MlaData) -> None:
-        module: Any = importlib.import_module("flash_mla")
+        module, reason = _found()
+        if module is None:
+            raise ImportError(reason)
         self._data = data
         self._kernel = module.flash_mla_with_kvcache
         self._schedule = module.get_mla_metadata(data.cache_seqlens, data.case.s_q * data.case.h_q, 1)
