@@ -21,7 +21,8 @@ Number: TypeAlias = np.int32 | np.int64 | np.float32
 """A scalar argument of a kernel, of exactly the kernel's type."""
 
 _HERE: Final = Path(__file__).parent
-_CXX: Final = ("cuda", "hip", "musa", "host")
+_PLAIN_C: Final = ("opencl",)
+"""Dialects of C; all others are of C++ and have ``cxx.h`` in common."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ class Source:
 
     def text(self, dialect: str) -> str:
         """The one file a compiler is given; its errors name the files it came from, and the lines there."""
-        dialects = (f"{dialect}.h", "cxx.h") if dialect in _CXX else (f"{dialect}.h",)
+        dialects = (f"{dialect}.h",) if dialect in _PLAIN_C else (f"{dialect}.h", "cxx.h")
         paths = [*(_HERE / "dialects" / name for name in dialects), *(_HERE / "kernels" / name for name in self.files)]
         defined = "".join(f"#define {name} {value}\n" for name, value in self.flags)
         return defined + "".join(f'#line 1 "{path}"\n{_text(path)}' for path in paths)

@@ -61,7 +61,10 @@ class Library:
         DeviceError
             Names the call and the driver's own error.
         """
-        code = getattr(self._library, name)(*arguments)
+        function = getattr(self._library, name, None)
+        if function is None:
+            raise DeviceError(f"{name}: {self._library._name} has no such function")
+        code = function(*arguments)
         if code:
             text = ctypes.c_char_p()
             self._library.muGetErrorName(code, ctypes.byref(text))

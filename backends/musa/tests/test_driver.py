@@ -100,6 +100,8 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert "no MUSA driver: libnowhere.so" in driver.missing()
     with pytest.raises(BackendUnavailable):
         driver.Library()
+    monkeypatch.setenv(driver.LIBRARY_ENV, "libc.so.6")
+    assert driver.missing() == "muInit: libc.so.6 has no such function"
 
 
 def test_the_backend_takes_the_driver_where_all_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
