@@ -6,9 +6,9 @@ on all of them, and so is `EpBuffer`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Final
 
-from hal.mla import mla_decode, mla_merge, mla_plan
 from hal.plugins import Status, registry, select, use
 from hal.spec import SPEC_VERSION
 from hal.spec.capability import Capabilities
@@ -21,12 +21,13 @@ from hal.spec.errors import (
     SpecError,
     UnsupportedError,
 )
-from hal.spec.plan import MlaPlan
 from hal.spec.validation import set_validation
 
 if TYPE_CHECKING:
     from hal.ep.buffer import EpBuffer
     from hal.ep.faults import EpFault, EpFaults
+    from hal.mla import mla_decode, mla_merge, mla_plan
+    from hal.spec.plan import MlaPlan
 
 __version__ = "0.1.0"
 
@@ -71,14 +72,23 @@ def capabilities(backend: str | None = None) -> Capabilities:
     return select(backend).capabilities
 
 
+_LATER: Final = {
+    "EpBuffer": "hal.ep.buffer",
+    "EpFault": "hal.ep.faults",
+    "EpFaults": "hal.ep.faults",
+    "MlaPlan": "hal.spec.plan",
+    "mla_decode": "hal.mla",
+    "mla_merge": "hal.mla",
+    "mla_plan": "hal.mla",
+}
+"""Names that need torch, and the modules that have them."""
+
+
 def __getattr__(name: str) -> object:
-    # torch.distributed costs more than the rest of this package; it is loaded with the first use.
-    if name == "EpBuffer":
-        from hal.ep.buffer import EpBuffer
-
-        return EpBuffer
-    if name in ("EpFault", "EpFaults"):
-        from hal.ep import faults
-
-        return getattr(faults, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # torch takes seconds to load, which `hal --help` does not need, and torch.distributed more than the rest of this
+    # package: either comes with the first use.
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(_LATER[name]), name)
+    globals()[name] = found
+    return found

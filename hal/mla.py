@@ -76,7 +76,9 @@ def mla_decode(
     extra_kv_cache, extra_indices, extra_topk_length : Tensor, optional
         A second cache of the same format and the indices into it.
     out : Tensor, optional
-        Where to write; like q with last dimension ``head_dim_v``.
+        Where to write; like q with last dimension ``head_dim_v``. Writing to memory mapped read-only ends the process,
+        as anywhere else; only ``HAL_VALIDATE=full`` asks for that, since asking takes a quarter of the time of all
+        other checks.
     cu_seqlens_q : Tensor, optional
         [b + 1] int32: sequence j owns query rows ``cu_seqlens_q[j]`` to ``cu_seqlens_q[j + 1]``.
     lse_base : {"e", "2"}

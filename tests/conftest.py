@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 from distributions import Interpreter, bare_site
+from hal_conformance.process import Worker
 from seeds import ENV, SEED
 
 # More threads than torch may use here, so that contexts are split and merged as they are on a real machine.
@@ -21,3 +23,10 @@ def pytest_report_header() -> str:
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Interpreter:
     """An interpreter with the HAL and what it needs, and nothing that extends it."""
     return Interpreter((bare_site(tmp_path_factory.mktemp("bare") / "site"),))
+
+
+@pytest.fixture(scope="session")
+def kept_worker() -> Iterator[Worker]:
+    """A process of the suite that stays, with the ranks it started, which what wrong engines do to theirs survives."""
+    with Worker() as worker:
+        yield worker

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from hal_conformance.context import Record, Settings
 from hal_conformance.ep_case import ROUTINGS, EpCase
 from hal_conformance.ep_judge import differ, padded, received
 from hal_conformance.parcel import pack, unpack
+from hal_conformance.process import Worker
 from hal_conformance.session import Result, Session
 from hal_conformance.table import OBLIGATIONS
 from mutants.runner import WITNESS, installed
@@ -25,16 +26,24 @@ def _mutants_are_installed() -> Iterator[None]:
         yield
 
 
-def run(backend: str, *only: str, case: int | None = None, seed: int = SEED) -> dict[str, Result]:
-    session = Session(Settings(backend, seed, "quick"), only, case, witness=WITNESS)
-    session.stop_after = 1
-    try:
+Run = Callable[..., dict[str, Result]]
+
+
+@pytest.fixture
+def run(kept_worker: Worker) -> Run:
+    """Run some obligations against a backend; what became of each."""
+
+    def results(backend: str, *only: str, case: int | None = None) -> dict[str, Result]:
+        session = Session(Settings(backend, SEED, "quick"), only, case, witness=WITNESS)
+        session.stop_after = 1
+        session.worker = kept_worker
         return {o: session.run_one(next(row for row in OBLIGATIONS if row.id == o)) for o in only}
-    finally:
-        session.close()
+
+    return results
 
 
-def test_what_an_engine_does_not_declare_is_called_and_seen_refused() -> None:
+@pytest.mark.long(19)
+def test_what_an_engine_does_not_declare_is_called_and_seen_refused(run: Run) -> None:
     only = [o.id for o in OBLIGATIONS if o.id.startswith("EP")]
     results = run("ep-modest", "CAP-01", *only)
     assert {r.status for r in results.values()} == {"PASS", "REFUSED"}, {
@@ -46,12 +55,12 @@ def test_what_an_engine_does_not_declare_is_called_and_seen_refused() -> None:
     assert all(r.calls for r in results.values())
 
 
-def test_without_expert_parallel_calls_every_one_is_refused() -> None:
+def test_without_expert_parallel_calls_every_one_is_refused(run: Run) -> None:
     results = run("sample", "CAP-01", "EPN-01", "EPN-07", "EPL-01", "EPX-01", "EPX-10")
     assert [r.status for r in results.values()] == ["PASS", *["REFUSED"] * 5]
 
 
-def test_a_failure_is_located_and_its_line_repeats_it() -> None:
+def test_a_failure_is_located_and_its_line_repeats_it(run: Run) -> None:
     result = run("mutant-scale-of-the-neighbour", "EPN-08")["EPN-08"]
     assert result.status == "FAIL"
     failure = result.failures[0]
@@ -66,7 +75,8 @@ def test_a_failure_is_located_and_its_line_repeats_it() -> None:
     assert again.failures[0]["problems"] == failure["problems"]
 
 
-def test_a_rank_that_hangs_is_named_with_what_it_was_doing() -> None:
+@pytest.mark.long(28)
+def test_a_rank_that_hangs_is_named_with_what_it_was_doing(run: Run) -> None:
     result = run("mutant-no-tokens-hang", "EPN-04")["EPN-04"]
     assert result.status == "FAIL"
     assert "is stuck in phase 'dispatch dispatch'" in result.message

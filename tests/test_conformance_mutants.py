@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from hal_conformance.process import Worker
 from hal_conformance.session import RED
 from hal_conformance.table import LEVEL_IDS
 from mutants.registry import load
@@ -43,13 +44,16 @@ def test_there_are_many_and_each_claims_a_level() -> None:
 
 
 @pytest.mark.parametrize("name", CHOSEN)
-def test_a_mutant_dies_in_the_level_that_claims_it(name: str) -> None:
-    done = kill(load()[name])
+@pytest.mark.long(15)
+def test_a_mutant_dies_in_the_level_that_claims_it(name: str, kept_worker: Worker) -> None:
+    mutant = load()[name]
+    done = kill(mutant, kept_worker if mutant.level.startswith("E") else None)
     assert done.right, f"claimed by {done.mutant.level}, died in {done.level or 'none'}: {done.message} ({done.cause})"
 
 
-@pytest.mark.long
+@pytest.mark.long(28)
 @pytest.mark.parametrize("backend", ["sample", "ep-sample", "cpu"])
-def test_a_correct_backend_survives_a_fresh_seed(backend: str) -> None:
-    alarms = [(r.id, r.message, [f.get("reproduce") for f in r.failures]) for r in run(backend) if r.status in RED]
+def test_a_correct_backend_survives_a_fresh_seed(backend: str, kept_worker: Worker) -> None:
+    results = run(backend, worker=kept_worker)
+    alarms = [(r.id, r.message, [f.get("reproduce") for f in r.failures]) for r in results if r.status in RED]
     assert not alarms, alarms

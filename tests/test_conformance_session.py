@@ -83,6 +83,7 @@ def test_a_crash_is_recorded_and_the_run_goes_on() -> None:
     assert "ctypes" in session.results["MLA-20"].failures[0]["output"]
 
 
+@pytest.mark.long(16)
 def test_a_hang_is_recorded_with_the_stack_and_the_run_goes_on() -> None:
     session = run("mutant-hangs-on-long", "MLA-33", "MLA-35", patience=0.2)
     assert statuses(session) == {"MLA-33": "TIMEOUT", "MLA-35": "PASS"}
@@ -207,6 +208,7 @@ def test_a_filter_is_never_a_pass() -> None:
     assert verdict.overall(rows, True, [])[0] == "INCOMPLETE"
 
 
+@pytest.mark.long(19)
 def test_the_pytest_plugin_runs_obligations_and_refuses_wrong_requests(pytester_run: object) -> None:
     code, text = pytester_run(
         "--hal-backend", "sample", "--hal-mode", "quick", "--hal-only", "CAP-01", "--hal-only", "MLA-21"

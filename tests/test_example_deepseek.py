@@ -36,6 +36,8 @@ from hal import EpFault, EpFaults, RankFailure, SpecError
 SEED = 1
 ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.timeout(120), pytest.mark.xdist_group("deepseek")]
+# First of all: the fork server of a process starts with what its first user wants loaded, here transformers.
+pytestmark.append(pytest.mark.long(200))
 
 
 def requests_of(lengths: Sequence[int], new_tokens: int) -> tuple[Request, ...]:
@@ -303,7 +305,6 @@ class TestFailures:
         reports.close()  # type: ignore[attr-defined]
 
 
-@pytest.mark.long
 class TestCommand:
     @staticmethod
     def command(*options: str) -> list[str]:

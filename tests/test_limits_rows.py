@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
+from hal_conformance.case import MlaCase
+from hal_conformance.decode import build, expect, judge
 from hal_conformance.limits import compare
 
 from hal.cli import verify
-from hal.spec.limits import DENSE_OUT, WHOLE
+from hal.spec.limits import DENSE_LSE, DENSE_OUT, WHOLE
 
 
 def off_by(cosine: float, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,3 +71,36 @@ def two_keys(weight_dtype: torch.dtype) -> float:
 def test_correctly_rounded_bf16_weights_exceed_the_tensor_limit_in_a_row_and_keep_the_row_limit() -> None:
     assert DENSE_OUT.cosine < two_keys(torch.bfloat16) < DENSE_OUT.row_cosine
     assert two_keys(torch.float64) < DENSE_OUT.cosine
+
+
+def worst_of_a_kernel(seed: int, times: float) -> tuple[bool, bool]:
+    """Few keys of large values, through weights rounded as a tensor core takes them; its error multiplied.
+
+    Returns whether the published limits alone would pass it, and whether the suite does.
+    """
+    inputs = build(MlaCase(data="hot", lengths=(2, 3, 5, 9), h_q=128), seed)
+    want = expect(inputs)
+    out = want.out.clone()
+    for j in range(4):
+        keys = inputs.keys(j)[:, 0]
+        weights = torch.softmax(inputs.queries(j)[0] @ keys.T * 576**-0.5, -1).to(torch.bfloat16).double()
+        got = weights @ keys[:, :512] / weights.sum(-1, keepdim=True)
+        out[j, 0] += times * (got - out[j, 0])
+    out = out.to(torch.bfloat16)
+    lse = want.lse.float()
+    published = dataclasses.replace(DENSE_OUT, rounding=0.0)
+    return judge(out, lse, want, published, DENSE_LSE).ok, judge(out, lse, want, DENSE_OUT, DENSE_LSE).ok
+
+
+def test_correctly_rounded_weights_pass_where_the_published_limits_ask_for_more() -> None:
+    found = [worst_of_a_kernel(seed, 1.0) for seed in range(40)]
+    assert not all(by_published for by_published, _ in found)
+    assert all(passed for _, passed in found)
+
+
+def test_weights_four_times_as_coarse_fail() -> None:
+    assert not any(worst_of_a_kernel(seed, 4.0)[1] for seed in range(3))
+
+
+def test_a_vendor_who_tightens_tightens_that_too() -> None:
+    assert DENSE_OUT.tightened(0.5).rounding == DENSE_OUT.rounding / 2

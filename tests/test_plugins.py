@@ -296,6 +296,7 @@ def test_importing_hal_adds_little_to_importing_torch(crowd: Interpreter) -> Non
         import torch
         b = time.process_time()
         import hal
+        hal.mla_decode
         print((time.process_time() - b) / (b - a))
         """
     shares = [float(crowd.script(code, PYTHONDONTWRITEBYTECODE="")) for _ in range(4)][1:]

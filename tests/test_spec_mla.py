@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import mmap
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -148,7 +150,8 @@ def other_device(data: st.DataObject, call: dict[str, Any]) -> set[str]:
 def without_memory(data: st.DataObject, call: dict[str, Any]) -> set[str]:
     name = data.draw(st.sampled_from(TENSORS))
     call[name] = call[name].clone()
-    call[name].untyped_storage().resize_(0)
+    storage = call[name].untyped_storage()
+    storage.resize_(data.draw(st.just(0) | st.integers(0, storage.nbytes() - 1)))
     return {name}
 
 
@@ -302,6 +305,44 @@ def test_bad_calls_name_the_argument(restore_validation: None, data: st.DataObje
         decode(call)
     assert caught.value.argument.split("[")[0] in names
     assert str(caught.value).startswith(caught.value.argument)
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_storage_cut_short_under_a_tensor_is_refused(name: str) -> None:
+    call = good_call()
+    storage = call[name].untyped_storage()
+    whole = storage.nbytes()
+    storage.resize_(whole - 1)
+    with pytest.raises(hal.SpecError, match=rf"{name}: got a storage of {whole - 1} bytes; legal: .* {whole} bytes"):
+        decode(call)
+
+
+def test_a_storage_need_only_hold_what_strides_and_offset_span() -> None:
+    call = good_call()
+    right = decode(call)[0].clone()
+    padded = torch.zeros(BLOCKS + 1, PAGE, H_KV, 2 * D, dtype=torch.bfloat16)
+    call["kv_cache"] = padded[1:, :, :, :D].copy_(call["kv_cache"])
+    storage = padded.untyped_storage()
+    storage.resize_(storage.nbytes() - 2 * D)
+    assert decode(call)[0].equal(right)
+    storage.resize_(storage.nbytes() - 1)
+    with pytest.raises(hal.SpecError, match="kv_cache: got a storage"):
+        decode(call)
+
+
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")
+def test_an_out_in_memory_that_may_only_be_read_is_refused_where_all_is_checked(
+    restore_validation: None, tmp_path: Path
+) -> None:
+    set_validation("full")
+    call = good_call()
+    file = tmp_path / "out"
+    file.write_bytes(bytes(call["out"].nbytes))
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        call["out"] = torch.frombuffer(mapped, dtype=torch.bfloat16).view(call["out"].shape)
+        with pytest.raises(hal.SpecError, match="out: got memory that may only be read"):
+            decode(call)
+        del call["out"]
 
 
 @settings(HYPOTHESIS, max_examples=300)

@@ -9,21 +9,20 @@ import dataclasses
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hal import plugins
 from hal.spec.errors import HalError, SpecError
-from hal.spec.limits import DENSE_OUT
-from hal_conformance import certificate, diff, docs, html
-from hal_conformance import report as reports
-from hal_conformance import waivers as waiver_file
-from hal_conformance.context import Settings
-from hal_conformance.session import RED, Result, Session, fresh_seed
 from hal_conformance.table import BY_ID, LEVEL_IDS, OBLIGATIONS, Mode, of_level
+
+# `hal --help` describes this command too: what loads torch or writes reports is imported where it is used.
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from hal_conformance.session import Result, Session
 
 app = typer.Typer(
     name="conform",
@@ -111,6 +110,12 @@ def conform(
     """Run the suite against a backend."""
     if context.invoked_subcommand is not None:
         return
+    from hal.spec.limits import DENSE_OUT
+    from hal_conformance import report as reports
+    from hal_conformance import waivers as waiver_file
+    from hal_conformance.context import Settings
+    from hal_conformance.session import Session, fresh_seed
+
     require_backend(backend)
     if quick and full:
         wrong_request("--quick and --full exclude each other")
@@ -133,6 +138,11 @@ def conform(
 
 
 def _run(session: Session, out: Path, older: dict[str, Any] | None) -> int:
+    from rich.console import Console
+
+    from hal_conformance import diff, html
+    from hal_conformance import report as reports
+
     console = Console()
     console.print(f"[bold]{session.settings.backend}[/], {session.settings.mode} run, seed {session.settings.seed}")
     try:
@@ -165,12 +175,16 @@ def _run(session: Session, out: Path, older: dict[str, Any] | None) -> int:
 
 
 def _progress(console: Console) -> Progress:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _roofline(session: Session) -> dict[str, Any] | None:
     """Measured only where decode works and nothing was filtered out."""
+    from hal_conformance.session import RED
+
     works = all(r.status not in RED for r in session.results.values() if r.obligation.level in ("L0", "L1"))
     if session.only or not works:
         return None
@@ -184,6 +198,8 @@ def _roofline(session: Session) -> dict[str, Any] | None:
 
 
 def _say(console: Console, result: Result) -> None:
+    from hal_conformance.session import RED
+
     # A blocked level is one line of the summary, not one an obligation.
     if result.status in ("SKIPPED", "BLOCKED"):
         return
@@ -226,6 +242,9 @@ def _summary(console: Console, report: dict[str, Any], rows: list[dict[str, str]
 @app.command()
 def verify(report: Annotated[Path, typer.Argument(help="A report.json.")]) -> None:
     """Check a report and its certificate again, offline."""
+    from hal_conformance import certificate
+    from hal_conformance import report as reports
+
     try:
         read = reports.read(report)
     except HalError as error:
@@ -249,6 +268,9 @@ def bisect(
     case: Annotated[str, typer.Argument(help="A case, as a failure prints it: MLA-07@12345.3.")], backend: Backend = ""
 ) -> None:
     """Compare one case stage by stage with the reference: scores, row maximum, row sum, partial and merged results."""
+    from hal_conformance.context import Settings
+    from hal_conformance.session import Session
+
     require_backend(backend)
     obligation, seed, index = parse_case(case)
     session = Session(Settings(backend, seed), [obligation], index)
@@ -281,6 +303,9 @@ def matrix(
     out: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("matrix.html"),
 ) -> None:
     """Write a compatibility matrix from many reports: what was seen, not what is claimed."""
+    from hal_conformance import diff, html
+    from hal_conformance import report as reports
+
     try:
         table = diff.matrix([reports.read(path) for path in files])
     except HalError as error:
@@ -292,4 +317,6 @@ def matrix(
 @app.command()
 def spec() -> None:
     """Print the obligations as the text of docs/spec.md."""
+    from hal_conformance import docs
+
     typer.echo(docs.spec(), nl=False)

@@ -222,7 +222,7 @@ class Context:
 
     def same(self, have: tuple[Tensor, Tensor], want: Outcome, like: Expected, what: str) -> bool:
         """Two results of the backend that must agree: each may be off by the limits, so they by twice that."""
-        twin = Expected(want.out.double(), want.lse.double(), like.out_magnitude, like.lse_magnitude)
+        twin = Expected(want.out.double(), want.lse.double(), like.out_magnitude, like.lse_magnitude, like.rounding)
         verdict = judge(*have, twin, *self.limits(), slack=2.0)
         if not verdict.ok:
             self.problem(f"{what}: {explain(verdict, 'the first result')}")

@@ -78,7 +78,13 @@ def number(value: float) -> float | str:
     return float(f"{value:.6g}")
 
 
-def compare(actual: Tensor, expected: Tensor, limits: Limits, magnitude: Tensor | float = 1.0) -> Comparison:
+def compare(
+    actual: Tensor,
+    expected: Tensor,
+    limits: Limits,
+    magnitude: Tensor | float = 1.0,
+    rounding: Tensor | None = None,
+) -> Comparison:
     """Compare rows (the last dimension) of a result with the float64 reference.
 
     Parameters
@@ -90,6 +96,8 @@ def compare(actual: Tensor, expected: Tensor, limits: Limits, magnitude: Tensor 
     limits : Limits
     magnitude : Tensor or float
         For every row, how many times larger than ±1 its data are; scales the absolute limit. At least 1.
+    rounding : Tensor, optional
+        For every element, `hal.spec.limits.rounding_of` it.
     """
     got = actual.detach().cpu().double()
     want = expected
@@ -103,6 +111,8 @@ def compare(actual: Tensor, expected: Tensor, limits: Limits, magnitude: Tensor 
     have, ref = got.masked_fill(~finite, 0), want.masked_fill(~finite, 0)
     error = (have - ref).abs()
     allowed = torch.maximum(limits.absolute * magnitude.unsqueeze(-1), limits.relative * ref.abs())
+    if rounding is not None:
+        allowed = torch.maximum(allowed, limits.rounding * rounding)
     ratio = error / allowed
     cosine, direction = directions(have, ref, limits, magnitude)
     row_ratio = torch.maximum(ratio.amax(-1), direction)

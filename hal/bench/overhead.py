@@ -31,7 +31,7 @@ _CALLS: Final = 200
 _H_Q: Final = 4
 _IMPORT: Final = (
     "import time; start = time.perf_counter(); import torch; middle = time.perf_counter(); "
-    "import hal; end = time.perf_counter(); print(middle - start, end - middle)"
+    "import hal; hal.mla_decode; end = time.perf_counter(); print(middle - start, end - middle)"
 )
 
 
@@ -130,7 +130,7 @@ def _contenders(selected: Selected, style: str, level: Level) -> Iterator[Conten
     steady = style == "steady"
     out = q.new_empty(1, 1, _H_Q, 512) if steady else None
     plan = hal.mla_plan(lengths, h_q=_H_Q, backend=selected.name) if steady else None
-    args = _checked(q, kv, table, lengths, out)
+    args = checked(q, kv, table, lengths, out)
     args.schedule = None if plan is None else plan.schedule
     name = selected.name
 
@@ -140,15 +140,16 @@ def _contenders(selected: Selected, style: str, level: Level) -> Iterator[Conten
     calls: dict[str, Callable[[int], object]] = {
         "call": call,
         "own": lambda _: selected.backend.mla_decode(args),
-        "validation": lambda _: _checked(q, kv, table, lengths, out),
+        "validation": lambda _: checked(q, kv, table, lengths, out),
     }
     for what, function in calls.items():
         yield Contender((style, level, what), function, lambda: set_validation(level))
 
 
-def _checked(
+def checked(
     q: torch.Tensor, kv: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor, out: torch.Tensor | None
 ) -> MlaDecodeArgs:
+    """What a backend receives for a plain call."""
     nothing = None
     return check_decode(
         q, kv, table, lengths, 512, nothing, False, nothing, nothing, nothing, nothing, nothing, nothing, nothing, out,

@@ -50,8 +50,19 @@ def _options(
     """Take the options that stand before the command."""
 
 
+def _open_closed_streams() -> None:
+    """Give a standard stream that the caller closed the null device: the exit code is still an answer."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # It takes the number that is free, which the next file opened would take otherwise.
+            null = open(os.devnull, mode)  # noqa: SIM115 - lives as long as the process
+            os.set_inheritable(null.fileno(), True)
+            setattr(sys, name, null)
+
+
 def main() -> None:
     """Run the command line and exit with its code."""
+    _open_closed_streams()
     try:
         try:
             app(prog_name="hal")

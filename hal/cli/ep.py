@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -55,13 +54,14 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _states() -> Iterator[RankState]:
+def _states() -> list[RankState]:
     """What every usable backend sees of its groups."""
     from hal import plugins
+    from hal.cli.status import plugins_to_stderr
 
-    for status in plugins.registry().statuses():
-        if status.state == "available":
-            yield from plugins.select(status.name).backend.ep_live()
+    with plugins_to_stderr():
+        usable = [status.name for status in plugins.registry().statuses() if status.state == "available"]
+        return [state for name in usable for state in plugins.select(name).backend.ep_live()]
 
 
 def _show(found: list[Finding], last: int) -> None:

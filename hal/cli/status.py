@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import sys
 from collections.abc import Iterator
@@ -41,9 +42,21 @@ class InForce:
 
 @contextlib.contextmanager
 def plugins_to_stderr() -> Iterator[None]:
-    """Whatever plugins print while they are asked goes to stderr, so that stdout holds only the answer."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
+    """Whatever plugins print while they are asked goes to stderr, so that stdout holds only the answer.
+
+    What their native code writes too: for that long file descriptor 1 is a copy of 2.
+    """
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        # C keeps what it prints to a file or a pipe until its buffer is full.
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def choose(name: str | None = None) -> InForce:

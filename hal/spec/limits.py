@@ -10,6 +10,12 @@ itself, apart by up to 2⁻⁷, half of which reaches out) gives about (2⁻⁸)
 nearly cancel, and rounding out 2e-6 more: up to 1.1e-5 was seen at 64 columns. Of fewer columns the direction is not
 judged, only each element.
 
+Nor are single elements asked for more than rounding the weights leaves. A kernel that multiplies by weights of the
+caller's type has them each off by up to half a unit in the last place, u of itself, and so an element of out by up to
+u · Σ p|v|, as much again as u·|out| where it divides by the sum of the rounded weights, and u·|out| for rounding out:
+where few keys of large values make up a row and nearly cancel, that is more than the published limits (1.06 times them
+was seen on tensor cores). `Limits.rounding` says how much of it passes.
+
 Expert-parallel calls have no limits: moved rows keep their bits, and sums are float32 additions in a stated order.
 """
 
@@ -35,12 +41,15 @@ class Limits:
         Of a whole tensor of at least `WHOLE` rows.
     row_cosine : float
         Of a single row of at least `DIRECTION` columns.
+    rounding : float
+        An element also passes within so many times `rounding_of` the row's weights.
     """
 
     absolute: float
     relative: float
     cosine: float
     row_cosine: float
+    rounding: float = 0.0
 
     def tightened(self, factor: float) -> Limits:
         """The same limits times a factor of at most 1.
@@ -52,7 +61,13 @@ class Limits:
         """
         if not 0 < factor <= 1:
             raise SpecError("tighten", factor, "a factor above 0 and at most 1: limits may only be tightened")
-        return Limits(self.absolute * factor, self.relative * factor, self.cosine * factor, self.row_cosine * factor)
+        return Limits(
+            self.absolute * factor,
+            self.relative * factor,
+            self.cosine * factor,
+            self.row_cosine * factor,
+            self.rounding * factor,
+        )
 
 
 def directions(got: Tensor, want: Tensor, limits: Limits, magnitude: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
@@ -84,6 +99,21 @@ def directions(got: Tensor, want: Tensor, limits: Limits, magnitude: Tensor | fl
     return cosine, ratio
 
 
+def rounding_of(out: Tensor, spread: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far correct arithmetic with weights of a type may be off: u · (Σ p|v| + 2·|out|), u half a unit of the type.
+
+    Parameters
+    ----------
+    out : Tensor
+        float64 result.
+    spread : Tensor
+        Σ p|v| of every element, float64: the same weights on the absolute values.
+    dtype : torch.dtype
+        Of the call.
+    """
+    return torch.finfo(dtype).eps / 2 * (spread + 2 * out.abs())
+
+
 _NOTHING: Final = 1e-30
 """Rows whose squared norms sum to less have no direction to compare."""
 
@@ -93,5 +123,5 @@ WHOLE: Final = 16
 DIRECTION: Final = 64
 """From so many columns on the direction of a row is judged; that of fewer turns far with correct rounding."""
 
-DENSE_OUT: Final = Limits(8e-4, 2.01 / 128, 5e-6, 1.5e-5)
+DENSE_OUT: Final = Limits(8e-4, 2.01 / 128, 5e-6, 1.5e-5, 1.0)
 DENSE_LSE: Final = Limits(1e-6, 8.01 / 65536, 1e-7, 1e-7)

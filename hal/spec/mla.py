@@ -25,6 +25,7 @@ from hal.spec.tensors import (
     require_tensor,
     require_values,
     require_writable,
+    require_write_access,
 )
 from hal.spec.validation import Level, validation_level
 
@@ -170,7 +171,8 @@ def check_decode(
     Raises
     ------
     SpecError
-        An argument of the wrong type, shape, dtype, device or layout; at level ``full`` also a value out of range.
+        An argument of the wrong type, shape, dtype, device or layout; at level ``full`` also a value out of range, or
+        an ``out`` that may not be written.
     """
     level = validation_level()
     kv_format = "plain" if kv_format is None else kv_format
@@ -241,6 +243,8 @@ def check_decode(
         0 if block_table is None else block_table.shape[1],
     )
     if level is Level.FULL:
+        if out is not None:
+            require_write_access("out", out)
         _check_values(args)
     return args
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import ctypes
+import errno
+import os
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -35,6 +38,11 @@ def require_tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], ndim:
         raise SpecError(name, f"shape {list(value.shape)}", layout)
     if value.stride(-1) != 1 and value.shape[-1] > 1:
         raise SpecError(name, f"strides {list(value.stride())}", "a last dimension of stride 1 (call .contiguous())")
+    spanned = value.numel() if value.is_contiguous() else _spanned(value)
+    has, needs = value.untyped_storage().nbytes(), (value.storage_offset() + spanned) * value.itemsize
+    if has < needs and spanned:
+        # Resized under the tensor.
+        raise SpecError(name, f"a storage of {has} bytes", f"a storage of the {needs} bytes that its elements span")
 
 
 def require_shape(name: str, value: Tensor, shape: tuple[int, ...], layout: str) -> None:
@@ -113,7 +121,36 @@ def _require_disjoint(name: str, value: Tensor, other: str, tensor: Tensor) -> N
 def _byte_range(tensor: Tensor) -> tuple[int, int]:
     """First byte and one past the last byte that the elements of a tensor occupy."""
     start = tensor.data_ptr()
+    return start, start + _spanned(tensor) * tensor.itemsize
+
+
+def _spanned(tensor: Tensor) -> int:
+    """How many elements lie between the first one and one past the last one in memory."""
+    if tensor.is_contiguous():
+        return tensor.numel()
     if tensor.numel() == 0:
-        return start, start
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return start, start + (last + 1) * tensor.element_size()
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def require_write_access(name: str, value: Tensor) -> None:
+    """The first and the last byte lie in memory that this process may write, which a mapped file need not be.
+
+    Asks the operating system, which takes microseconds.
+    """
+    start, end = _byte_range(value)
+    if start == end or value.device.type != "cpu":
+        return
+    # The kernel copies both bytes onto themselves, and says so where it must not. Where it may not be asked (EPERM in
+    # some sandboxes), nothing is known and nothing refused.
+    both = (ctypes.c_size_t * 4)(start, 1, end - 1, 1)
+    copied = _copy(os.getpid(), both, 2, both, 2, 0)
+    if copied == 1 or (copied < 0 and ctypes.get_errno() == errno.EFAULT):
+        raise SpecError(name, "memory that may only be read", "memory that may be written")
+
+
+_copy: Final = ctypes.CDLL(None, use_errno=True).process_vm_readv
+_copy.argtypes = [
+    ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong
+]  # fmt: skip
+_copy.restype = ctypes.c_ssize_t

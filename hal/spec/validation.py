@@ -2,7 +2,7 @@
 
 ``off`` trusts the caller entirely: a wrong call is then undefined behaviour. ``shapes`` (the default) looks at
 everything that is known without reading tensor memory. ``full`` also reads the index tensors, which waits for the
-device.
+device, and asks whether ``out`` may be written.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 #
 #   scripts/gpu/mla.sh [--backend NAME] [--wheels DIR] [--tiers "A B"] [--limit SECONDS] [--quick] OUT [STAGE...]
 #
-# Stages, all of them where none is named: install doctor conform graph sanitize bench. Each has a time limit of its own,
+# Stages, all of them where none is named: install doctor conform graph overhead sanitize bench. Each has a time limit of its own,
 # at most --limit, and writes OUT/STAGE*.log; one that fails does not stop the next. OUT/verdict.txt has a line for each.
 # Wheels are made with: pip wheel --no-deps --no-build-isolation -w DIR ./ ./backends/cuda ./conformance
 set -uo pipefail
@@ -25,7 +25,7 @@ done
 mkdir -p "$1"
 OUT=$(realpath "$1"); shift
 stages=("$@")
-[[ ${#stages[@]} -gt 0 ]] || stages=(install doctor conform graph sanitize bench)
+[[ ${#stages[@]} -gt 0 ]] || stages=(install doctor conform graph overhead sanitize bench)
 PYTHON=${PYTHON:-python3}
 export HAL_BACKEND=$backend PYTHONUNBUFFERED=1 COLUMNS=120
 failed=0
@@ -49,7 +49,7 @@ hal() { "$PYTHON" -m hal "$@"; }
 
 # What to judge: the tiers as users get them (auto: the best that takes a call), then the one that takes every call alone.
 usable_tiers() {
-  if [[ -n $tiers ]]; then echo "$tiers"; elif [[ $backend == cuda ]]; then echo "auto triton"; else echo auto; fi
+  if [[ -n $tiers ]]; then echo "$tiers"; elif [[ $backend == cuda ]]; then echo "auto triton portable"; else echo auto; fi
 }
 
 stage_install() {
@@ -60,13 +60,17 @@ stage_install() {
 stage_doctor() { limited 300 doctor "$PYTHON" -m hal doctor "$backend"; }
 
 stage_conform() {
-  local tier
+  # All tiers at once: most of the time goes into the reference on the host and into compilers. Kernels are compiled on
+  # first use, which the suite's limits do not allow for.
+  local tier running=()
   for tier in $(usable_tiers); do
-    [[ $tier == auto ]] || export HAL_CUDA_TIER=$tier
-    # Kernels are compiled on first use, which the suite's limits do not allow for.
-    limited 1500 "conform-$tier" "$PYTHON" -m hal conform --backend "$backend" $quick --patience 4 --out "$OUT/conform-$tier"
-    unset HAL_CUDA_TIER
+    (
+      [[ $tier == auto ]] || export HAL_CUDA_TIER=$tier
+      limited 1500 "conform-$tier" "$PYTHON" -m hal conform --backend "$backend" $quick --patience 8 --out "$OUT/conform-$tier"
+    ) &
+    running+=($!)
   done
+  for tier in "${running[@]}"; do wait "$tier" || failed=1; done
 }
 
 stage_graph() {
@@ -79,6 +83,11 @@ stage_graph() {
   done
 }
 
+stage_overhead() {
+  if [[ $backend == cpu ]]; then say "overhead: not applicable to the cpu, see hal bench overhead"; return; fi
+  limited 100 overhead "$PYTHON" "$ROOT/scripts/gpu/overhead.py"
+}
+
 stage_sanitize() {
   local tier tool=${SANITIZER:-compute-sanitizer}
   if [[ $backend == cpu ]]; then say "sanitize: not applicable to the cpu"; return; fi
@@ -86,7 +95,7 @@ stage_sanitize() {
   for tier in $(usable_tiers); do
     [[ $tier == auto ]] || export HAL_CUDA_TIER=$tier
     limited 420 "sanitize-$tier" "$tool" --tool memcheck --error-exitcode 9 "$PYTHON" "$ROOT/scripts/gpu/small_set.py"
-    limited 420 "racecheck-$tier" "$tool" --tool racecheck --error-exitcode 9 "$PYTHON" "$ROOT/scripts/gpu/small_set.py" --few
+    limited 420 "racecheck-$tier" "$tool" --tool racecheck --num-cuda-barriers 64 --error-exitcode 9 "$PYTHON" "$ROOT/scripts/gpu/small_set.py" --few
     unset HAL_CUDA_TIER
   done
 }

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -58,12 +59,18 @@ def named(mutant: Mutant, cause: str) -> bool:
 @contextmanager
 def installed() -> Iterator[None]:
     """Make the mutants backends of every worker process started meanwhile."""
-    with tempfile.TemporaryDirectory() as folder:
-        install(Path(folder))
-        path = os.pathsep.join(filter(None, [folder, str(TESTS), os.environ.get("PYTHONPATH")]))
-        # One host thread: the mutants compute small things, and waking a second thread takes longer than they do.
-        with mock.patch.dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1"):
-            yield
+    path = os.pathsep.join(filter(None, [_distribution().name, str(TESTS), os.environ.get("PYTHONPATH")]))
+    # One host thread: the mutants compute small things, and waking a second thread takes longer than they do.
+    with mock.patch.dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1"):
+        yield
+
+
+@cache
+def _distribution() -> tempfile.TemporaryDirectory[str]:
+    """The mutants' metadata, there as long as this process: a worker that is kept reads it again and again."""
+    folder = tempfile.TemporaryDirectory()
+    install(Path(folder.name))
+    return folder
 
 
 def run(

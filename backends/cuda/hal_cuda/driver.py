@@ -1,26 +1,32 @@
 """Compile, load and launch CUDA C++ through cupy: torch tensors by address, on torch's current stream.
 
+`CudaDevice` is what the portable kernels (`hal.portable`) see of it.
 Every call of the driver or the compiler goes through `checked`, which turns its error into one of the HAL's.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import os
-import stat
-import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor
 
+from hal.portable import cache
+from hal.portable.runtime import Argument, Facts, Program, Source
 from hal.spec.errors import CompileError, DeviceError
+from hal_cuda.devices import architecture
 
 CACHE_ENV: Final = "HAL_CUDA_CACHE"
+"""Folder of what was compiled; `hal.portable.cache` says where it is by default and who may write there."""
+
+_STATIC_SHARED: Final = 48 << 10
+# As many as a processor has registers for: one more would wait until another is through with its share.
+_GROUPS: Final = 3
 
 T = TypeVar("T")
 
@@ -49,23 +55,6 @@ def checked(name: str, function: Callable[..., T], *arguments: Any) -> T:
         raise DeviceError(f"{name}: {type(error).__name__}: {error}") from error
 
 
-def cache_folder(arch: str) -> Path | None:
-    """Where compiled code of an architecture is kept: ours alone, or None where there can be no such folder.
-
-    Code in it is run, so nobody else may be able to write there.
-    """
-    chosen = os.environ.get(CACHE_ENV)
-    base = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kernel-hal"
-    folder = base / "cuda" / arch
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-    except (OSError, RuntimeError):
-        return None
-    private = found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return folder if private else None
-
-
 def compile_source(
     source: Path, arch: str, options: Sequence[str] = (), headers: Mapping[str, str] | None = None
 ) -> bytes:
@@ -91,25 +80,29 @@ def compile_source(
     CompileError
         Carries the compiler's log and the path of the source.
     """
+    return compile_text(source.read_text(), source, arch, options, headers)
+
+
+def compile_text(
+    text: str, source: Path, arch: str, options: Sequence[str] = (), headers: Mapping[str, str] | None = None
+) -> bytes:
+    """As `compile_source`, of a text that was put together; ``source`` is what errors name."""
+    flags, headers = (f"-arch={arch}", "-std=c++17", *options), dict(headers or {})
+    parts = (version(), *flags, source.name, text, *(part for item in sorted(headers.items()) for part in item))
+    folder = cache.private_folder("cuda", arch, variable=CACHE_ENV)
+    return cache.kept(folder, f"{cache.key(*parts)}.bin", lambda: _compile(text, source, flags, headers))
+
+
+def version() -> str:
+    """Of the compiler."""
     from cupy.cuda import nvrtc
 
-    text, headers = source.read_text(), dict(headers or {})
-    flags = (f"-arch={arch}", "-std=c++17", *options)
-    version = ".".join(map(str, checked("nvrtcVersion", nvrtc.getVersion)))
-    parts = (version, *flags, source.name, text, *(part for item in sorted(headers.items()) for part in item))
-    # Lengths keep two different lists of parts from being one text.
-    key = hashlib.sha256("\0".join(f"{len(part)}:{part}" for part in parts).encode()).hexdigest()
-    folder = cache_folder(arch)
-    kept = None if folder is None else folder / f"{key}.cubin"
-    if kept is not None and kept.is_file():
-        return kept.read_bytes()
-    made = _compile(nvrtc, text, source, flags, headers)
-    if kept is not None:
-        _keep(kept, made)
-    return made
+    return "NVRTC " + ".".join(map(str, checked("nvrtcVersion", nvrtc.getVersion)))
 
 
-def _compile(nvrtc: Any, text: str, source: Path, flags: tuple[str, ...], headers: dict[str, str]) -> bytes:
+def _compile(text: str, source: Path, flags: tuple[str, ...], headers: dict[str, str]) -> bytes:
+    from cupy.cuda import nvrtc
+
     names, texts = (tuple(part.encode() for part in parts) for parts in (headers, headers.values()))
     program = checked("nvrtcCreateProgram", nvrtc.createProgram, text, source.name, texts, names)
     try:
@@ -121,19 +114,6 @@ def _compile(nvrtc: Any, text: str, source: Path, flags: tuple[str, ...], header
     checked("nvrtcDestroyProgram", nvrtc.destroyProgram, program)
     # cupy leaves out the last byte, as it does with the zero that ends a text; here it is the last of a program header.
     return cubin + b"\0"
-
-
-def _keep(path: Path, content: bytes) -> None:
-    """Write beside and rename, so that nobody ever reads half a file. A full disk costs only the next compilation."""
-    with contextlib.suppress(OSError):
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            Path(name).replace(path)
-        except OSError:
-            Path(name).unlink(missing_ok=True)
-            raise
 
 
 @dataclass(slots=True)
@@ -181,7 +161,7 @@ class Module:
         if kernel not in self._functions:
             self._functions[kernel] = checked(f"cuModuleGetFunction({kernel})", self._module.get_function, kernel)
         found = self._functions[kernel]
-        if shared > 48 << 10:
+        if shared > _STATIC_SHARED:
             # More than the default has to be asked for.
             checked(f"cuFuncSetAttribute({kernel})", _allow_shared, found, shared)
         return found
@@ -192,3 +172,121 @@ def _allow_shared(function: Any, shared: int) -> None:
 
     attribute = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     driver.funcSetAttribute(function.ptr, attribute, shared)
+
+
+@dataclass(slots=True, eq=False)
+class CudaProgram:
+    """See `runtime.Program`."""
+
+    source: Source
+    module: Module
+
+
+@dataclass(slots=True, eq=False)
+class CudaEvent:
+    """See `runtime.Event`: torch's events around a launch, where they were asked for."""
+
+    started: torch.cuda.Event | None
+    ended: torch.cuda.Event | None
+    device: int
+
+    def wait(self) -> None:
+        """Return when it is done."""
+        end = self.ended.synchronize if self.ended is not None else lambda: torch.cuda.synchronize(self.device)
+        checked("cuEventSynchronize", end)
+
+    def seconds(self) -> float:
+        """By the device's clock.
+
+        Raises
+        ------
+        DeviceError
+            The device was not made with ``timed``.
+        """
+        if self.started is None or self.ended is None:
+            raise DeviceError("cuEventElapsedTime: the device was opened without timed=True")
+        self.wait()
+        return float(checked("cuEventElapsedTime", self.started.elapsed_time, self.ended)) * 1e-3
+
+
+class CudaDevice:
+    """See `runtime.Device`; its queue is torch's current stream, so that nothing here waits.
+
+    Parameters
+    ----------
+    index : int
+    timed : bool
+        Whether launches can be asked how long they took, which costs two more calls each.
+    """
+
+    def __init__(self, index: int, timed: bool = False) -> None:
+        self.index = index
+        self.timed = timed
+        self._launches: Counter[str] = Counter()
+
+    @cached_property
+    def facts(self) -> Facts:
+        """Of the architecture: machine code is the same for all its devices."""
+        return Facts(
+            name=architecture(self.index),
+            driver=version(),
+            dialect="cuda",
+            processors=torch.cuda.get_device_properties(self.index).multi_processor_count,
+            groups=_GROUPS,
+            local_bytes=_STATIC_SHARED,
+            subgroup=32,
+        )
+
+    @property
+    def allocator(self) -> CudaDevice:
+        """The device itself."""
+        return self
+
+    def empty(self, size: int) -> Tensor:
+        """See `runtime.Allocator`; torch's memory, freed in the order of its stream."""
+        try:
+            return torch.empty(size, dtype=torch.uint8, device=f"cuda:{self.index}")
+        except torch.OutOfMemoryError as error:
+            raise DeviceError(f"cuMemAlloc of {size} bytes: {str(error).splitlines()[0]}") from error
+
+    def build(self, source: Source) -> CudaProgram:
+        """See `runtime.Device`."""
+        cubin = compile_text(source.text("cuda"), Path(source.path), self.facts.name)
+        return CudaProgram(source, Module(cubin, self.index))
+
+    def queue(self) -> CudaDevice:
+        """The device itself, on whatever stream is current."""
+        return self
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """See `runtime.Queue`."""
+        return tensor
+
+    def write(self, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """See `runtime.Queue`."""
+        return tensor, tensor.stride()
+
+    def launch(
+        self, program: Program, kernel: str, groups: int, threads: int, arguments: Sequence[Argument]
+    ) -> CudaEvent:
+        """See `runtime.Queue`."""
+        assert isinstance(program, CudaProgram)
+        event = CudaEvent(self._mark(), None, self.index)
+        program.module.launch(kernel, (groups, 1, 1), (threads, 1, 1), arguments)
+        event.ended = self._mark()
+        self._launches[kernel] += 1
+        return event
+
+    def _mark(self) -> torch.cuda.Event | None:
+        if not self.timed:
+            return None
+        event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        checked("cuEventRecord", event.record, torch.cuda.current_stream(self.index))
+        return event
+
+    def finish(self) -> None:
+        """Results are where torch looks for them: on its stream."""
+
+    def launches(self) -> Mapping[str, int]:
+        """See `runtime.Device`."""
+        return {f"cuda:{kernel}@{self.facts.name}": count for kernel, count in self._launches.items()}

@@ -24,6 +24,8 @@ ORDER: Final[Mapping[str, tuple[str, str]]] = {
     "hopper": ("hal_cuda.hopper", "HopperTier"),
     # hal.portable.triton, for every architecture from sm_80 on.
     "triton": ("hal_cuda.triton_tier", "TritonTier"),
+    # hal.portable.kernels, compiled by NVRTC: no tensor cores, and nothing needed but cupy.
+    "portable": ("hal_cuda.portable_tier", "PortableTier"),
 }
 """Name → module and class. The class is made without arguments and must touch no device until it is asked to plan."""
 

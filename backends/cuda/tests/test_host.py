@@ -57,7 +57,7 @@ def test_a_machine_with_everything(machine: pytest.MonkeyPatch) -> None:
     probe = CudaBackend().probe()
     assert (probe.available, probe.reason) == (True, "A Card, sm_90, driver for CUDA 13.0")
     assert probe.details["device 0"] == "A Card, sm_90, 132 processors, 80 GiB"
-    assert probe.details["tiers"].split(", ")[-1] == "triton"
+    assert probe.details["tiers"].split(", ")[-2:] == ["triton", "portable"]
     assert probe.evidence == "hardware"
 
 
@@ -203,8 +203,12 @@ def test_code_is_compiled_once_and_kept_by_its_content(cache: Path, tmp_path: Pa
     assert made[:4] == b"\x7fELF"
     (kept,) = cache.iterdir()
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700
-    kept.write_bytes(b"what was kept")
-    assert driver.compile_source(source, "sm_90a") == b"what was kept"
+    before = kept.stat().st_ino
+    assert driver.compile_source(source, "sm_90a") == made
+    assert kept.stat().st_ino == before
+    kept.write_bytes(b"what was damaged")
+    assert driver.compile_source(source, "sm_90a") == made
+    assert kept.stat().st_ino != before
     for change in (
         lambda: driver.compile_source(source, "sm_90a", ["--use_fast_math"]),
         lambda: driver.compile_source(source, "sm_90a", headers={"a.h": "int a;"}),

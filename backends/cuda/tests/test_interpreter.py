@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,11 @@ ROOT = HERE.parents[2]
 TOO_LONG = {"MLA-33", "MLA-36", "MLA-37", "MLA-44", "MLA-45"}
 
 
+def drawn(obligation: str) -> bool:
+    """Whether it is in the half that the seed of this run draws; ``HAL_SWEEP=all`` takes the other half in too."""
+    return os.environ.get("HAL_SWEEP") == "all" or random.Random(f"{SEED} {obligation}").random() < 0.5
+
+
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment of processes that have the kernels as a backend, in the interpreter."""
@@ -39,7 +45,7 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
         yield dict(os.environ)
 
 
-@pytest.mark.long
+@pytest.mark.long(40)
 @pytest.mark.timeout(600)
 def test_the_kernels_own_tests(simulated: dict[str, str]) -> None:
     line = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(HERE), str(HERE / "in_interpreter.py")]
@@ -50,13 +56,13 @@ def test_the_kernels_own_tests(simulated: dict[str, str]) -> None:
     assert "skipped" not in done.stdout.splitlines()[-1]
 
 
-@pytest.mark.long
+@pytest.mark.long(30)
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("level", ["L0", "L1", "L2"])
 def test_the_kernels_conform(level: str, simulated: dict[str, str]) -> None:
     from hal_conformance.table import of_level
 
-    only = [o.id for o in of_level(level) if o.id not in TOO_LONG]
+    only = [o.id for o in of_level(level) if o.id not in TOO_LONG and (o.gate or drawn(o.id))]
     session = Session(Settings(NAME, SEED, "quick", patience=6.0), only)
     try:
         session.run()

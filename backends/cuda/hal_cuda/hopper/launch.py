@@ -18,9 +18,12 @@ ROWS: Final = 64
 TOKENS: Final = 64
 HEAD_DIM: Final = 576
 HEAD_DIM_V: Final = 512
+TILE_COLUMNS: Final = 64
+HALF_TILES: Final = HEAD_DIM_V // 2 // TILE_COLUMNS
 MERGE_WARPS: Final = 4
+MERGE_BLOCKS: Final = 1024
 MOST_TOKENS: Final = 2**30
-SHARED_BYTES: Final = 3 * 9 * 8192 + 8 * ROWS * 4 + 22 * 8
+SHARED_BYTES: Final = 3 * 9 * 8192 + 8 * ROWS * 4 + 12 * 8
 """What ``Shared`` in decode.cu measures."""
 
 
@@ -93,17 +96,25 @@ def make_schedule(kernels: Kernels, geometry: MlaGeometry, cache_seqlens: Tensor
 
 
 @lru_cache(maxsize=1024)
-def cache_map(address: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> TensorMap:
-    """Describe a cache [num_blocks, page_size, h_kv, 576] to the copy engine: one box is a tile of 64 columns.
+def cache_maps(address: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[TensorMap, TensorMap]:
+    """Describe a cache [num_blocks, page_size, h_kv, 576] to the copy engine, in tiles of 64 columns.
 
     Kept per cache: every layer has one, and it comes back at every step.
+
+    Returns
+    -------
+    half, tile : TensorMap
+        A box of one takes four tiles, half of V; of the other one tile. Either takes 64 rows, or a page that has fewer.
     """
     num_blocks, page_size, h_kv, _ = shape
     block, row, head, _ = (stride * 2 for stride in strides)
-    sizes = (HEAD_DIM, h_kv, page_size, num_blocks)
+    tile = TILE_COLUMNS * 2
+    sizes = (TILE_COLUMNS, page_size, HEAD_DIM // TILE_COLUMNS, h_kv, num_blocks)
     # The stride of a dimension of one is never used, but zero is refused.
-    spans = tuple(stride or HEAD_DIM * 2 for stride in (head, row, block))
-    return tensor_map(address, sizes, spans, (64, 1, min(page_size, TOKENS), 1))
+    spans = tuple(stride or HEAD_DIM * 2 for stride in (row, tile, head, block))
+    rows = min(page_size, TOKENS)
+    half, one = (tensor_map(address, sizes, spans, (TILE_COLUMNS, rows, tiles, 1, 1)) for tiles in (HALF_TILES, 1))
+    return half, one
 
 
 def decode(kernels: Kernels, args: MlaDecodeArgs, schedule: Schedule) -> None:
@@ -137,7 +148,9 @@ def decode(kernels: Kernels, args: MlaDecodeArgs, schedule: Schedule) -> None:
         1.0 if args.lse_base == "2" else math.log(2.0),
     )
     cache = args.kv_cache
-    cached = cache_map(cache.data_ptr(), tuple(cache.shape), cache.stride())
-    kernels.decode((schedule.row_blocks, args.h_kv, schedule.parts), stream, problem, cached)
-    rows = args.s_q * group
-    kernels.merge((math.ceil(rows / MERGE_WARPS), args.h_kv, args.batch), stream, problem)
+    maps = cache_maps(cache.data_ptr(), tuple(cache.shape), cache.stride())
+    kernels.decode((schedule.row_blocks, args.h_kv, schedule.parts), stream, problem, *maps)
+    # Enough blocks to fill the device; sequences that were not cut only have to find that out.
+    rows = math.ceil(args.s_q * group / MERGE_WARPS)
+    wanted = math.ceil(MERGE_BLOCKS / (args.h_kv * args.batch))
+    kernels.merge((min(rows, wanted), args.h_kv, args.batch), stream, problem)

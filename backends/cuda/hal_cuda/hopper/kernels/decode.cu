@@ -15,7 +15,8 @@
 // so that the tensor cores have one warpgroup's products while the other computes exponentials, and the first buffer is
 // free, and being filled again, while the second is still in use. P travels through the last tile of its own keys: those
 // 64 columns are no part of V, and done with once the scores are. Each half of a buffer is loaded anew as soon as its
-// last reader is done, and scores start on the half that was freed first.
+// last reader is done, and scores start on the half that was freed first. Warpgroups tell each other of P by mbarriers
+// rather than named barriers: racecheck follows those.
 #include "problem.h"
 
 constexpr int kWarpgroup = 128;
@@ -24,7 +25,10 @@ constexpr int kThreads = kComputing + kWarpgroup;
 constexpr int kTileBytes = kTokens * kTileColumns * 2;
 constexpr int kBufferBytes = kTiles * kTileBytes;
 constexpr int kHalf = kTilesV / 2;
-constexpr int kRope = kTiles - 1;  // the tile of K that is no part of V
+
+// The pieces in which keys are loaded: two halves of V, and the tile of K that is no part of V.
+constexpr int kLeft = 0, kRight = 1, kRope = 2, kPieces = 3;
+constexpr int kRopeTile = kTiles - 1;
 
 struct Shared {
     unsigned char q[kBufferBytes];
@@ -32,21 +36,16 @@ struct Shared {
     float most0[kRows], most1[kRows];    // running row maxima after step 0 and step 1 of a pair
     float scale0[kRows], scale1[kRows];  // what each does to sums so far
     float sums[2][kRows], weights[2][kRows];
-    u64 full[2][kTiles];
+    u64 full[2][kPieces];
     u64 empty[2][2];  // a buffer's left half; its right half
+    u64 ready[2];     // P of a buffer, and what its step does to maxima
 };
 static_assert(sizeof(Shared) == HAL_SHARED_BYTES, "the host reserves what a block uses");
-
 
 constexpr float kSlack = 8.0f;  // in powers of two; 2^8 times a probability still fits fp16
 
 // Named barriers; 0 is __syncthreads.
-constexpr int kAll = 1, kP0 = 2, kP1 = 3, kOwn = 4;
-
-__device__ __forceinline__ int half_of(int tile) { return tile < kHalf ? 0 : 1; }
-
-// Which half's release frees the rope tile: the reader of P, the other warpgroup, is the last to need it.
-__device__ __forceinline__ int rope_half(int buffer) { return buffer == 0 ? 1 : 0; }
+constexpr int kAll = 1, kOwn = 2;
 
 // Address of 16-byte chunk `chunk` of row `row` in a tile of 128-byte rows, swizzled as the copy engine does it.
 __device__ __forceinline__ u32 chunk_address(u32 tile, int row, int chunk) {
@@ -76,33 +75,33 @@ struct Place {
     int token, row, block;
 };
 
+template <bool kWhole>  // a step lies in one page
 struct Loader {
     const Problem& problem;
-    const TensorMap* map;
+    const TensorMap *half_map, *tile_map;
     u32 kv, full, empty;  // shared addresses
     int kv_head;
     u64 policy;
     u32 rounds[2] = {0, 0};  // how often each buffer was filled
     const int* table = nullptr;
 
-    // Tiles [from, to) of one step.
-    __device__ __forceinline__ void tiles(int buffer, int from, int to, const Place& place) {
-#pragma unroll
-        for (int tile = from; tile < to; ++tile) {
-            const u32 barrier = full + (buffer * kTiles + tile) * 8;
-            ptx::barrier_expect(barrier, kTileBytes);
-            const u32 target = kv + buffer * kBufferBytes + tile * kTileBytes;
-            if (problem.page_size >= kTokens) {
-                box(target, barrier, tile * kTileColumns, place.row, place.block);
-            } else {
-                for (int row = 0; row < kTokens; row += problem.page_size)
-                    box(target + row * 128, barrier, tile * kTileColumns, 0, block_of(place.token + row));
-            }
+    // One piece of one step: its tiles lie side by side, and so one box can hold them all.
+    template <int kPiece>
+    __device__ __forceinline__ void load(int buffer, const Place& place) const {
+        constexpr int first = kPiece * kHalf, count = kPiece == kRope ? 1 : kHalf;
+        const u32 barrier = full + (buffer * kPieces + kPiece) * 8;
+        const u32 target = kv + buffer * kBufferBytes + first * kTileBytes;
+        ptx::expect_elected(barrier, count * kTileBytes);
+        if constexpr (kWhole) {
+            ptx::load_box(target, kPiece == kRope ? tile_map : half_map, barrier, place.row, first, kv_head, place.block, policy);
+        } else {
+            for (int tile = 0; tile < count; ++tile)
+                for (int row = 0; row < kTokens; row += problem.page_size) {
+                    const int block = block_of(place.token + row);
+                    ptx::load_box(
+                        target + tile * kTileBytes + row * 128, tile_map, barrier, 0, first + tile, kv_head, block, policy);
+                }
         }
-    }
-
-    __device__ __forceinline__ void box(u32 target, u32 barrier, int column, int row, int block) {
-        ptx::load_box(target, map, barrier, column, kv_head, row, block, policy);
     }
 
     // A table entry out of range, or a token past the table, becomes a coordinate outside the cache: it reads as zero.
@@ -127,17 +126,18 @@ struct Loader {
         for (int step = item.begin; step < item.end; step += 2) {
             const bool second = step + 1 < item.end;
             // In the order in which the halves come free.
-            await(0, 0);
-            tiles(0, 0, kHalf, even);
-            await(0, 1);
-            tiles(0, kHalf, kTiles, even);
+            await(0, kLeft);
+            load<kLeft>(0, even);
+            await(0, kRight);
+            load<kRight>(0, even);
+            load<kRope>(0, even);
             const Place next_even = place_of(step + 2), next_odd = place_of(step + 3);  // while the halves are in use
             if (second) {
-                await(1, 1);
-                tiles(1, kHalf, kTilesV, odd);
-                await(1, 0);
-                tiles(1, 0, kHalf, odd);
-                tiles(1, kRope, kTiles, odd);
+                await(1, kRight);
+                load<kRight>(1, odd);
+                await(1, kLeft);
+                load<kLeft>(1, odd);
+                load<kRope>(1, odd);
                 ++rounds[1];
             }
             ++rounds[0];
@@ -167,8 +167,9 @@ struct Computer {
     __device__ __forceinline__ u32 tile(int buffer, int index) const {
         return kv + buffer * kBufferBytes + index * kTileBytes;
     }
-    __device__ __forceinline__ void await(int buffer, int index) const {
-        ptx::barrier_wait(full + (buffer * kTiles + index) * 8, rounds[buffer] & 1);
+    __device__ __forceinline__ u32 ready(int buffer) const { return empty + (4 + buffer) * 8; }
+    __device__ __forceinline__ void await(int buffer, int piece) const {
+        ptx::barrier_wait(full + (buffer * kPieces + piece) * 8, rounds[buffer] & 1);
     }
     __device__ __forceinline__ void release(int buffer, int half) const {
         if (threadIdx.x % 32 == 0) ptx::barrier_arrive(empty + (buffer * 2 + half) * 8);
@@ -178,8 +179,8 @@ struct Computer {
     __device__ __forceinline__ void scores(float (&s)[32]) const {
 #pragma unroll
         for (int i = 0; i < kTiles; ++i) {
-            const int index = i == kRope ? kRope : (kGroup == 0 ? i : (i + kHalf) % kTilesV);
-            await(kGroup, index);
+            const int index = i == kRopeTile ? kRopeTile : (kGroup == 0 ? i : (i + kHalf) % kTilesV);
+            if (index % kHalf == 0) await(kGroup, index / kHalf);
             ptx::product_fence();
             const u64 a = ptx::descriptor_k_major(q + index * kTileBytes);
             const u64 b = ptx::descriptor_k_major(tile(kGroup, index));
@@ -294,7 +295,7 @@ struct Computer {
 
     // The same with the other warpgroup's p, in the rope tile of its keys.
     __device__ __forceinline__ void accumulate(int buffer) {
-        const u64 p = ptx::descriptor_k_major(tile(buffer, kRope));
+        const u64 p = ptx::descriptor_k_major(tile(buffer, kRopeTile));
         ptx::settle(o);
         ptx::product_fence();
 #pragma unroll
@@ -324,9 +325,9 @@ struct Computer {
             scale_out(scale0[0], scale0[1]);
             clear_past(0, step, length);
             accumulate(p, 0);
-            store_tile(tile(0, kRope), p);
+            store_tile(tile(0, kRopeTile), p);
             ptx::proxy_fence();
-            ptx::named_arrive<kP0, kComputing>();
+            ptx::barrier_arrive(ready(0));
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 sum[r] = sum[r] * scale0[r] + total[r];
@@ -334,9 +335,9 @@ struct Computer {
             }
             ptx::product_wait<0>();
             ptx::settle(o);
-            release(0, 0);
+            release(0, kLeft);
             if (second) {
-                ptx::named_sync<kP1, kComputing>();
+                ptx::barrier_wait(ready(1), rounds[1] & 1);
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
                     scale1[r] = shared.scale1[row + r * 8];
@@ -345,20 +346,19 @@ struct Computer {
                     weight[r] *= scale1[r];
                 }
                 scale_out(scale1[0], scale1[1]);
-#pragma unroll
-                for (int i = 0; i < kHalf; ++i) await(1, i);
+                await(1, kLeft);
                 clear_past(1, step + 1, length);
                 accumulate(1);
                 ptx::product_wait<0>();
                 ptx::settle(o);
-                release(1, 0);
+                release(1, kLeft);
             }
         } else {
             if (second) {
                 scores(s);
                 mask(s, step + 1, least_limit, found);
             }
-            ptx::named_sync<kP0, kComputing>();
+            ptx::barrier_wait(ready(0), rounds[0] & 1);
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 const float most0 = shared.most0[row + r * 8];
@@ -373,16 +373,15 @@ struct Computer {
                 weight[r] *= scale0[r];
             }
             scale_out(scale0[0], scale0[1]);
-#pragma unroll
-            for (int i = kHalf; i < kTilesV; ++i) await(0, i);
+            await(0, kRight);
             clear_past(0, step, length);
             accumulate(0);
             if (second) {
                 exponentials(s, most, total);
                 pack(s, p, rounded);
-                store_tile(tile(1, kRope), p);
+                store_tile(tile(1, kRopeTile), p);
                 ptx::proxy_fence();
-                ptx::named_arrive<kP1, kComputing>();
+                ptx::barrier_arrive(ready(1));
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
                     sum[r] = sum[r] * scale1[r] + total[r];
@@ -391,14 +390,14 @@ struct Computer {
             }
             ptx::product_wait<0>();
             ptx::settle(o);
-            release(0, 1);
+            release(0, kRight);
             if (second) {
                 scale_out(scale1[0], scale1[1]);
                 clear_past(1, step + 1, length);
                 accumulate(p, 1);
                 ptx::product_wait<0>();
                 ptx::settle(o);
-                release(1, 1);
+                release(1, kRight);
             }
         }
         ++rounds[0];
@@ -552,16 +551,32 @@ __device__ __forceinline__ void compute(const Problem& problem, Shared& shared, 
     for_items(problem, part, [&](const Item& item, int length) { computer.run(item, length, part); });
 }
 
+template <bool kWhole>
+__device__ __forceinline__ void load(
+    const Problem& problem, const TensorMap* half_map, const TensorMap* tile_map, Shared& shared, int part, int kv_head) {
+    Loader<kWhole> loader{problem,
+                          half_map,
+                          tile_map,
+                          ptx::shared_address(shared.kv),
+                          ptx::shared_address(shared.full),
+                          ptx::shared_address(shared.empty),
+                          kv_head,
+                          ptx::evict_first_policy()};
+    for_items(problem, part, [&](const Item& item, int) { loader.run(item); });
+}
+
 // Grid: (row_blocks, h_kv, parts): blocks that read the same pages are neighbours and share them in L2.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-decode(const __grid_constant__ Problem problem, const __grid_constant__ TensorMap map) {
+decode(
+    const __grid_constant__ Problem problem, const __grid_constant__ TensorMap half_map, const __grid_constant__ TensorMap tile_map) {
     extern __shared__ __align__(1024) unsigned char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     const int row_block = blockIdx.x, kv_head = blockIdx.y, part = blockIdx.z;
     if (threadIdx.x == 0) {
         for (int buffer = 0; buffer < 2; ++buffer) {
-            for (int tile = 0; tile < kTiles; ++tile) ptx::barrier_init(ptx::shared_address(&shared.full[buffer][tile]), 1);
+            for (int piece = 0; piece < kPieces; ++piece) ptx::barrier_init(ptx::shared_address(&shared.full[buffer][piece]), 1);
             for (int half = 0; half < 2; ++half) ptx::barrier_init(ptx::shared_address(&shared.empty[buffer][half]), 4);
+            ptx::barrier_init(ptx::shared_address(&shared.ready[buffer]), kWarpgroup);
         }
         ptx::barrier_init_fence();
     }
@@ -570,17 +585,15 @@ decode(const __grid_constant__ Problem problem, const __grid_constant__ TensorMa
     const int warpgroup = threadIdx.x / kWarpgroup;
     if (warpgroup == 2) {
         ptx::give_registers<40>();
-        if (threadIdx.x == kComputing) {
-            ptx::prefetch_map(&map);
+        if (threadIdx.x < kComputing + 32) {
+            ptx::prefetch_map(&half_map);
+            ptx::prefetch_map(&tile_map);
             ptx::wait_for_previous();
-            Loader loader{problem,
-                          &map,
-                          ptx::shared_address(shared.kv),
-                          ptx::shared_address(shared.full),
-                          ptx::shared_address(shared.empty),
-                          kv_head,
-                          problem.row_blocks == 1 ? ptx::evict_first_policy() : ptx::evict_normal_policy()};
-            for_items(problem, part, [&](const Item& item, int) { loader.run(item); });
+            if (problem.page_size >= kTokens) {
+                load<true>(problem, &half_map, &tile_map, shared, part, kv_head);
+            } else {
+                load<false>(problem, &half_map, &tile_map, shared, part, kv_head);
+            }
         }
     } else if (warpgroup == 1) {
         ptx::take_registers<232>();

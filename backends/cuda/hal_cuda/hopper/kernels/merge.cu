@@ -18,23 +18,10 @@ __device__ __forceinline__ int part_of(const Problem& problem, int sequence, int
     return low;
 }
 
-// Grid: (ceil(rows / kWarps), h_kv, b); a warp has one row, a lane 16 of its columns in runs of four.
-extern "C" __global__ void __launch_bounds__(kWarps * 32) merge(const __grid_constant__ Problem problem) {
+// One row of the parts [first, last], by one warp; a lane has 16 columns in runs of four.
+__device__ __forceinline__ void merge_row(
+    const Problem& problem, int sequence, int kv_head, int row, int group, int first, int last) {
     const int lane = threadIdx.x % 32;
-    const int row = blockIdx.x * kWarps + threadIdx.x / 32;
-    const int kv_head = blockIdx.y;
-    const int sequence = blockIdx.z;
-    const int group = problem.h_q / problem.h_kv;
-    if (row >= problem.s_q * group) return;
-    ptx::wait_for_previous();
-
-    const int steps = steps_of(length_of(problem, sequence));
-    int first = 0, last = -1;
-    if (steps > 0) {
-        first = part_of(problem, sequence, 0);
-        last = part_of(problem, sequence, steps - 1);
-        if (first == last) return;  // one part had it all and has written it
-    }
     const int row_block = row / kRows;
     const auto lse_of = [&](int part) {
         const int slot = problem.bounds[part].sequence == sequence ? 0 : 1;
@@ -90,4 +77,22 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32) merge(const __grid_con
         const float lse = most == -HAL_INFINITY ? HAL_INFINITY : (most + ptx::log2(weights)) * problem.lse_factor;
         problem.lse[(static_cast<long long>(sequence) * problem.h_q + head) * problem.s_q + position] = lse;
     }
+}
+
+// Grid: (any, h_kv, b); the warps of a block's column share the rows.
+extern "C" __global__ void __launch_bounds__(kWarps * 32) merge(const __grid_constant__ Problem problem) {
+    const int kv_head = blockIdx.y;
+    const int sequence = blockIdx.z;
+    const int group = problem.h_q / problem.h_kv;
+    ptx::wait_for_previous();
+
+    const int steps = steps_of(length_of(problem, sequence));
+    int first = 0, last = -1;
+    if (steps > 0) {
+        first = part_of(problem, sequence, 0);
+        last = part_of(problem, sequence, steps - 1);
+        if (first == last) return;  // one part had it all and has written it
+    }
+    for (int row = blockIdx.x * kWarps + threadIdx.x / 32; row < problem.s_q * group; row += gridDim.x * kWarps)
+        merge_row(problem, sequence, kv_head, row, group, first, last);
 }

@@ -28,10 +28,6 @@ __device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
 // Makes initialised barriers visible to the copy engine.
 __device__ __forceinline__ void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
 __device__ __forceinline__ void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
@@ -71,25 +67,30 @@ __device__ __forceinline__ void prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<u64>(map)) : "memory");
 }
 
-// One box of a four-dimensional tensor into shared memory. Coordinates outside the tensor read as zero.
+// One box of the cache, which is five-dimensional here: 64 columns of a tile, rows, tiles, heads, blocks. Coordinates
+// outside it read as zero. By one thread of a whole warp, elected here: only then does the compiler know that there is
+// one, and otherwise it issues in a loop over lanes.
 __device__ __forceinline__ void load_box(
-    u32 target, const TensorMap* map, u32 barrier, int column, int head, int row, int block, u64 policy) {
+    u32 target, const TensorMap* map, u32 barrier, int row, int tile, int head, int block, u64 policy) {
     asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(target),
-        "l"(reinterpret_cast<u64>(map)), "r"(barrier), "r"(column), "r"(head), "r"(row), "r"(block), "l"(policy)
+        "{\n.reg .pred p;\nelect.sync _|p, 0xFFFFFFFF;\n"
+        "@p cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;\n}\n" ::"r"(target),
+        "l"(reinterpret_cast<u64>(map)), "r"(barrier), "r"(0), "r"(row), "r"(tile), "r"(head), "r"(block), "l"(policy)
+        : "memory");
+}
+
+// One thread of a whole warp arrives, and announces bytes.
+__device__ __forceinline__ void expect_elected(u32 barrier, u32 bytes) {
+    asm volatile(
+        "{\n.reg .pred p;\nelect.sync _|p, 0xFFFFFFFF;\n"
+        "@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n}\n" ::"r"(barrier), "r"(bytes)
         : "memory");
 }
 
 __device__ __forceinline__ u64 evict_first_policy() {
     u64 policy;
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-
-__device__ __forceinline__ u64 evict_normal_policy() {
-    u64 policy;
-    asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
 

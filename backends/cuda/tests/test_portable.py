@@ -1,0 +1,175 @@
+"""The portable tier without a device: compiled by NVRTC, its machine code read, its driver played by the host."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fakes import decode_args, plan_args
+from hal_cuda import driver, portable_tier
+
+from hal.portable.host import HostDevice
+from hal.portable.mla import Tile
+from hal.portable.runtime import Facts, Source
+from hal.reference.mla import mla_decode
+from hal.spec.errors import CompileError, DeviceError
+from hal.spec.mla import MlaGeometry
+
+cupy = pytest.importorskip("cupy", reason="cupy is not installed")
+
+USUAL = MlaGeometry(2, False, 1, 128, 1, 576, 512, 64, torch.bfloat16, "plain", False, False, torch.device("cuda:0"))
+CALLS = {
+    "usual": USUAL,
+    "fp16, few heads": USUAL._replace(dtype=torch.float16, h_q=1),
+    "narrow": USUAL._replace(head_dim=64, head_dim_v=64),
+    "V as wide as K": USUAL._replace(head_dim_v=576),
+}
+BUILDS = [("sm_80", "usual"), ("sm_90", "usual"), ("sm_90", "fp16, few heads")]
+if os.environ.get("HAL_COMPILE") == "all":
+    BUILDS = [(arch, name) for arch in ("sm_80", "sm_90", "sm_100") for name in CALLS]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compiled here and now, not found from an earlier run."""
+    folder = str(tmp_path_factory.mktemp("kernels"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(driver.CACHE_ENV, folder)
+        patch.setenv("HAL_KERNEL_CACHE", folder)
+        yield
+
+
+def resources(cubin: bytes, folder: Path) -> dict[str, dict[str, int]]:
+    """Of each kernel, read by what Triton brings along."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    (folder / "kernel.cubin").write_bytes(cubin)
+    command = [tools / "cuobjdump", "--dump-resource-usage", folder / "kernel.cubin"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.findall(r"Function (\w+):\s*(.*)", said)
+    return {name: {key: int(n) for key, n in re.findall(r"\b([A-Z]+):(\d+)", line)} for name, line in found}
+
+
+@pytest.mark.parametrize(("arch", "name"), BUILDS)
+def test_it_compiles_and_spills_nothing(arch: str, name: str, tmp_path: Path) -> None:
+    tile = Tile.of(Facts(arch, "NVRTC", "cuda", 132, 3, 48 << 10, 32), CALLS[name])
+    source = tile.decode()
+    used = resources(driver.compile_text(source.text("cuda"), Path(source.path), arch), tmp_path)
+    assert set(used) == {"mla_decode", "mla_merge"}
+    for kernel in used.values():
+        assert (kernel["STACK"], kernel["LOCAL"]) == (0, 0)
+        assert kernel["SHARED"] <= 48 << 10
+        assert kernel["REG"] * tile.threads * driver._GROUPS <= 65536
+    source = tile.schedule()
+    used = resources(driver.compile_text(source.text("cuda"), Path(source.path), arch), tmp_path)
+    assert used["mla_schedule"]["STACK"] == 0
+
+
+def test_columns_are_loaded_sixteen_bytes_at_a_time(tmp_path: Path) -> None:
+    source = Tile.of(Facts("sm_90", "NVRTC", "cuda", 132, 3, 48 << 10, 32), USUAL).decode()
+    (tmp_path / "kernel.cubin").write_bytes(driver.compile_text(source.text("cuda"), Path(source.path), "sm_90"))
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}
+    command = [tools / "cuobjdump", "--dump-sass", tmp_path / "kernel.cubin"]
+    code = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    assert "LDG.E.128" in code and "LDS.128" in code and "STS.128" in code
+
+
+def test_a_compile_error_names_the_kernel_file_and_line(tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.h"
+    wrong.write_text("HAL_KERNEL(8)\nvoid wrong(HAL_GLOBAL float *to) { to[0] = valve; }\n")
+    source = Source((str(wrong),), ())
+    with pytest.raises(CompileError) as caught:
+        driver.compile_text(source.text("cuda"), Path(source.path), "sm_90")
+    assert f"{wrong}(2)" in caught.value.log and caught.value.source_path == str(wrong)
+
+
+class _PlayedModule:
+    """`driver.Module` for kernels that were compiled for the host: the same calls, the same arguments."""
+
+    def __init__(self, device: HostDevice, source: Source) -> None:
+        self.device, self.program = device, device.build(source)
+        self.calls: list[tuple[str, Any, Any]] = []
+
+    def launch(self, kernel: str, grid: tuple[int, ...], block: tuple[int, ...], arguments: Sequence[Any]) -> None:
+        assert grid[1:] == block[1:] == (1, 1)
+        assert all(isinstance(a, torch.Tensor) or a.dtype.kind in "if" for a in arguments)
+        self.calls.append((kernel, grid, block))
+        self.device.launch(self.program, kernel, grid[0], block[0], arguments)
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> list[_PlayedModule]:
+    """A card with five processors of architecture 9.0, whose kernels run on the host."""
+    host, modules = HostDevice(subgroup=32), []
+
+    def build(device: driver.CudaDevice, source: Source) -> driver.CudaProgram:
+        assert device.facts.dialect == "cuda"
+        modules.append(_PlayedModule(host, source))
+        return driver.CudaProgram(source, modules[-1])  # type: ignore[arg-type]
+
+    monkeypatch.setattr(driver.CudaDevice, "build", build)
+    monkeypatch.setattr(driver.CudaDevice, "empty", lambda device, size: host.empty(size))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    properties = types.SimpleNamespace(multi_processor_count=5)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return modules
+
+
+def test_the_tier_gives_the_reference_through_its_driver(played: list[_PlayedModule]) -> None:
+    torch.manual_seed(0)
+    tier = portable_tier.PortableTier()
+    lengths = torch.tensor([700, 70], dtype=torch.int32)
+    table = torch.randperm(24).to(torch.int32).view(2, 12)
+    args = decode_args(
+        q=(torch.randn(2, 1, 16, 64) / 10).bfloat16(),
+        kv_cache=(torch.randn(24, 64, 1, 64) / 10).bfloat16(),
+        block_table=table,
+        cache_seqlens=lengths,
+        head_dim_v=48,
+    )
+    tier.decode(args, None)
+    out, lse = mla_decode(args.q, args.kv_cache, table, lengths, head_dim_v=48)
+    assert (args.out.double() - out).abs().max() < 8e-4
+    assert torch.allclose(args.lse.double(), lse, rtol=0, atol=1e-5)
+    assert tier.launches() == {f"cuda:{name}@sm_90": 1 for name in ("mla_schedule", "mla_decode", "mla_merge")}
+    (scheduled,) = next(module for module in played if module.calls[0][0] == "mla_schedule").calls
+    assert scheduled[1:] == ((1, 1, 1), (64, 1, 1))
+
+
+def test_a_plan_is_made_once_and_decodes_with_it_allocate_nothing(
+    played: list[_PlayedModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = portable_tier.PortableTier()
+    planned, args = plan_args(), decode_args()
+    planned = types.SimpleNamespace(**{name: getattr(planned, name) for name in planned.__slots__})
+    schedule = tier.plan(planned)  # type: ignore[arg-type]
+    monkeypatch.setattr(driver.CudaDevice, "empty", lambda device, size: pytest.fail("memory was asked for"))
+    for _ in range(2):
+        tier.decode(args, schedule)
+    assert tier.launches()["cuda:mla_schedule@sm_90"] == 1 and tier.launches()["cuda:mla_decode@sm_90"] == 2
+
+
+def test_memory_that_is_not_there_is_a_device_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 TiB\nmore")
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(DeviceError, match=r"of 1099511627776 bytes: CUDA out of memory\. Tried"):
+        driver.CudaDevice(0).empty(1 << 40)
+
+
+def test_times_are_kept_only_where_they_were_asked_for() -> None:
+    with pytest.raises(DeviceError, match="timed=True"):
+        driver.CudaEvent(None, None, 0).seconds()

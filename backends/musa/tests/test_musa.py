@@ -1,0 +1,275 @@
+"""The MUSA backend and its OpenCL driver, on an OpenCL platform that runs on processors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hal_conformance.context import Settings
+from hal_conformance.session import Session
+from hal_musa import backend as musa
+from seeds import SEED
+
+from hal import plugins
+from hal.portable import cache, opencl
+from hal.portable.mla import PortableMla
+from hal.portable.runtime import Source
+from hal.reference.mla import mla_decode
+from hal.spec.errors import BackendUnavailable, CompileError, DeviceError, SpecError
+from hal.spec.mla import MlaDecodeArgs, check_decode
+
+pytest.importorskip("pyopencl", reason="pyopencl is not installed")
+
+POCL = "Portable Computing Language"
+# Those whose many sizes take long to compile are left to `hal conform`; what they are about is in the ones kept here.
+CHOSEN = ("CAP-01", "CAP-02", "CAP-03", "CAP-04", "CAP-07", "MLA-01", "MLA-07", "MLA-20", "MLA-22", "MLA-24", "MLA-40")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """In simulation, and compiled here and now."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(musa.SIMULATE, "1")
+        patch.setenv(opencl.PLATFORM_ENV, POCL)
+        patch.setenv("POCL_CACHE_DIR", str(tmp_path_factory.mktemp("pocl")))
+        patch.setenv(cache.ENV, str(tmp_path_factory.mktemp("kernels")))
+        yield
+
+
+def platform(name: str, vendor: str) -> opencl.Platform:
+    return opencl.Platform(name, vendor, "OpenCL 3.0", None)
+
+
+THERE = [platform(POCL, "The pocl project"), platform("MUSA", "Moore Threads"), platform("OpenCL", "Another Vendor")]
+
+
+@pytest.mark.parametrize(
+    ("there", "simulate", "wanted", "found"),
+    [
+        (THERE, "0", None, 1),
+        (THERE, "0", "musa", 1),
+        (
+            THERE,
+            "0",
+            "pocl",
+            "no OpenCL platform of Moore Threads or MThreads or MUSA and with HAL_OPENCL_PLATFORM=pocl",
+        ),
+        (THERE[::2], "0", None, "no OpenCL platform of Moore Threads"),
+        (THERE, "1", None, "3 OpenCL platforms; there are: Portable Computing Language"),
+        (THERE, "1", "POCL", 0),
+        (THERE, "1", "another vendor", 2),
+        (THERE[:1], "1", None, 0),
+        (THERE[1:] + THERE[1:2], "0", None, "2 OpenCL platforms of Moore Threads"),
+        ([], "1", None, "no OpenCL platform: install the vendor's OpenCL driver"),
+    ],
+)
+def test_a_platform_is_chosen_by_vendor_and_name(
+    there: list[opencl.Platform], simulate: str, wanted: str | None, found: int | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyopencl
+
+    monkeypatch.setenv(musa.SIMULATE, simulate)
+    monkeypatch.delenv(opencl.PLATFORM_ENV)
+    if wanted:
+        monkeypatch.setenv(opencl.PLATFORM_ENV, wanted)
+    if there:
+        monkeypatch.setattr(opencl, "platforms", lambda: there)
+    else:
+        monkeypatch.setattr(pyopencl, "get_platforms", list)
+    if isinstance(found, int):
+        assert musa.MusaBackend().device.platform is there[found]
+        return
+    with pytest.raises(BackendUnavailable) as caught:
+        _ = musa.MusaBackend().device
+    assert found in str(caught.value)
+    probe = musa.MusaBackend().probe()
+    assert not probe.available and found in probe.reason
+    assert ("HAL_MUSA_SIMULATE=1" in probe.fix) == (simulate == "0")
+
+
+def test_a_number_that_is_no_device_lists_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(opencl.DEVICE_ENV, "7")
+    probe = musa.MusaBackend().probe()
+    assert not probe.available and "has these devices: 0: " in probe.reason
+
+
+def test_a_word_that_is_neither_yes_nor_no_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(musa.SIMULATE, "maybe")
+    probe = musa.MusaBackend().probe()
+    assert (probe.available, probe.fix) == (False, "unset HAL_MUSA_SIMULATE")
+
+
+def test_simulation_says_what_it_is() -> None:
+    probe = musa.MusaBackend().probe()
+    assert probe.available and probe.evidence == "simulation"
+    assert POCL in probe.reason and "says nothing of a Moore Threads GPU" in probe.details["simulation"]
+
+
+def test_a_backend_that_is_not_asked_imports_no_driver() -> None:
+    code = "import sys, hal_musa.plugin as p; p.hal_backend(); print('pyopencl' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+@pytest.mark.long
+def test_it_conforms(monkeypatch: pytest.MonkeyPatch) -> None:
+    plugins.reset()
+    session = Session(Settings("musa", SEED, "quick", patience=6.0), list(CHOSEN))
+    try:
+        session.run()
+    finally:
+        session.close()
+        plugins.reset()
+    seen = {r.id: (r.status, r.message) for r in session.results.values() if r.status != "SKIPPED"}
+    assert set(seen) == set(CHOSEN)
+    wrong = {name: found for name, found in seen.items() if found[0] not in ("PASS", "UNCOVERED")}
+    assert not wrong, wrong
+    assert session.facts["evidence"] == "simulation"
+
+
+@pytest.fixture(scope="module")
+def chosen() -> opencl.Platform:
+    return opencl.choose()
+
+
+@pytest.fixture(scope="module")
+def discrete(chosen: opencl.Platform) -> opencl.OpenClDevice:
+    """A device that says it has memory of its own."""
+    return opencl.OpenClDevice(chosen, unified=False)
+
+
+def decode_args(kv_cache: torch.Tensor, **changes: Any) -> MlaDecodeArgs:
+    torch.manual_seed(1)
+    arguments: dict[str, Any] = {
+        "q": (torch.randn(2, 1, 16, 64) / 10).bfloat16(),
+        "kv_cache": kv_cache,
+        "block_table": torch.tensor([[3, 1], [0, 2]], dtype=torch.int32),
+        "cache_seqlens": torch.tensor([100, 3], dtype=torch.int32),
+        "head_dim_v": 48,
+        "causal": False,
+        "lse_base": "e",
+        "batch_invariant": False,
+    }
+    absent = ("softmax_scale", "kv_format", "indices", "topk_length", "attn_sink", "extra_kv_cache", "extra_indices")
+    absent += ("extra_topk_length", "out", "cu_seqlens_q")
+    return check_decode(**(dict.fromkeys(absent) | arguments | changes))
+
+
+def agrees(args: MlaDecodeArgs) -> bool:
+    assert args.block_table is not None and args.cache_seqlens is not None
+    out, lse = mla_decode(args.q, args.kv_cache, args.block_table, args.cache_seqlens, head_dim_v=48)
+    close = torch.allclose(args.out.double(), out, rtol=2 / 128, atol=8e-4)
+    return close and torch.allclose(args.lse.double(), lse, atol=1e-5)
+
+
+def cached(layers: int = 1) -> torch.Tensor:
+    torch.manual_seed(2)
+    return (torch.randn(layers, 4, 64, 1, 64) / 10).bfloat16()
+
+
+def test_memory_of_its_own_is_filled_and_read_back(discrete: opencl.OpenClDevice) -> None:
+    wide = torch.full((2, 1, 16, 100), 7.0).bfloat16()
+    args = decode_args(cached()[0], out=wide[..., 10:58])
+    PortableMla(discrete).decode(args, None)
+    assert agrees(args)
+    assert (wide[..., :10] == 7).all() and (wide[..., 58:] == 7).all()
+
+
+def test_an_adopted_cache_is_copied_once_and_noticed_when_it_changes(
+    discrete: opencl.OpenClDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kv, kernels = cached(2), PortableMla(discrete)
+    adopted = discrete.adopt(kv)
+    assert adopted is not None
+    moved: list[int] = []
+    copy = opencl.Adopted._copy
+
+    def counted(adopted: opencl.Adopted, start: int, size: int) -> None:
+        moved.append(size)
+        copy(adopted, start, size)
+
+    monkeypatch.setattr(opencl.Adopted, "_copy", counted)
+    for layer in (0, 1):
+        args = decode_args(kv[layer])
+        kernels.decode(args, None)
+        assert agrees(args)
+    assert moved == []
+    kv[1] *= 2
+    kernels.decode(args := decode_args(kv[1]), None)
+    assert agrees(args) and moved == [kv.nbytes]
+    kv[1] *= 2
+    adopted.update(1, 2)
+    kernels.decode(args := decode_args(kv[1]), None)
+    assert agrees(args) and moved == [kv.nbytes, kv[1].nbytes]
+    adopted.release()
+    assert not discrete.adopted
+    kernels.decode(args := decode_args(kv[0]), None)
+    assert agrees(args) and len(moved) == 2
+
+
+def test_what_torch_does_not_watch_is_not_adopted(discrete: opencl.OpenClDevice) -> None:
+    with torch.inference_mode():
+        unwatched = torch.zeros(4)
+    with pytest.raises(SpecError, match="inference tensor"):
+        discrete.adopt(unwatched)
+
+
+def test_shared_memory_needs_no_copy(chosen: opencl.Platform) -> None:
+    device = opencl.OpenClDevice(chosen, unified=True)
+    assert device.adopt(cached()) is None
+    args = decode_args(cached()[0])
+    PortableMla(device).decode(args, None)
+    assert agrees(args)
+
+
+def source(folder: Path, body: str) -> Source:
+    path = folder / "mine.h"
+    path.write_text(f"HAL_KERNEL(8)\nvoid mine(HAL_GLOBAL float *to, float value) {{\n{body}\n}}\n")
+    return Source((str(path),), ())
+
+
+def test_a_compile_error_names_file_and_line(chosen: opencl.Platform, tmp_path: Path) -> None:
+    wrong = source(tmp_path, "to[0] = valve;")
+    with pytest.raises(CompileError) as caught:
+        opencl.OpenClDevice(chosen).build(wrong)
+    assert caught.value.source_path == wrong.files[0]
+    assert f"{wrong.files[0]}:3" in caught.value.log and "valve" in caught.value.log
+
+
+def test_more_memory_than_there_is(chosen: opencl.Platform) -> None:
+    with pytest.raises(DeviceError, match=f"clCreateBuffer of {1 << 50} bytes: "):
+        opencl.OpenClDevice(chosen).empty(1 << 50)
+
+
+def test_launches_are_timed_and_compiled_code_is_kept(
+    chosen: opencl.Platform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opencl.OpenClDevice, "keeps", False)
+    filled = source(tmp_path, "to[HAL_GROUP * 8 + HAL_THREAD] = value;")
+    to = torch.zeros(16)
+    for _ in range(2):
+        device = opencl.OpenClDevice(chosen, unified=True)
+        program, queue = device.build(filled), device.queue()
+        event = queue.launch(program, "mine", 2, 8, (queue.write(to)[0], np.float32(3)))
+        queue.finish()
+        assert to.tolist() == [3.0] * 16
+        assert 0 < event.seconds() < 10
+        assert device.launches() == {f"opencl:mine@{device.facts.name}": 1}
+        monkeypatch.setattr(opencl.OpenClDevice, "_code", lambda device, source: pytest.fail("compiled again"))
+        to.zero_()
+
+
+def test_code_the_driver_does_not_take_is_made_anew(
+    chosen: opencl.Platform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opencl.OpenClDevice, "keeps", False)
+    device, filled = opencl.OpenClDevice(chosen), source(tmp_path, "to[0] = value;")
+    folder = cache.private_folder("opencl")
+    cache.kept(folder, f"{filled.key(device.facts)}.bin", lambda: b"of another driver")
+    assert device.build(filled).source is filled

@@ -1,0 +1,170 @@
+"""The driver for the host itself: kernels as C++, every thread of a group a fibre.
+
+For tests: it is slow and looks closely. Subgroups may have any width; threads that do not meet at the same barrier are
+an error; memory is NaN until it is written.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from hal.portable import cache
+from hal.portable.runtime import Argument, Facts, Program, Source
+from hal.spec.errors import BackendUnavailable, CompileError, DeviceError
+
+_FLAGS: Final = ("-std=c++17", "-O1", "-g0", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off")
+_SIMULATOR: Final = Path(__file__).parent / "dialects" / "host.cpp"
+_KERNEL: Final = re.compile(r"HAL_KERNEL\(\w+\)\s*void (\w+)\(")
+
+
+def compiler() -> str:
+    """The C++ compiler: ``CXX``, else the usual names.
+
+    Raises
+    ------
+    BackendUnavailable
+        There is none.
+    """
+    found = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
+    if found is None:
+        raise BackendUnavailable("no C++ compiler: install g++, or set CXX")
+    return found
+
+
+@dataclass(slots=True, eq=False)
+class HostProgram:
+    """See `runtime.Program`."""
+
+    source: Source
+    library: ctypes.CDLL
+
+
+class HostEvent:
+    """See `runtime.Event`: over before it is there."""
+
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
+    def seconds(self) -> float:
+        """Not measured."""
+        return 0.0
+
+
+class HostDevice:
+    """See `runtime.Device`.
+
+    Parameters
+    ----------
+    subgroup : int
+        Width of subgroups; 1 is a device without.
+    processors : int
+    local_bytes : int
+    """
+
+    def __init__(self, subgroup: int = 1, processors: int = 2, local_bytes: int = 48 << 10) -> None:
+        self._shape = (subgroup, processors, local_bytes)
+        self._launches: Counter[str] = Counter()
+
+    @cached_property
+    def facts(self) -> Facts:
+        """As given; the driver is the compiler."""
+        subgroup, processors, local_bytes = self._shape
+        version = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=False).stdout
+        return Facts("fibres", version.split("\n")[0], "host", processors, 2, local_bytes, subgroup)
+
+    @property
+    def allocator(self) -> HostDevice:
+        """The device itself."""
+        return self
+
+    def empty(self, size: int) -> Any:
+        """See `runtime.Allocator`. What was never written is NaN wherever a float is read."""
+        return torch.full((max(size // 4, 4),), float("nan"))
+
+    def build(self, source: Source) -> HostProgram:
+        """See `runtime.Device`."""
+        text = source.text("host")
+        kernels = _KERNEL.findall(text)
+        calls = (f'extern "C" void call_{k}(void **given) {{ Call<{k}>::by_address(given); }}\n' for k in kernels)
+        text += f'#line 1 "{_SIMULATOR}"\n{_SIMULATOR.read_text()}{"".join(calls)}'
+        folder, name = cache.private_folder("host"), f"{cache.key(text, self.facts.driver, *_FLAGS)}.so"
+        code = cache.kept(folder, name, lambda: _compile(text, source))
+        # Loaded from a copy of its own: the entry may be replaced, and two programs must not share local memory.
+        with tempfile.NamedTemporaryFile(suffix=".so") as file:
+            file.write(code)
+            file.flush()
+            return HostProgram(source, ctypes.CDLL(file.name))
+
+    def queue(self) -> HostDevice:
+        """The device itself: a kernel is over when its launch is."""
+        return self
+
+    def read(self, tensor: Tensor) -> Any:
+        """See `runtime.Queue`."""
+        return tensor
+
+    def write(self, tensor: Tensor) -> tuple[Any, tuple[int, ...]]:
+        """See `runtime.Queue`."""
+        return tensor, tensor.stride()
+
+    def launch(
+        self, program: Program, kernel: str, groups: int, threads: int, arguments: Sequence[Argument]
+    ) -> HostEvent:
+        """See `runtime.Queue`.
+
+        Raises
+        ------
+        DeviceError
+            Threads of a group parted at a barrier.
+        """
+        assert isinstance(program, HostProgram)
+        cells = [_cell(argument) for argument in arguments]
+        given = (ctypes.c_void_p * len(cells))(*(ctypes.addressof(cell) for cell in cells))
+        parted = (ctypes.c_int * 2)()
+        called = getattr(program.library, f"call_{kernel}")
+        done: int = program.library.hal_host_run(called, given, groups, threads, self.facts.subgroup, parted)
+        if done:
+            lines = " and ".join(str(abs(line)) if line else "the end" for line in parted)
+            files = ", ".join(program.source.files)
+            raise DeviceError(f"{kernel}: threads of a group wait at different places: lines {lines} of {files}")
+        self._launches[kernel] += 1
+        return HostEvent()
+
+    def finish(self) -> None:
+        """Nothing is under way."""
+
+    def launches(self) -> Mapping[str, int]:
+        """See `runtime.Device`."""
+        return {f"host:{kernel}@fibres": count for kernel, count in self._launches.items()}
+
+
+def _cell(argument: Any) -> Any:
+    """Memory that holds an argument."""
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.create_string_buffer(argument.tobytes())
+
+
+def _compile(text: str, source: Source) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        made, from_file = Path(folder, "kernels.so"), Path(folder, "kernels.cpp")
+        from_file.write_text(text)
+        line = [compiler(), *_FLAGS, "-o", str(made), str(from_file)]
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise CompileError(f"{line[0]}: the kernels do not build", log=done.stderr, source_path=source.path)
+        return made.read_bytes()

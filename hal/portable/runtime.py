@@ -1,0 +1,177 @@
+"""What a driver is to the portable kernels: a device that builds programs, holds memory and does work in order.
+
+A driver implements `Device`, `Allocator`, `Program`, `Queue` and `Event` in one module. The host side of an operation
+(`hal.portable.mla`) knows nothing else of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Final, Protocol, TypeAlias
+
+import numpy as np
+from torch import Tensor
+
+from hal.portable.cache import key
+
+Number: TypeAlias = np.int32 | np.int64 | np.float32
+"""A scalar argument of a kernel, of exactly the kernel's type."""
+
+_HERE: Final = Path(__file__).parent
+_CXX: Final = ("cuda", "hip", "musa", "host")
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is to be known of a device.
+
+    Attributes
+    ----------
+    name : str
+    driver : str
+        With version: what was compiled for one is not run by another.
+    dialect : str
+        Which of ``hal/portable/dialects`` its compiler understands.
+    processors : int
+        How many groups of threads run at once without sharing anything.
+    groups : int
+        How many groups a processor is to be given, so that it has something to do while one of them waits.
+    local_bytes : int
+        Local memory that one group may have.
+    subgroup : int
+        Threads that can shuffle; 1 where there is no such thing.
+    """
+
+    name: str
+    driver: str
+    dialect: str
+    processors: int
+    groups: int
+    local_bytes: int
+    subgroup: int
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Kernels to compile: their files in ``hal/portable/kernels``, in order, and what is defined before them."""
+
+    files: tuple[str, ...]
+    flags: tuple[tuple[str, int], ...]
+
+    def text(self, dialect: str) -> str:
+        """The one file a compiler is given; its errors name the files it came from, and the lines there."""
+        dialects = (f"{dialect}.h", "cxx.h") if dialect in _CXX else (f"{dialect}.h",)
+        paths = [*(_HERE / "dialects" / name for name in dialects), *(_HERE / "kernels" / name for name in self.files)]
+        defined = "".join(f"#define {name} {value}\n" for name, value in self.flags)
+        return defined + "".join(f'#line 1 "{path}"\n{_text(path)}' for path in paths)
+
+    def key(self, facts: Facts, *options: str) -> str:
+        """What compiled code is kept under."""
+        flags = (f"{name}={value}" for name, value in self.flags)
+        return key(self.text(facts.dialect), *flags, *options, facts.dialect, facts.name, facts.driver)
+
+    @property
+    def path(self) -> str:
+        """The file an error is looked for in first."""
+        return str(_HERE / "kernels" / self.files[-1])
+
+
+@cache
+def _text(path: Path) -> str:
+    return path.read_text()
+
+
+class Memory(Protocol):
+    """Bytes that kernels can address; freed when it is forgotten."""
+
+
+Argument: TypeAlias = Memory | Number
+
+
+class Allocator(Protocol):
+    """Where memory comes from."""
+
+    def empty(self, size: int) -> Memory:
+        """So many bytes of the device, of any content.
+
+        Raises
+        ------
+        DeviceError
+            There is not so much.
+        """
+
+
+class Program(Protocol):
+    """Compiled kernels."""
+
+    source: Source
+
+
+class Event(Protocol):
+    """The end of something that was queued."""
+
+    def wait(self) -> None:
+        """Return when it is done.
+
+        Raises
+        ------
+        DeviceError
+            It failed.
+        """
+
+    def seconds(self) -> float:
+        """How long it ran on the device, once it is done."""
+
+
+class Queue(Protocol):
+    """Work of one call, done in the order in which it is given."""
+
+    def read(self, tensor: Tensor) -> Memory:
+        """The elements of a tensor where kernels of this queue can read them, for as long as the queue lives."""
+
+    def write(self, tensor: Tensor) -> tuple[Memory, tuple[int, ...]]:
+        """Where kernels of this queue are to write the elements of a tensor, and the strides to use there."""
+
+    def launch(self, program: Program, kernel: str, groups: int, threads: int, arguments: Sequence[Argument]) -> Event:
+        """Queue a kernel.
+
+        Raises
+        ------
+        DeviceError
+        """
+
+    def finish(self) -> None:
+        """See to it that what was written is where whoever owns the tensors looks for it.
+
+        Tensors of the host must be there when this returns; tensors of the device are when its stream says so.
+        """
+
+
+class Device(Protocol):
+    """One device, as its driver shows it."""
+
+    @property
+    def facts(self) -> Facts:
+        """What it is."""
+
+    @property
+    def allocator(self) -> Allocator:
+        """Where its memory comes from; often the device itself."""
+
+    def build(self, source: Source) -> Program:
+        """Compile, or find compiled in the cache on disk.
+
+        Raises
+        ------
+        CompileError
+            Carries path, line and the compiler's log.
+        """
+
+    def queue(self) -> Queue:
+        """A queue for one call."""
+
+    def launches(self) -> Mapping[str, int]:
+        """How often each kernel was launched, by ``driver:kernel@device``."""
