@@ -14,7 +14,7 @@ import torch
 from distributions import Distribution, install
 from hal_conformance import manners
 from hal_conformance.cli import app
-from hal_conformance.facts import reaches
+from hal_conformance.facts import reaches, unlisted
 from hal_conformance.parcel import pack, unpack_plain
 from hal_conformance.ranks import GroupResult, RankResult
 from hal_conformance.session import Session, Settings
@@ -45,9 +45,13 @@ def _mutants_are_installed() -> Iterator[None]:
         ("mutant-leaves-its-dtype", "MLA-01", "a call changed torch's default dtype"),
     ],
 )
-def test_what_a_backend_does_to_its_judge_and_its_process_is_seen(name: str, obligation: str, complaint: str) -> None:
+def test_what_a_backend_does_to_its_judge_and_its_process_is_seen(
+    name: str, obligation: str, complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     session = Session(Settings(name, 3, "quick"), [obligation], witness=WITNESS)
     session.stop_after = 1
+    # Every case is judged twice here: not every one shows the bug.
+    monkeypatch.setattr(session, "_judged_twice", lambda _, indices: set(indices))
     try:
         assert complaint in session.run_one(BY_ID[obligation]).message
     finally:
@@ -136,6 +140,18 @@ def test_a_distribution_that_reaches_into_its_judge_is_named(tmp_path: Path) -> 
         "sly.pth is executed wherever Python starts",
         "torch/sly.py lies in the package torch",
     ]
+
+
+def test_a_module_that_no_hash_is_over_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = install(tmp_path, Distribution("hal-plain", "x = 1\n", "plain"))
+    monkeypatch.syspath_prepend(str(folder))
+    record = folder / "hal_plain-1.0.dist-info" / "RECORD"
+    for kept, missing in ((True, []), (False, ["hal_plain.py is not among its listed files"])):
+        lines = [line for line in record.read_text().splitlines() if kept or not line.startswith("hal_plain.py")]
+        record.write_text("\n".join(lines))
+        dist = next(iter(importlib.metadata.distributions(path=[str(folder)])))
+        entry = next(e for e in dist.entry_points if e.group == "hal.backends")
+        assert unlisted(entry, dist) == missing
 
 
 def test_a_waiver_lasts_a_year_at_most(tmp_path: Path) -> None:

@@ -39,6 +39,8 @@ def obstacles(report: dict[str, Any]) -> list[str]:
         found.append("quick mode or a filter was used")
     if not run.get("fresh"):
         found.append("the seed was chosen: run without --seed")
+    if run.get("host") != "hal conform":
+        found.append("pytest executes whatever plugins and files it finds: run hal conform")
     if report["verdict"] not in ("PASS", "WAIVED"):
         found.append(f"the verdict is {report['verdict']}")
     verdicts = {row["id"]: row["verdict"] for row in report["levels"]}
@@ -76,6 +78,8 @@ def issue(report: dict[str, Any]) -> dict[str, Any] | None:
         "suite_hash": report["suite"]["hash"],
         "specification": report["environment"]["specification"],
         "device": backend["reason"],
+        "torch_device": report["run"]["device"] or backend["capabilities"]["device_types"][0],
+        "patience": report["run"]["patience"],
         "driver": backend["details"],
         "evidence": backend["evidence"],
         "levels": {r["id"]: r["verdict"] for r in report["levels"] if r["verdict"] in ("PASS", "WAIVED")},
@@ -103,14 +107,15 @@ def verify(report: Any, today: datetime.date | None = None) -> tuple[list[str], 
     if certificate is None:
         return [*errors, f"there is no certificate: {'; '.join(obstacles(report)) or 'it was removed'}"], []
     if issue(report) != certificate:
-        errors.append("the certificate is not the one this report gives: one of them was changed")
+        # Nothing in it can be taken at its word, not even that it is there.
+        return [*errors, "the certificate is not the one this report gives: one of them was changed"], []
     if certificate["suite_hash"] != suite_hash():
         errors.append(
             f"judged by another suite (version {certificate['suite']}) than the one installed here; use that one"
         )
     day = today or datetime.date.today()
     for waiver in certificate["waivers"]:
-        if datetime.date.fromisoformat(waiver["expires"]) < day:
+        if waiver["expires"] < day.isoformat():
             errors.append(f"the waiver of {waiver['obligation']} expired on {waiver['expires']}")
     notes = []
     if not list(entry_points(group=plugins.GROUP, name=certificate["backend"])):
@@ -140,6 +145,10 @@ def _consistency(report: dict[str, Any]) -> list[str]:
             errors.append(f"{row['id']} ran {row['planned']} cases where this mode has {least}")
         if row["status"] == "WAIVED" and row["id"] not in {w["obligation"] for w in report["waivers"]}:
             errors.append(f"{row['id']} says WAIVED without a waiver")
+    waived = {row["id"] for row in report["obligations"] if row["status"] == "WAIVED"}
+    errors += [
+        f"{w['obligation']} has a waiver, but none was used" for w in report["waivers"] if w["obligation"] not in waived
+    ]
     errors += _undeclared(report)
     rows = levels({row["id"]: row["status"] for row in report["obligations"]})
     if rows != report["levels"]:

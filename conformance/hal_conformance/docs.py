@@ -23,7 +23,9 @@ declared: the suite makes the call all the same, and it must raise `UnsupportedE
 | out | {DENSE_OUT.absolute:g} | {DENSE_OUT.relative * 128:g}/128 | {DENSE_OUT.row_cosine:g} | {DENSE_OUT.cosine:g} |
 | lse | {DENSE_LSE.absolute:g} | {DENSE_LSE.relative * 65536:g}/65536 | implied by that of each value | likewise |
 
-The direction of a row is judged from {DIRECTION} columns on, that of the whole from {WHOLE} rows on.
+The direction of a row is judged from {DIRECTION} columns on, that of the whole from {WHOLE} rows on. An element of out
+also passes within {DENSE_OUT.rounding:g} times u · (Σ p|v| + 2·|out|), with u half a unit in the last place of q's
+type: what rounding the weights p to that type leaves.
 
 inf and NaN must be where the reference has them. The absolute limits are for data within ±1: where a row's V (or the
 sum of the absolute products behind its scores) is larger, they grow with it. A vendor may tighten limits, never loosen

@@ -88,7 +88,7 @@ def distribution(backend: str) -> dict[str, Any]:
         "version": dist.version,
         "editable": editable,
         "hash": _hash(files),
-        "reaches": [] if editable else reaches(dist),
+        "reaches": [] if editable else reaches(dist) + unlisted(entry, dist),
     }
 
 
@@ -105,6 +105,14 @@ def reaches(dist: Distribution) -> list[str]:
     return found
 
 
+def unlisted(entry: EntryPoint, dist: Distribution) -> list[str]:
+    """Files of the backend's package that its distribution does not list, so that no hash is over them."""
+    listed = {path.resolve() for _, path in _installed_files(dist)}
+    return [
+        f"{name} is not among its listed files" for name, path in _package_files(entry) if path.resolve() not in listed
+    ]
+
+
 def _editable(dist: Distribution) -> bool:
     text = dist.read_text("direct_url.json")
     return bool(text and json.loads(text).get("dir_info", {}).get("editable"))
@@ -119,6 +127,8 @@ def _installed_files(dist: Distribution) -> list[tuple[str, Path]]:
 def _package_files(entry: EntryPoint) -> list[tuple[str, Path]]:
     spec = find_spec(entry.module.partition(".")[0])
     found: list[tuple[str, Path]] = []
+    if spec is not None and spec.origin and not spec.submodule_search_locations:
+        found.append((Path(spec.origin).name, Path(spec.origin)))
     for root in (spec.submodule_search_locations or []) if spec is not None else []:
         found += [(str(p.relative_to(root)), p) for p in sorted(Path(root).rglob("*")) if p.is_file()]
     return [(name, path) for name, path in found if path.suffix != ".pyc"]

@@ -53,7 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
     except HalError as error:
         pytest.exit(f"hal conformance: {error}", returncode=2)
     settings = Settings(name, fresh_seed() if seed is None else seed, config.getoption("--hal-mode"))
-    session = Session(settings, only, None, found, fresh=seed is None)
+    session = Session(settings, only, None, found, fresh=seed is None, host="pytest")
     session.learn()
     if session.facts.get("state") == "unavailable" and session.facts.get("reason"):
         session.close()

@@ -34,6 +34,7 @@ def make(session: Session, roofline: dict[str, Any] | None = None) -> dict[str, 
         "run": {
             "seed": settings.seed,
             "fresh": session.fresh,
+            "host": session.host,
             "mode": settings.mode,
             "tighten": settings.tighten,
             "patience": settings.patience,

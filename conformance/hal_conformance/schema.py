@@ -33,7 +33,9 @@ def _object(properties: dict[str, Any], *optional: str) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
 
 
-_WAIVER: Final = _object({"obligation": _TEXT, "reason": _TEXT, "expires": {"type": "string", "format": "date"}})
+_WAIVER: Final = _object(
+    {"obligation": _TEXT, "reason": _TEXT, "expires": {"type": "string", "pattern": "^[0-9]{4}-[0-9]{2}-[0-9]{2}$"}}
+)
 
 SCHEMA: Final[dict[str, Any]] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -46,6 +48,7 @@ SCHEMA: Final[dict[str, Any]] = {
                 {
                     "seed": _COUNT,
                     "fresh": {"type": "boolean"},
+                    "host": _TEXT,
                     "mode": {"enum": ["quick", "default", "full"]},
                     "tighten": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
                     "patience": {"type": "number", "exclusiveMinimum": 0},
@@ -58,6 +61,7 @@ SCHEMA: Final[dict[str, Any]] = {
                     "command": _TEXT,
                 },
                 "fresh",
+                "host",
             ),
             "backend": _object(
                 {

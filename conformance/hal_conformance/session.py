@@ -100,6 +100,8 @@ class Session:
         been prepared for it.
     witness : Worker, optional
         Judges cases apart from the backend; given, it outlives this session, and may serve the next one too.
+    host : str
+        What this process is: the command, or pytest, which executes whatever plugins and files it finds.
     """
 
     def __init__(
@@ -110,12 +112,14 @@ class Session:
         waivers: Mapping[str, Waiver] | None = None,
         fresh: bool = False,
         witness: Worker | None = None,
+        host: str = "hal conform",
     ) -> None:
         self.settings = settings
         self.waivers = dict(waivers or {})
         self.only = frozenset(only)
         self.case = case
         self.fresh = fresh
+        self.host = host
         self.worker = Worker()
         self.witness = witness or Worker()
         self._owned = [self.worker] if witness else [self.worker, self.witness]

@@ -1,8 +1,8 @@
 """How far a result may be from the float64 reference.
 
-The limits are the published ones of FlashMLA, with two differences that only make them stricter or better defined:
-they hold for every (query, head) row as well as for a whole tensor, and the absolute limits, published for data within
-±1, grow with the data where a test uses larger numbers. A vendor may tighten them (`Limits.tightened`), nothing else.
+The limits are the published ones of FlashMLA, made to hold for every (query, head) row as well as for a whole tensor,
+and made fair to any data: the absolute limits, published for data within ±1, grow with the data, and what correct
+rounding of the weights leaves is never asked to be less. A vendor may tighten them (`Limits.tightened`), nothing else.
 
 The published cosine difference is that of a whole tensor. One row may reach three times as much: tensor cores take the
 weights in bf16, and where two keys of equal weight make up a row, correct rounding of the weights (each within 2⁻⁸ of
