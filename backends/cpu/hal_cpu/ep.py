@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import secrets
@@ -83,9 +82,6 @@ _TYPES: Final = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _BYTES, _INT32, _INT64 = 3, 4, 5
 launches: Counter[str] = Counter()
 """Calls of this process, by name and instruction set."""
-
-_PARTING: Final = 1.0
-"""Seconds to tell the others of a rank that did not come."""
 
 _WINDOW_FROM: Final = 1 << 20
 _CAST_OF: Final = {name: i for i, name in enumerate(CASTS)}
@@ -181,8 +177,7 @@ class CpuEpEngine(NodeEngine):
             except SpecError as error:
                 failure = {"group": error}
             except RankFailure as error:
-                with contextlib.suppress(RankFailure):
-                    agree(exchange_over(args.group, min(args.timeout, _PARTING)), {"group": error})
+                exchange.leave(error)
                 raise
             agree(exchange, failure)
         finally:
