@@ -151,7 +151,9 @@ class Meeting:
     def _missing(self, found: dict[int, bytes]) -> int:
         if not found:  # looked for all at once: ask for each
             where = f"round{self._rounds}" if self._rounds else "here"
-            found = {rank: b"" for rank in self._ranks if self._ask(partial(self._store.check, [self._key(where, rank)]))}
+            found = {
+                rank: b"" for rank in self._ranks if self._ask(partial(self._store.check, [self._key(where, rank)]))
+            }
         missing = set(self._ranks) - set(found)
         # Who came and left again did so on account of one who did not come.
         return min(missing - self._came or missing, default=self._rank)

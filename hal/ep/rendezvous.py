@@ -19,6 +19,7 @@ import torch.distributed as dist
 from hal.ep.meeting import Meeting
 from hal.spec.errors import RankFailure, SpecError
 
+
 class Exchange(Protocol):
     """Gathers one picklable object of every rank, in rank order."""
 

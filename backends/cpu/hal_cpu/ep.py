@@ -75,7 +75,7 @@ CAPABILITIES: Final = EpCapabilities(
     mask_ranks=True,
     zero_copy_combine=True,
     pre_reduce=True,
-    across_nodes=("normal", "low_latency", "error", "drop", "grow"),
+    across_nodes=("normal", "low_latency", "error", "drop", "grow", "mask_ranks"),
 )
 
 _TYPES: Final = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -102,7 +102,9 @@ def open_engine(args: EpBufferArgs) -> EpEngine:
     """The engine of a group: of its one node, or of all its nodes."""
     if args.num_nodes == 1:
         return CpuEpEngine(args)
-    return NodesEngine(args, CpuEpEngine(args))
+    # A rank that waits for one of another node is not to be taken for lost by those of its own.
+    patient = replace(args, timeout=2 * args.timeout) if args.mask_ranks else args
+    return NodesEngine(args, CpuEpEngine(patient))
 
 
 class CpuEpEngine(NodeEngine):
@@ -122,7 +124,7 @@ class CpuEpEngine(NodeEngine):
         self._native = _ep
         self._args = args
         exchange = exchange_over(args.group, args.timeout)
-        topology = Topology(args.num_ranks, args.ranks_per_node)
+        topology = Topology(args.num_ranks, args.ranks_per_node, args.mask_ranks)
         peers = topology.ranks(topology.node(args.rank))
         self._first = first = peers[0]
         self._ranks = ranks = len(peers)
@@ -133,6 +135,9 @@ class CpuEpEngine(NodeEngine):
         self._origins = torch.tensor(
             [-1 if block[s] is None else block[s] for s in range(self._sources) for block in blocks], dtype=torch.int32
         )
+        # The block through which the tokens of each rank of the group come here: its own, or what this rank speaks for.
+        origins = self._origins.view(self._sources, ranks).tolist()
+        self._blocks = torch.tensor([_block_of(origins, rank, here) for rank in range(args.num_ranks)])
         crowded = ranks > len(os.sched_getaffinity(0))
         # One rank's secret serves the group; every rank brings one, so that none needs to be asked first.
         doorbell = Doorbell(args.num_ranks)
@@ -268,7 +273,7 @@ class CpuEpEngine(NodeEngine):
             dropped,
             idx,
             op.routes,
-            Sources(op.routes, rows, self._origins, self._args),
+            Sources(op.routes, rows, self._origins, self._blocks, self._args),
         )
         return EpDispatched(
             recv_x if scales is None else recv_x.view(FP8),
@@ -372,9 +377,7 @@ class CpuEpEngine(NodeEngine):
         def run() -> None:
             finish()
             reserved.recv_count.copy_(made[0])
-            # Blocks lie in the order of their ranks, and those of nobody are empty.
-            there = self._origins >= 0
-            reserved.handle.layout_range.copy_(made[1].flatten(1)[:, there])
+            reserved.handle.layout_range.copy_(made[1].flatten(1)[:, self._blocks])
             if args.dispatch_wait_recv_cost_stats is not None:
                 args.dispatch_wait_recv_cost_stats[self._first : self._first + self._ranks] += waits
 
@@ -522,11 +525,12 @@ class CpuEpEngine(NodeEngine):
 
     def set_mask(self, rank: int, masked: bool) -> None:
         """Mark the rank, and tell it."""
-        self._engine.set_mask(rank, masked)
+        self._engine.set_mask(rank - self._first, masked)
 
     def masked(self) -> Sequence[bool]:
-        """As the engine decides."""
-        found: list[bool] = self._engine.masked()
+        """As the engine decides; of ranks elsewhere it knows nothing."""
+        found = [False] * self._args.num_ranks
+        found[self._first : self._first + self._ranks] = self._engine.masked()
         return found
 
     def records(self) -> Sequence[Mapping[str, object]]:
@@ -571,6 +575,13 @@ class CpuEpEngine(NodeEngine):
 
     def _refusal(self, error: Exception) -> SpecError:
         return refusal(self._first, error, ())
+
+
+def _block_of(origins: list[list[int]], rank: int, here: int) -> int:
+    """The block of a rank's tokens: the one of peer ``here``, if several peers speak for it."""
+    peers = len(origins[0])
+    found = [s * peers + peer for s, block in enumerate(origins) for peer, one in enumerate(block) if one == rank]
+    return next((block for block in found if block % peers == here), found[0])
 
 
 def _routes(handle: EpHandle) -> Any:

@@ -75,10 +75,10 @@ class PackedState:
 class Sources:
     """Where the rows of a dispatch came from."""
 
-    __slots__ = ("_args", "_origins", "_routes", "_rows")
+    __slots__ = ("_args", "_blocks", "_origins", "_routes", "_rows")
 
-    def __init__(self, routes: Any, rows: int, origins: Tensor, args: EpBufferArgs) -> None:
-        self._routes, self._rows, self._origins, self._args = routes, rows, origins, args
+    def __init__(self, routes: Any, rows: int, origins: Tensor, blocks: Tensor, args: EpBufferArgs) -> None:
+        self._routes, self._rows, self._origins, self._blocks, self._args = routes, rows, origins, blocks, args
 
     def rank(self) -> Tensor:
         """Blocks are known from the counts; the rows of a rank that was lost meanwhile are nobody's."""
@@ -111,10 +111,7 @@ class Sources:
     def _by_rank(self, fill: Callable[[int], None], columns: int) -> Tensor:
         by_block = torch.empty(len(self._origins), columns, dtype=torch.int32)
         fill(by_block.data_ptr())
-        found = torch.zeros(self._args.num_ranks, columns, dtype=torch.int32)
-        there = self._origins >= 0
-        found[self._origins[there].long()] = by_block[there]
-        return found
+        return by_block[self._blocks]
 
 
 def nothing() -> None:
