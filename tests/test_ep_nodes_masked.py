@@ -101,7 +101,7 @@ def normal(rank: int, plan: Plan, buffer: hal.EpBuffer, gone: bool) -> None:
     layout = {"expand": case.expand, "expert_alignment": case.alignment}
     got = buffer.dispatch(mine.x, mine.topk_idx, mine.topk_weights, **layout)
     if rank == plan.culprit:
-        buffer.combine(got.recv_x, got.handle)
+        buffer.combine(got.recv_x * (rank + 2), got.handle)
         return
     absent = {plan.culprit}
     without = oracle.dispatch(inputs, case.experts, absent=absent, **layout)
@@ -142,8 +142,9 @@ def packed(rank: int, plan: Plan, buffer: hal.EpBuffer, gone: bool) -> None:
         low.hook()
     rows = low.recv_x
     assert isinstance(rows, torch.Tensor)
+    sent = rows.nan_to_num(0.0, 0.0, 0.0) * (rank + 2)
     if rank == plan.culprit:
-        buffer.low_latency_combine(rows, mine.topk_idx, mine.topk_weights, low.handle)
+        buffer.low_latency_combine(sent, mine.topk_idx, mine.topk_weights, low.handle)
         return
     if gone:
         ep_cases.same("recv_count", low.recv_count, without[rank].count)
@@ -152,7 +153,6 @@ def packed(rank: int, plan: Plan, buffer: hal.EpBuffer, gone: bool) -> None:
             here, there = (span(one[expert, source]) for one in (low.handle.layout_range, without[rank].layout_range))
             ep_cases.same("src_info", low.handle.src_info[expert, here], without[rank].src_info[expert, there])
             ep_cases.same("packed rows", rows[expert, here], without[rank].x[expert, there])
-    sent = rows.nan_to_num(0.0, 0.0, 0.0) * (rank + 2)
     back = buffer.low_latency_combine(sent, mine.topk_idx, mine.topk_weights, low.handle).combined_x
     full = oracle.low_latency_dispatch(inputs, case.experts, most)
     sums = [

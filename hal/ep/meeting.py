@@ -10,7 +10,7 @@ from __future__ import annotations
 import pickle
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -109,7 +109,7 @@ class Meeting:
 
     def _offers(self) -> dict[int, bytes]:
         keys = [self._offer(rank) for rank in self._ranks]
-        there = self._ranks
+        there: Sequence[int] = self._ranks
         if not self._store.check(keys):
             there = [rank for rank in self._ranks if self._store.check([keys[rank]])]
         found = dict(zip(there, self._read([keys[rank] for rank in there]), strict=True))

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, Final
 
 from torch import Tensor
@@ -77,9 +78,9 @@ class Posts:
                 self._changed.notify_all()
 
         for peer, rows in receives:
-            self._post(self._group.recv, rows, peer, tag, lambda error, peer=peer: settled(peer, True, error))
+            self._post(self._group.recv, rows, peer, tag, partial(settled, peer, True))
         for peer, rows in sends:
-            self._post(self._group.send, rows, peer, tag, lambda error, peer=peer: settled(peer, False, error))
+            self._post(self._group.send, rows, peer, tag, partial(settled, peer, False))
         end = start + timeout
         with self._changed:
             while any(left.values()):

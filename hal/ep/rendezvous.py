@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
 
 from hal.ep.meeting import Meeting
 from hal.spec.errors import RankFailure, SpecError
@@ -67,7 +68,7 @@ class _OverStore:
         """Connections of its own where the group's bytes go over gloo, whose timeouts break all there are."""
         if "cpu:gloo" not in str(dist.get_backend_config(self._group)):
             return self._group
-        store = dist.PrefixStore(f"hal-ep/{self._met().name}/gloo", self._group.get_group_store())
+        store = PrefixStore(f"hal-ep/{self._met().name}/gloo", self._group.get_group_store())
         ranks, rank = dist.get_world_size(self._group), dist.get_rank(self._group)
         return dist.ProcessGroupGloo(store, rank, ranks, timedelta(seconds=timeout))
 
