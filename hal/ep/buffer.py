@@ -455,6 +455,20 @@ class EpBuffer:
             raise SpecError("error", type(error).__name__, "a SpecError")
         raise self._engine.refuse("refuse", error)
 
+    @staticmethod
+    def refuse_opening(group: Any, error: SpecError, timeout: float = _TIMEOUT) -> NoReturn:
+        """As `refuse`, in place of a buffer that the other ranks are opening. Collective.
+
+        Raises
+        ------
+        SpecError
+            What the first rank in number that refuses gave.
+        RankFailure
+            A rank does not open one within ``timeout`` seconds.
+        """
+        agree(exchange_over(group, timeout), {error.argument: error})
+        raise error
+
     def set_mask(self, rank: int, masked: bool = True) -> None:
         """Carry on without a rank, or with it again; needs ``mask_ranks=True``. Local."""
         if not self._args.mask_ranks:
