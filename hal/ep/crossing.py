@@ -13,7 +13,7 @@ from hal.ep.layout import count_layout
 from hal.ep.relay import Relayed
 from hal.ep.topology import Topology
 from hal.ep.wire import Wire
-from hal.spec.ep import EpBufferArgs
+from hal.spec.ep import EpBufferArgs, EpHandle
 
 
 @dataclass(slots=True, eq=False)
@@ -184,6 +184,18 @@ class Crossing:
                 rows += table[:, k].float().where((node[:, k] == one)[:, None], 0.0)
             found.append((one, rows))
         return found
+
+    def first_rows(self, handle: EpHandle) -> Tensor:
+        """[n, K] bool: the choices that carry a row, the first of each rank or, expanded, of each expert."""
+        idx = handle.topk_idx
+        key = idx if handle.expand else torch.where(idx >= 0, idx // self._args.local_experts, -1)
+        earlier = (key[:, :, None] == key[:, None, :]).tril(-1).any(2)
+        return (idx >= 0) & ~earlier
+
+    def spread(self, values: Tensor, idx: Tensor, first: Tensor) -> Tensor:
+        """Give every choice of an expert the value of the first one."""
+        same = (idx[:, :, None] == idx[:, None, :]) & first[:, None, :]
+        return torch.where(idx >= 0, (same * values[:, None, :]).sum(2), 0.0)
 
     def _gate_of(self, idx: Tensor) -> Tensor:
         """The rank to which each choice is sent, -1 for none."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from hal.ep.engine import (
 )
 from hal.ep.layout import count_layout
 from hal.ep.relay import NodeEngine, Relayed
-from hal.ep.rendezvous import agree, exchange_over
+from hal.ep.rendezvous import connected
 from hal.ep.wire import Wire
 from hal.spec.ep import (
     CASTS,
@@ -40,7 +40,7 @@ from hal.spec.ep import (
     EpLowLatencyDispatchArgs,
     EpLowLatencyHandle,
 )
-from hal.spec.errors import RankFailure, SpecError
+from hal.spec.errors import SpecError
 
 _T = TypeVar("_T")
 
@@ -61,7 +61,7 @@ class NodesEngine(EpEngine):
         first = args.rank // args.ranks_per_node * args.ranks_per_node
         self._here = range(first, min(first + args.ranks_per_node, args.num_ranks))
         self._owner = object()
-        self._wire = Wire(args, _connected(args))
+        self._wire = Wire(args, connected(args))
         self._crossing = Crossing(args, self._wire)
         self._worker: ThreadPoolExecutor | None = None
 
@@ -127,7 +127,7 @@ class NodesEngine(EpEngine):
         total = torch.zeros(n, self._args.hidden, dtype=torch.float32, device=args.x.device)
         for bias in args.bias:
             total += bias.float()
-        idx, first = handle.topk_idx, self._first_rows(handle)
+        idx, first = handle.topk_idx, self._crossing.first_rows(handle)
         if self._args.pre_reduce and not self._args.mask_ranks:
             sums_here = self._wire.inside(lambda: self._node_engine.partial(args.x, state.inner))
             self._crossing.add_nodes(total, self._crossing.give_back(sums_here, state, "combine"), idx, state)
@@ -142,7 +142,7 @@ class NodesEngine(EpEngine):
         if weights is not None:
             table = self._rows(weights[:, None] if handle.expand else weights, state)
             if handle.expand:
-                sums = self._spread(table[:, :, 0], idx, first)
+                sums = self._crossing.spread(table[:, :, 0], idx, first)
             else:
                 sums = torch.zeros(n, topk, dtype=torch.float32, device=args.x.device)
                 for k in range(topk):
@@ -284,32 +284,6 @@ class NodesEngine(EpEngine):
             legal = f"-1 (no expert) or 0…{self._args.num_experts - 1}"
             error = SpecError("topk_idx", f"an expert out of range on rank {self._args.rank}", legal)
             raise self._refused(phase, error) if phase == "dispatch" else self.refuse(phase, error)
-
-    def _first_rows(self, handle: EpHandle) -> Tensor:
-        """[n, K] bool: the choices that carry a row, the first of each rank or, expanded, of each expert."""
-        idx = handle.topk_idx
-        key = idx if handle.expand else torch.where(idx >= 0, idx // self._args.local_experts, -1)
-        earlier = (key[:, :, None] == key[:, None, :]).tril(-1).any(2)
-        return (idx >= 0) & ~earlier
-
-    def _spread(self, values: Tensor, idx: Tensor, first: Tensor) -> Tensor:
-        """Give every choice of an expert the value of the first one."""
-        same = (idx[:, :, None] == idx[:, None, :]) & first[:, None, :]
-        return torch.where(idx >= 0, (same * values[:, None, :]).sum(2), 0.0)
-
-
-def _connected(args: EpBufferArgs) -> Any:
-    """Connections of this buffer alone."""
-    exchange = exchange_over(args.group, args.timeout)
-    failure: dict[str, RankFailure] = {}
-    exchange(None)
-    try:
-        group = exchange.communicator(args.timeout)
-    except RuntimeError as error:
-        reason = str(error).split("\n")[0][:200]
-        failure["group"] = RankFailure(args.rank, "opening the buffer", f"it cannot connect to all others ({reason})")
-    agree(exchange, failure)
-    return group
 
 
 def _state(handle: EpHandle | EpLowLatencyHandle) -> Crossed:

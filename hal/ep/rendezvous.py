@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
 from hal.ep.meeting import Meeting
+from hal.spec.ep import EpBufferArgs
 from hal.spec.errors import RankFailure, SpecError
 
 
@@ -112,6 +113,20 @@ def agree(exchange: Exchange, fields: dict[str, Any]) -> None:
         for name, value in first.items():
             if found.get(name) != value:
                 raise SpecError(name, f"{found.get(name)!r} on rank {rank}", f"{value!r}, as on rank 0")
+
+
+def connected(args: EpBufferArgs) -> Any:
+    """Connections of this buffer alone."""
+    exchange = exchange_over(args.group, args.timeout)
+    failure: dict[str, RankFailure] = {}
+    exchange(None)
+    try:
+        group = exchange.communicator(args.timeout)
+    except RuntimeError as error:
+        reason = str(error).split("\n")[0][:200]
+        failure["group"] = RankFailure(args.rank, "opening the buffer", f"it cannot connect to all others ({reason})")
+    agree(exchange, failure)
+    return group
 
 
 def host_identity() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -10,6 +11,13 @@ from torch import Tensor
 
 from hal.spec.ep import CASTS, EpBufferArgs
 from hal.spec.errors import RankFailure, SpecError
+
+# Element types as the compiled engine numbers them.
+TYPES: Final = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+BYTES, INT32 = 3, 4
+
+launches: Counter[str] = Counter()
+"""Calls of this process, by name and instruction set."""
 
 OPERATIONS: Final = ("", "dispatch", "combine", "low_latency_dispatch", "low_latency_combine")
 Fields = Sequence[tuple[str, Callable[[int], str]]]
