@@ -272,7 +272,7 @@ class NodesEngine(EpEngine):
         self, kind: str, fields: Sequence[int], counts: Sequence[int], waits: Tensor | None = None
     ) -> list[list[int]]:
         """Exchange headers; whoever is lost to the wire or to the node is lost to both."""
-        lost = {rank for rank in self._here if self._node_engine.masked()[rank]}
+        lost = {rank for rank, masked in enumerate(self._node_engine.masked()) if masked}
         self._wire.absent |= lost
         found = self._wire.agree(kind, fields, counts, waits=waits)
         for rank in self._wire.absent.intersection(self._here) - lost:
