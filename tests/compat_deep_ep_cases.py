@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import pytest
@@ -253,7 +254,7 @@ def told(rank: int) -> str:
 
 
 def nodes(rank: int) -> None:
-    """Over several nodes both modes are the same; carrying on without a rank is refused as the backend declares."""
+    """Over several nodes both modes are the same."""
     os.environ["HAL_EP_RANKS_PER_NODE"] = "1"
     buffer = deep_ep.Buffer(dist.group.WORLD, low_latency_mode=True)
     x, idx = torch.randn(3, 64).bfloat16(), torch.tensor([[0, 3], [2, -1], [1, 0]])
@@ -278,10 +279,6 @@ def nodes(rank: int) -> None:
     weights = torch.ones(3, 2)
     sums = buffer.low_latency_combine(packed[0], idx, weights, packed[2])[0]
     torch.testing.assert_close(sums, x * (idx >= 0).sum(1, keepdim=True))
-    shrinking = deep_ep.Buffer(dist.group.WORLD, low_latency_mode=True, enable_shrink=True)
-    with pytest.raises(hal.UnsupportedError) as caught:
-        shrinking.low_latency_dispatch(x, idx, 4, 4)
-    assert caught.value.argument == "enable_shrink"
     dist.barrier()
     assert deep_ep.ElasticBuffer(dist.group.WORLD, 1 << 21).get_physical_domain_size() == (2, 1)
     assert deep_ep.get_physical_domain_size(dist.group.WORLD) == (2, 1)
@@ -360,3 +357,97 @@ def death(rank: int, shrink: bool) -> Any:
     status = torch.zeros(2, dtype=torch.int32)
     buffer.low_latency_query_mask_buffer(status)
     return status.tolist()
+
+
+def wrong_alone(rank: int, culprit: int) -> list[str]:
+    """Every check of the drop-in's own, failed by one rank only: the same error on all, and nobody waits."""
+    said = []
+    group = dist.group.WORLD
+    first = deep_ep.Buffer(group)
+    x, idx, weights = X[:2], IDX[:2], WEIGHTS[:2]
+    per_rank, _, per_expert, in_rank, _ = first.get_dispatch_layout(idx, 4)
+    passed = {"num_tokens_per_rank": per_rank, "is_token_in_rank": in_rank, "num_tokens_per_expert": per_expert}
+    right: dict[str, dict[str, Any]] = {
+        "dispatch": {"x": x, "topk_idx": idx, "topk_weights": weights, **passed},
+        "low_latency_dispatch": {"x": x, "topk_idx": idx, "num_max_dispatch_tokens_per_rank": 4, "num_experts": 4},
+    }
+
+    def refused(buffer: Any, name: str, change: dict[str, Any], argument: str) -> None:
+        call = {**right[name], **(change if rank == culprit else {})}
+        with pytest.raises((hal.SpecError, hal.UnsupportedError)) as caught:
+            getattr(buffer, name)(**call)
+        assert caught.value.argument == argument
+        said.append(str(caught.value).split(": ", 1)[1] if isinstance(caught.value, hal.SpecError) else argument)
+
+    # Nothing is open yet: the others are about to open.
+    refused(first, "dispatch", {"config": 24}, "config")
+    buffer = deep_ep.Buffer(group, low_latency_mode=True)
+    sent = buffer.dispatch(**right["dispatch"])
+    buffer.dispatch(x, **passed)  # what goes beside does not count as the last call
+    sent = buffer.dispatch(**right["dispatch"])
+    packed = buffer.low_latency_dispatch(**right["low_latency_dispatch"], use_fp8=False)
+    right["combine"] = {"x": sent[0], "handle": sent[4]}
+    right["low_latency_combine"] = {"x": packed[0], "topk_idx": idx, "topk_weights": weights, "handle": packed[2]}
+    for name, change, argument in (
+        ("dispatch", {"x": None}, "x"),
+        ("dispatch", {"num_tokens_per_rank": None}, "num_tokens_per_rank"),
+        ("dispatch", {"topk_idx": idx.int()}, "topk_idx"),
+        ("dispatch", {"is_token_in_rank": ~in_rank}, "is_token_in_rank"),
+        ("dispatch", {"expert_alignment": 0}, "expert_alignment"),
+        ("dispatch", {"previous_event": 3}, "previous_event"),
+        ("dispatch", {"handle": (1, 2), "topk_idx": None, "topk_weights": None}, "handle"),
+        ("combine", {"handle": None}, "handle"),
+        ("combine", {"handle": packed[2]}, "handle"),
+        ("combine", {"async_finish": 3}, "async_finish"),
+        ("low_latency_dispatch", {"x": x[0]}, "x"),
+        ("low_latency_dispatch", {"num_experts": None}, "num_experts"),
+        ("low_latency_combine", {"zero_copy": True}, "zero_copy"),
+        ("low_latency_combine", {"handle": sent[4]}, "handle"),
+    ):
+        refused(buffer, name, change, argument)
+    for change in ({"use_nvfp4": True}, {"x_global_scale": torch.ones(())}):
+        refused(buffer, "low_latency_dispatch", change, next(iter(change)))
+        said.pop()  # of one's own it is another error
+    assert torch.equal(buffer.combine(**right["combine"])[0], x * in_rank.sum(1, keepdim=True))
+
+    elastic = deep_ep.ElasticBuffer(group, num_max_tokens_per_rank=8, hidden=128)
+    right["dispatch"] = {"x": x, "topk_idx": idx, "topk_weights": weights, "num_experts": 4}
+    refused(elastic, "dispatch", {"num_sms": -1}, "num_sms")
+    own = elastic.dispatch(**right["dispatch"])
+    right["combine"] = {"x": own[0], "handle": own[3]}
+    for name, change, argument in (
+        ("dispatch", {"num_max_tokens_per_rank": 1}, "x"),
+        ("dispatch", {"num_experts": None}, "num_experts"),
+        ("dispatch", {"topk_idx": None}, "topk_idx"),
+        ("dispatch", {"do_cpu_sync": 2}, "do_cpu_sync"),
+        ("combine", {"handle": None}, "handle"),
+        ("combine", {"num_qps": -1}, "num_qps"),
+    ):
+        refused(elastic, name, change, argument)
+    assert torch.equal(elastic.combine(**right["combine"])[0], x * in_rank.sum(1, keepdim=True))
+    return said
+
+
+def late(rank: int, late_by: float) -> tuple[int, int]:
+    """Microseconds that the statistics of a hooked dispatch and combine show for rank 1, which is late for both."""
+    buffer = deep_ep.Buffer(dist.group.WORLD, low_latency_mode=True)
+    found = []
+    for _ in range(2):  # the first call opens
+        dist.barrier()
+        waits = [torch.zeros(2, dtype=torch.int64) for _ in range(2)]
+        time.sleep(late_by * rank)
+        sent = buffer.low_latency_dispatch(
+            X, IDX, 4, 4, use_fp8=False, return_recv_hook=True, dispatch_wait_recv_cost_stats=waits[0]
+        )
+        assert not waits[0].any()  # the call itself waits for nobody
+        time.sleep(late_by / 4)
+        assert not waits[0].any()  # nor does this count
+        sent[4]()
+        time.sleep(late_by * rank)
+        back = buffer.low_latency_combine(
+            sent[0], IDX, WEIGHTS, sent[2], return_recv_hook=True, combine_wait_recv_cost_stats=waits[1]
+        )
+        back[2]()
+        found = [int(one[1]) for one in waits]
+        assert not rank or max(int(one[0]) for one in waits) < late_by * 1e6 / 2
+    return found[0], found[1]

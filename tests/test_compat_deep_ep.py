@@ -344,3 +344,15 @@ def test_ranks_that_disagree_are_told() -> None:
 def test_a_rank_that_dies_is_named_or_masked() -> None:
     assert run_ranks(2, cases.death, False, check=False)[0].value == 1
     assert run_ranks(2, cases.death, True, check=False)[0].value == [0, 1]
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_what_one_rank_gets_wrong_is_the_same_error_on_all(culprit: int) -> None:
+    said = [outcome.value for outcome in run_ranks(2, cases.wrong_alone, culprit)]
+    assert said[0] == said[1]
+
+
+def test_a_hook_s_waiting_is_counted() -> None:
+    late = 0.6
+    for waited in run_ranks(2, cases.late, late)[0].value:
+        assert late * 0.6e6 < waited < late * 1.5e6

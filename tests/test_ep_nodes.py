@@ -7,13 +7,11 @@ from typing import Any
 
 import ep_cases
 import pytest
-import torch
-import torch.distributed as dist
 from ep_cases import Case
 from ep_ranks import run_ranks
 
-import hal
 from hal import EpFault, EpFaults, RankFailure, SpecError
+from hal.ep.wire import Wire
 
 TOKENS = (5, 0, 9, 17)
 
@@ -81,14 +79,14 @@ def counted(rank: int) -> tuple[int, int]:
     case = Case(ranks=4, tokens=TOKENS, per_node=2, routing="distinct", experts=8, topk=4)
     mine = case.inputs()[rank]
     sent = 0
-    send = dist.isend
+    trade = Wire.trade
 
-    def spy(tensor: torch.Tensor, **more: Any) -> Any:
+    def spy(wire: Wire, sends: Any, receives: Any, phase: str) -> set[int]:
         nonlocal sent
-        sent += len(tensor) if tensor.dim() == 2 and tensor.shape[1] == case.hidden * 2 else 0
-        return send(tensor, **more)
+        sent += sum(len(rows) for _, rows in sends if rows.shape[1] == case.hidden)
+        return trade(wire, sends, receives, phase)
 
-    dist.isend = spy
+    Wire.trade = spy
     with case.buffer() as buffer:
         buffer.dispatch(mine.x, mine.topk_idx)
         away = buffer.layout(mine.topk_idx).num_tokens_per_node
@@ -141,12 +139,3 @@ def test_a_rank_killed_on_one_node_is_named_on_both() -> None:
     for rank in range(3):
         assert isinstance(outcomes[rank].error, RankFailure), outcomes[rank]
         assert outcomes[rank].error.rank == 3, str(outcomes[rank].error)
-
-
-def refused(rank: int) -> None:
-    with pytest.raises(hal.UnsupportedError):
-        Case(ranks=4, tokens=TOKENS, per_node=2).buffer(mask_ranks=True)
-
-
-def test_what_has_no_path_between_nodes_is_refused() -> None:
-    run_ranks(4, refused)

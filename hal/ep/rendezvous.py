@@ -6,85 +6,88 @@ has a name in any file system and nothing is left when the processes are gone, h
 
 from __future__ import annotations
 
-import contextlib
 import os
-import pickle
 import secrets
 import socket
 import struct
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
 
+from hal.ep.meeting import Meeting
+from hal.spec.ep import EpBufferArgs
 from hal.spec.errors import RankFailure, SpecError
 
-_OPENING: Final = "opening the buffer"
-_POLL: Final = 2e-4
 
-Exchange = Callable[[Any], list[Any]]
-"""Gather one picklable object of every rank, in rank order."""
+class Exchange(Protocol):
+    """Gathers one picklable object of every rank, in rank order."""
+
+    def __call__(self, mine: Any) -> list[Any]:
+        """What all ranks gave, once they have.
+
+        Raises
+        ------
+        RankFailure
+            A rank does not come within the timeout, or left and told why.
+        """
+
+    def leave(self, failure: RankFailure) -> None:
+        """Tell the others that this rank does not go on."""
+
+    def communicator(self, timeout: float) -> Any:
+        """Something to send and receive with that nobody else uses, and that no earlier timeout has broken."""
 
 
 def exchange_over(group: Any, timeout: float) -> Exchange:
-    """The exchange of a torch.distributed group.
+    """The exchange of a torch.distributed group, within ``timeout`` seconds; begins when it is first used.
 
-    On the host a rank that does not come within ``timeout`` seconds is named in a RankFailure. A group that moves only
-    device memory has one timeout for everything, its own.
+    A group without a store has one timeout for everything, its own.
     """
-    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    return _OverGroup(group) if group.get_group_store() is None else _OverStore(group, timeout)
 
-    def from_each(mine: torch.Tensor, landing: list[torch.Tensor]) -> None:
-        # One scatter from every rank rather than one gather of all, so that it shows whose is missing.
-        end = time.monotonic() + timeout
-        works: dict[int, Any] = {}
-        for source, into in enumerate(landing):
-            given = [mine] * ranks if source == rank else None
-            try:
-                works[source] = dist.scatter(into, given, group=group, group_src=source, async_op=True)
-            except RuntimeError as error:
-                raise _absent(source, error) from None
-        own = works.pop(rank)
-        # The first that fails is to blame: others may have left on its account by the time they are asked.
-        while works:
-            for source, work in list(works.items()):
-                if work.is_completed():
-                    _require(source, works.pop(source))
-            if works and time.monotonic() > end:
-                raise RankFailure(min(works), _OPENING, f"no answer from it within {timeout:g} s")
-            time.sleep(_POLL if works else 0)
-        with contextlib.suppress(RuntimeError):  # whoever did not take it has been named, or will be
-            own.wait(timedelta(seconds=max(end - time.monotonic(), 0.001)))
 
-    def exchange(mine: Any) -> list[Any]:
-        said = torch.frombuffer(bytearray(pickle.dumps(mine)), dtype=torch.uint8)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(ranks)]
-        from_each(torch.tensor([len(said)]), sizes)
-        found = [torch.empty(int(size), dtype=torch.uint8) for size in sizes]
-        from_each(said, found)
-        return [pickle.loads(one.numpy().tobytes()) for one in found]
+class _OverStore:
+    def __init__(self, group: Any, timeout: float) -> None:
+        self._group, self._timeout = group, timeout
+        self._meeting: Meeting | None = None
 
-    def exchange_on_device(mine: Any) -> list[Any]:
-        found: list[Any] = [None] * ranks
-        dist.all_gather_object(found, mine, group=group)
+    def __call__(self, mine: Any) -> list[Any]:
+        return self._met().exchange(mine)
+
+    def _met(self) -> Meeting:
+        self._meeting = self._meeting or Meeting(self._group, self._timeout)
+        return self._meeting
+
+    def leave(self, failure: RankFailure) -> None:
+        if self._meeting is not None:
+            self._meeting.leave(failure)
+
+    def communicator(self, timeout: float) -> Any:
+        """Connections of its own where the group's bytes go over gloo, whose timeouts break all there are."""
+        if "cpu:gloo" not in str(dist.get_backend_config(self._group)):
+            return self._group
+        store = PrefixStore(f"hal-ep/{self._met().name}/gloo", self._group.get_group_store())
+        ranks, rank = dist.get_world_size(self._group), dist.get_rank(self._group)
+        return dist.ProcessGroupGloo(store, rank, ranks, timedelta(seconds=timeout))
+
+
+class _OverGroup:
+    def __init__(self, group: Any) -> None:
+        self._group = group
+
+    def __call__(self, mine: Any) -> list[Any]:
+        found: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(found, mine, group=self._group)
         return found
 
-    return exchange if "cpu:gloo" in str(dist.get_backend_config(group)) else exchange_on_device
+    def leave(self, failure: RankFailure) -> None:
+        """The others come to it by the group's timeout."""
 
-
-def _require(rank: int, work: Any) -> None:
-    try:
-        work.wait()
-    except RuntimeError as error:
-        raise _absent(rank, error) from None
-
-
-def _absent(rank: int, error: RuntimeError) -> RankFailure:
-    reason = str(error).split("\n")[0][:200]
-    return RankFailure(rank, _OPENING, f"no answer from it ({reason})")
+    def communicator(self, timeout: float) -> Any:
+        return self._group
 
 
 def agree(exchange: Exchange, fields: dict[str, Any]) -> None:
@@ -110,6 +113,20 @@ def agree(exchange: Exchange, fields: dict[str, Any]) -> None:
         for name, value in first.items():
             if found.get(name) != value:
                 raise SpecError(name, f"{found.get(name)!r} on rank {rank}", f"{value!r}, as on rank 0")
+
+
+def connected(args: EpBufferArgs) -> Any:
+    """Connections of this buffer alone."""
+    exchange = exchange_over(args.group, args.timeout)
+    failure: dict[str, RankFailure] = {}
+    exchange(None)
+    try:
+        group = exchange.communicator(args.timeout)
+    except RuntimeError as error:
+        reason = str(error).split("\n")[0][:200]
+        failure["group"] = RankFailure(args.rank, "opening the buffer", f"it cannot connect to all others ({reason})")
+    agree(exchange, failure)
+    return group
 
 
 def host_identity() -> str:

@@ -13,14 +13,20 @@ class Topology:
     the ranks of the receiving one, so that what a node delivers can be put in the order of the source's rank: in block
     b of a source node the i-th rank of the receiving node speaks for the source node's rank b · size + i.
 
+    Where ranks may be lost a token crosses to each rank it is for instead, so that no rank's end takes the tokens of
+    another: every rank speaks for all ranks of other nodes, and only to itself.
+
     Parameters
     ----------
     num_ranks : int
     ranks_per_node : int
+    direct : bool
+        Whether ranks may be lost.
     """
 
     num_ranks: int
     ranks_per_node: int
+    direct: bool = False
 
     @property
     def num_nodes(self) -> int:
@@ -41,9 +47,16 @@ class Topology:
         there = self.ranks(node)
         return there[(rank - self.ranks(self.node(rank))[0]) % len(there)]
 
+    def gate(self, rank: int, to: int) -> int:
+        """The rank to which a rank sends tokens that are for ``to``; itself where that is on its own node."""
+        node = self.node(to)
+        return to if self.direct and node != self.node(rank) else self.relay(rank, node)
+
     def sources(self, rank: int) -> list[int | None]:
         """For each block of tokens that the ranks of this node deliver: the rank for which this one speaks, if any."""
         here = self.ranks(self.node(rank))
+        if self.direct and self.num_nodes > 1:
+            return [one if one == rank or one not in here else None for one in range(self.num_ranks)]
         found: list[int | None] = []
         for node in range(self.num_nodes):
             there = self.ranks(node)

@@ -2,22 +2,22 @@
 
 Every call between nodes begins with a header from every rank to every other. It carries what must agree, how many
 tokens will come, and, where a call was refused or a rank failed, what to raise instead.
+
+Where failed ranks are masked, a rank takes no part from the first header on that does not come in time; each rank
+decides that for itself.
 """
 
 from __future__ import annotations
 
-import contextlib
 import struct
-import time
+import weakref
 from collections.abc import Callable, Sequence
-from datetime import timedelta
-from functools import partial
 from typing import Any, Final, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from hal.ep.posts import Posts
 from hal.spec.ep import EpBufferArgs
 from hal.spec.errors import RankFailure, SpecError
 
@@ -34,9 +34,11 @@ FIELDS: Final = (
     "num_worst_tokens",
     "handle",
 )
-_LAST_WAIT: Final = timedelta(seconds=1)
+_GRACE: Final = 1.0
+"""Seconds in which others may tell who is to blame, once something has failed."""
+
 _PARTING: Final = 5.0
-_HEADERS, ROWS = 1, 2  # tags: a header is never taken for rows
+_TAGS: Final = 1 << 30
 _WORDS: Final = 64
 _T = TypeVar("_T")
 
@@ -47,14 +49,25 @@ class Wire:
     Parameters
     ----------
     args : EpBufferArgs
+    group : ProcessGroup
+        What to send and receive with.
+
+    Attributes
+    ----------
+    absent : set of int
+        Masked ranks.
     """
 
-    def __init__(self, args: EpBufferArgs) -> None:
+    def __init__(self, args: EpBufferArgs, group: Any) -> None:
         self._args = args
-        self._group: Any = args.group
-        self._timeout = timedelta(seconds=args.timeout)
+        self._posts = Posts(group)
+        weakref.finalize(self, self._posts.close)  # its threads end even where nobody closes
+        self._others = [rank for rank in range(args.num_ranks) if rank != args.rank]
         self._calls = 0
         self._broken: RankFailure | None = None
+        self.absent: set[int] = set()
+        self._left: set[int] = set()  # those of them that were told
+        self._silent: set[int] = set()  # ranks that owe something in this call
 
     def agree(
         self,
@@ -73,7 +86,7 @@ class Wire:
         fields : sequence of int
             What must agree, as the rest of `FIELDS` names it; missing ones are 0.
         counts : sequence of int
-            Tokens for each node, then for each rank; none where nothing is sent.
+            Tokens sent to each rank across nodes, then tokens for each rank; none where nothing is sent.
         error : SpecError, optional
             What every rank is to raise instead of making the call.
         waits : Tensor, optional
@@ -82,53 +95,87 @@ class Wire:
         Returns
         -------
         list of list of int
-            Of every rank its counts.
+            Of every rank its counts; of masked ones zeros.
 
         Raises
         ------
         SpecError
             What anyone's header says is wrong, the same on every rank.
         RankFailure
-            A rank does not answer, or another rank told that one failed.
+            A rank does not answer, another rank told that one failed, or the others carry on without this one.
         """
         if self._broken is not None:
             raise self._broken
         self._calls += 1
+        self._part()
         text = () if error is None else (error.argument, error.got, error.legal)
         mine = self._header(kind, fields, counts, text)
-        landing = {r: torch.zeros_like(mine) for r in range(self._args.num_ranks) if r != self._args.rank}
-        failure = self._attempt([(r, mine) for r in landing], list(landing.items()), kind, _HEADERS, waits)
+        landing = {rank: torch.zeros_like(mine) for rank in self._others if rank not in self.absent}
+        failed, waited = self._trade([(rank, mine) for rank in landing], list(landing.items()), 0)
+        if waits is not None:
+            for rank, seconds in waited.items():
+                waits[rank] += int(seconds * 1e6)
+        failure = self._blamed(failed, kind)
         landing[self._args.rank] = mine
-        headers = [landing[r].tolist() for r in range(self._args.num_ranks)]
-        for header in headers:
+        headers = {rank: landing[rank].tolist() for rank in sorted(landing)}
+        for rank, header in list(headers.items()):
             if header[0] == KINDS.index("failed"):
                 # Whoever told of it may be gone by now; the one he named is to blame.
-                rank, where, reason = _text(header)
-                failure = RankFailure(int(rank), where, reason)
+                told = self._told(header)
+                if not self._args.mask_ranks or told.rank == self._args.rank:
+                    failure = told
+                failed.setdefault(rank, told.reason)
         if failure is not None:
             self._broken = failure
             raise failure
-        for header in headers:
+        self.absent |= failed.keys()
+        headers = {rank: header for rank, header in headers.items() if rank not in failed}
+        self._compare(headers)
+        nothing = [0] * 2 * self._args.num_ranks
+        found = {rank: header[len(FIELDS) + 1 : -1 - _WORDS] for rank, header in headers.items()}
+        return [found.get(rank, nothing) for rank in range(self._args.num_ranks)]
+
+    def _compare(self, headers: dict[int, list[int]]) -> None:
+        for header in headers.values():
             if header[-1 - _WORDS]:
                 raise SpecError(*_text(header))
-        for r, header in enumerate(headers):
-            for name, value, other in zip(FIELDS, header, headers[0], strict=False):
+        first = min(headers)
+        for rank, header in headers.items():
+            for name, value, other in zip(FIELDS, header, headers[first], strict=False):
                 if value != other:
                     shown = (KINDS[value], KINDS[other]) if name == "call" else (value, other)
-                    raise SpecError(name, f"{shown[0]} on rank {r}", f"{shown[1]}, as on rank 0")
-        return [header[len(FIELDS) + 1 : -1 - _WORDS] for header in headers]
+                    raise SpecError(name, f"{shown[0]} on rank {rank}", f"{shown[1]}, as on rank {first}")
 
-    def trade(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], phase: str) -> None:
+    def trade(
+        self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], phase: str
+    ) -> set[int]:
         """Send and receive rows, all at once.
+
+        Returns
+        -------
+        set of int
+            Where ranks are masked, those whose rows did not come; what is in their place is undefined for good.
 
         Raises
         ------
         RankFailure
-            The first peer that does not answer.
+            Otherwise: the first peer that does not answer, or whom another rank named.
         """
-        self._broken = self._attempt(sends, receives, phase, ROWS)
+        out = self.absent | self._silent
+        for rank, rows in sends:
+            if rank in self._silent:
+                self._posts.send(rank, rows.view(torch.uint8), self._tag(1))
+        failed, _ = self._trade(
+            [(rank, rows) for rank, rows in sends if rank not in out],
+            [(rank, rows) for rank, rows in receives if rank not in out],
+            1,
+        )
+        self._broken = self._blamed(failed, phase)
         if self._broken is not None:
+            self._broken = self._named_by_others(failed) or self._broken
             raise self._broken
+        self._silent |= failed.keys()
+        return {rank for rank, _ in receives if rank in self.absent | self._silent}
 
     def inside(self, call: Callable[[], _T]) -> _T:
         """Run a call inside the node; a rank that fails there is told to the other nodes, who cannot see it."""
@@ -139,68 +186,75 @@ class Wire:
             self._tell(failure)
             raise
 
+    def close(self) -> None:
+        """Close the connections. Idempotent."""
+        self._broken = self._broken or RankFailure(self._args.rank, "call", "this buffer is closed")
+        self._posts.close()
+
+    def _part(self) -> None:
+        """Ranks masked since the last call are told so in place of a header, should they wake up."""
+        self._silent = set()
+        for rank in self.absent - self._left:
+            text = (str(rank), "call", f"rank {self._args.rank} carries on without this one")
+            self._posts.send(rank, self._header("failed", (), (), text).view(torch.uint8), self._tag(0))
+        self._left = set(self.absent)
+
     def _tell(self, failure: RankFailure) -> None:
-        text = (str(failure.rank), failure.phase, failure.reason)
-        header = self._header("failed", (), (), text).view(torch.uint8)
+        """In place of the next header; where failed ranks are masked, that is this one."""
+        rank = self._args.rank if self._args.mask_ranks else failure.rank
+        header = self._header("failed", (), (), (str(rank), failure.phase, failure.reason)).view(torch.uint8)
         per_node = self._args.ranks_per_node
-        works = []
-        for rank in range(self._args.num_ranks):
-            if rank // per_node != self._args.rank // per_node:
-                with contextlib.suppress(Exception):  # whoever is gone need not be told
-                    works.append(dist.isend(header, group=self._group, group_dst=rank, tag=_HEADERS))
+        away = [rank for rank in self._others if rank // per_node != self._args.rank // per_node]
+        self._calls += 1
         # A message leaves when its receiver asks for it; whoever is still computing will not be waited for long.
-        end = time.monotonic() + min(self._args.timeout, _PARTING)
-        for work in works:
-            with contextlib.suppress(Exception):
-                if work is not None:
-                    work.wait(timedelta(seconds=max(end - time.monotonic(), 0.001)))
+        sends = [(rank, header) for rank in away if rank not in self.absent]
+        self._posts.trade(sends, (), self._tag(0), min(self._args.timeout, _PARTING))
+
+    def _named_by_others(self, failed: dict[int, str]) -> RankFailure | None:
+        """What another rank tells in place of its next header: it may have seen more than this one."""
+        self._calls += 1
+        header = self._header("failed", (), (), ())
+        landing = {rank: torch.zeros_like(header) for rank in self._others}
+        receives = [(rank, one.view(torch.uint8)) for rank, one in landing.items()]
+        gone, _ = self._posts.trade((), receives, self._tag(0), _GRACE)
+        came = [one.tolist() for rank, one in landing.items() if rank not in gone]
+        return next((self._told(one) for one in came if one[0] == KINDS.index("failed")), None)
+
+    def _told(self, header: list[int]) -> RankFailure:
+        rank, where, reason = _text(header)
+        return RankFailure(int(rank), where, reason)
+
+    def _blamed(self, failed: dict[int, str], phase: str) -> RankFailure | None:
+        """The failure of the first peer, where that is one."""
+        if self._args.mask_ranks:
+            return None
+        for peer, reason in failed.items():
+            return RankFailure(peer, f"{phase} (between nodes)", f"no answer from it ({reason})")
+        return None
+
+    def _tag(self, step: int) -> int:
+        """Of this call only: what an earlier one left unread is never taken for its own."""
+        return (2 * self._calls + step) % _TAGS
 
     def _header(self, kind: str, fields: Sequence[int], counts: Sequence[int], text: Sequence[str]) -> Tensor:
         """Kind, fields, the number of the call, counts, and a text of up to 512 bytes."""
         said = "\0".join(text).encode()[: 8 * _WORDS].ljust(8 * _WORDS, b"\0")
         filled = [KINDS.index(kind), *fields, *[0] * (len(FIELDS) - 1 - len(fields))]
-        tokens = [*counts, *[0] * (self._args.num_nodes + self._args.num_ranks - len(counts))]
+        tokens = [*counts, *[0] * (2 * self._args.num_ranks - len(counts))]
         words = struct.unpack(f"<{_WORDS}q", said)
         return torch.tensor([*filled, self._calls, *tokens, len(text), *words], device=self._args.device)
 
-    def _attempt(
-        self,
-        sends: Sequence[tuple[int, Tensor]],
-        receives: Sequence[tuple[int, Tensor]],
-        phase: str,
-        tag: int,
-        waits: Tensor | None = None,
-    ) -> RankFailure | None:
-        works = []
-        failure = None
-        start = time.monotonic()
-
-        def attempt(peer: int, step: Callable[[], _T]) -> _T | None:
-            nonlocal failure
-            try:
-                return step()
-            except Exception as error:
-                reason = str(error).split("\n")[0][:200]
-                failure = failure or RankFailure(peer, f"{phase} (between nodes)", f"no answer from it ({reason})")
-                return None
-
-        # Bytes, because every communication library moves those.
-        for peer, rows in receives:
-            if rows.numel():
-                into = rows.view(torch.uint8)
-                step = partial(dist.irecv, into, group=self._group, group_src=peer, tag=tag)
-                works.append((peer, attempt(peer, step), waits))
-        for peer, rows in sends:
-            if rows.numel():
-                out_of = rows.view(torch.uint8)
-                sent = partial(dist.isend, out_of, group=self._group, group_dst=peer, tag=tag)
-                works.append((peer, attempt(peer, sent), None))
-        for peer, work, counter in works:
-            if work is not None:
-                attempt(peer, partial(work.wait, self._timeout if failure is None else _LAST_WAIT))
-            if counter is not None:
-                counter[peer] += int((time.monotonic() - start) * 1e6)
-        return failure
+    def _trade(
+        self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], step: int
+    ) -> tuple[dict[int, str], dict[int, float]]:
+        """Bytes, because every communication library moves those."""
+        return self._posts.trade(
+            [(peer, rows.view(torch.uint8)) for peer, rows in sends if rows.numel()],
+            [(peer, rows.view(torch.uint8)) for peer, rows in receives if rows.numel()],
+            self._tag(step),
+            self._args.timeout,
+            None if self._args.mask_ranks else _GRACE,
+        )
 
 
 def _text(header: Sequence[int]) -> tuple[str, str, str]:

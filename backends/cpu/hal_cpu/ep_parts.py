@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -10,6 +11,13 @@ from torch import Tensor
 
 from hal.spec.ep import CASTS, EpBufferArgs
 from hal.spec.errors import RankFailure, SpecError
+
+# Element types as the compiled engine numbers them.
+TYPES: Final = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+BYTES, INT32 = 3, 4
+
+launches: Counter[str] = Counter()
+"""Calls of this process, by name and instruction set."""
 
 OPERATIONS: Final = ("", "dispatch", "combine", "low_latency_dispatch", "low_latency_combine")
 Fields = Sequence[tuple[str, Callable[[int], str]]]
@@ -75,10 +83,10 @@ class PackedState:
 class Sources:
     """Where the rows of a dispatch came from."""
 
-    __slots__ = ("_args", "_origins", "_routes", "_rows")
+    __slots__ = ("_args", "_blocks", "_origins", "_routes", "_rows")
 
-    def __init__(self, routes: Any, rows: int, origins: Tensor, args: EpBufferArgs) -> None:
-        self._routes, self._rows, self._origins, self._args = routes, rows, origins, args
+    def __init__(self, routes: Any, rows: int, origins: Tensor, blocks: Tensor, args: EpBufferArgs) -> None:
+        self._routes, self._rows, self._origins, self._blocks, self._args = routes, rows, origins, blocks, args
 
     def rank(self) -> Tensor:
         """Blocks are known from the counts; the rows of a rank that was lost meanwhile are nobody's."""
@@ -111,10 +119,7 @@ class Sources:
     def _by_rank(self, fill: Callable[[int], None], columns: int) -> Tensor:
         by_block = torch.empty(len(self._origins), columns, dtype=torch.int32)
         fill(by_block.data_ptr())
-        found = torch.zeros(self._args.num_ranks, columns, dtype=torch.int32)
-        there = self._origins >= 0
-        found[self._origins[there].long()] = by_block[there]
-        return found
+        return by_block[self._blocks]
 
 
 def nothing() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hal.compat.deep_ep.config import Config, combine_config, dispatch_config, low_latency_size, round_up
 from hal.compat.deep_ep.event import Completion, EventHandle, EventOverlap, overlap, wait_for
-from hal.compat.deep_ep.handle import Route, attach, attached
+from hal.compat.deep_ep.handle import Route, attach, attached, buffer_of
 from hal.compat.deep_ep.internode import Internode
 from hal.compat.deep_ep.low_latency import LowLatency
 from hal.compat.deep_ep.pool import Pool, published, unsupported
@@ -19,7 +19,7 @@ from hal.ep.launch import launched_ranks_per_node
 from hal.ep.layout import count_layout
 from hal.ep.results import EpDispatchResult
 from hal.plugins import select
-from hal.spec.ep import FP8, EpHandle, check_buffer
+from hal.spec.ep import FP8, EpHandle, EpLayout, check_buffer
 from hal.spec.errors import SpecError
 from hal.spec.tensors import dtype_name, require_bool, require_int, require_shape, require_tensor
 from hal.spec.validation import validation_level
@@ -212,18 +212,7 @@ class Buffer(LowLatency):
         require_int("num_experts", num_experts, 1)
         require_tensor("topk_idx", topk_idx, (torch.int64,), 2, "[n, K]")
         wait_for("previous_event", previous_event)
-        per_node = launched_ranks_per_node(self.group_size)
-        geometry = check_buffer(
-            self.group,
-            self.group_size,
-            self.rank,
-            num_experts,
-            8,
-            max(topk_idx.shape[1], 1),
-            1,
-            ranks_per_node=per_node,
-        )
-        found = count_layout(geometry, topk_idx)
+        found = self._layout(topk_idx, num_experts)
         event = overlap(Completion(), async_finish)
         return (
             found.num_tokens_per_rank,
@@ -232,6 +221,19 @@ class Buffer(LowLatency):
             found.is_token_in_rank,
             event,
         )
+
+    def _layout(self, topk_idx: Tensor, num_experts: int) -> EpLayout:
+        geometry = check_buffer(
+            self.group,
+            self.group_size,
+            self.rank,
+            num_experts,
+            8,
+            max(topk_idx.shape[1], 1),
+            1,
+            ranks_per_node=launched_ranks_per_node(self.group_size),
+        )
+        return count_layout(geometry, topk_idx)
 
     def dispatch(
         self,
@@ -289,43 +291,50 @@ class Buffer(LowLatency):
             of `hal.compat.deep_ep.internode`.
         event : EventOverlap
         """
-        self._pool.require_open()
-        _check_config(config)
-        _check_streams(previous_event, async_finish, allocate_on_comm_stream)
-        x, hidden, dtype = given_rows(x)
-        if handle is not None:
-            for name, value in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
-                if value is not None:
-                    raise SpecError(name, "a tensor together with handle", "None for a cached dispatch")
-            route = attached(handle, EpHandle, "dispatch")
+        with self._pool.checking("normal", buffer_of(handle, EpHandle)):
+            _check_config(config)
+            _check_streams(previous_event, async_finish, allocate_on_comm_stream)
+            x, hidden, dtype = given_rows(x)
+            if handle is not None:
+                for name, value in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
+                    if value is not None:
+                        raise SpecError(name, "a tensor together with handle", "None for a cached dispatch")
+                route = attached(handle, EpHandle, "dispatch")
             wait_for("previous_event", previous_event)
+        if handle is not None:
             with published(_NAMES):
                 sent = route.buffer.dispatch(x, handle=route.handle, async_finish=True)
                 event = overlap(Completion(sent.event.wait), async_finish)
             return sent.recv_x, None, None, None, None, event
 
         size, n = self.group_size, len(x[0] if isinstance(x, tuple) else x)
-        require_tensor("num_tokens_per_rank", num_tokens_per_rank, _INT32, 1, "[R]")
-        require_tensor("is_token_in_rank", is_token_in_rank, (torch.bool,), 2, "[n, R]")
-        require_tensor("num_tokens_per_expert", num_tokens_per_expert, _INT32, 1, "[E]")
-        assert num_tokens_per_rank is not None and is_token_in_rank is not None and num_tokens_per_expert is not None
-        require_shape("num_tokens_per_rank", num_tokens_per_rank, (size,), "[R]")
-        require_shape("is_token_in_rank", is_token_in_rank, (n, size), "[n, R]")
-        if topk_idx is None and topk_weights is not None:
-            raise SpecError("topk_weights", "a tensor without topk_idx", "None, or both")
-        require_int("num_worst_tokens", num_worst_tokens, 0)
-        require_int("expert_alignment", expert_alignment, 1)
+        with self._pool.checking("normal"):
+            require_tensor("num_tokens_per_rank", num_tokens_per_rank, _INT32, 1, "[R]")
+            require_tensor("is_token_in_rank", is_token_in_rank, (torch.bool,), 2, "[n, R]")
+            require_tensor("num_tokens_per_expert", num_tokens_per_expert, _INT32, 1, "[E]")
+            assert (
+                num_tokens_per_rank is not None and is_token_in_rank is not None and num_tokens_per_expert is not None
+            )
+            require_shape("num_tokens_per_rank", num_tokens_per_rank, (size,), "[R]")
+            require_shape("is_token_in_rank", is_token_in_rank, (n, size), "[n, R]")
+            if topk_idx is None and topk_weights is not None:
+                raise SpecError("topk_weights", "a tensor without topk_idx", "None, or both")
+            require_int("num_worst_tokens", num_worst_tokens, 0)
+            require_int("expert_alignment", expert_alignment, 1)
+            if topk_idx is not None:
+                require_tensor("topk_idx", topk_idx, (torch.int64,), 2, "[n, K]")
+                if validation_level() and len(topk_idx) == n:
+                    experts = len(num_tokens_per_expert)
+                    with published(_NAMES):
+                        found = self._layout(topk_idx, experts)
+                    _check_routes(is_token_in_rank, found.is_token_in_rank)
         # Where tokens go, as experts of a geometry that has one on each rank.
         to_rank = torch.where(is_token_in_rank, torch.arange(size, device=is_token_in_rank.device), -1)
         with published(_NAMES):
             if topk_idx is None:
                 buffer = self._pool.normal(size, hidden, size, dtype)
             else:
-                require_tensor("topk_idx", topk_idx, (torch.int64,), 2, "[n, K]")
                 buffer = self._pool.normal(len(num_tokens_per_expert), hidden, max(topk_idx.shape[1], 1), dtype)
-                if validation_level() and len(topk_idx) == n:
-                    _check_routes(is_token_in_rank, buffer.layout(topk_idx).is_token_in_rank)
-            wait_for("previous_event", previous_event)
             sent = buffer.dispatch(
                 x,
                 to_rank if topk_idx is None else topk_idx,
@@ -384,7 +393,7 @@ class Buffer(LowLatency):
         row[0, : len(num_tokens_per_expert)] = num_tokens_per_expert
         everyone = torch.arange(size, device=row.device)[None]
         # The bits of the integers travel as float32: rows are moved, never computed with.
-        return self._pool.normal(size, words, size, torch.float32).dispatch(
+        return self._pool.beside(size, words, size, torch.float32).dispatch(
             row.view(torch.float32), everyone, async_finish=True
         )
 
@@ -422,13 +431,13 @@ class Buffer(LowLatency):
             [n, K].
         event : EventOverlap
         """
-        self._pool.require_open()
-        _check_config(config)
-        _check_streams(previous_event, async_finish, allocate_on_comm_stream)
-        route = attached(handle, EpHandle, "dispatch")
-        if topk_weights is not None and not route.has_topk:
-            raise unsupported("topk_weights", "weights for a dispatch without topk_idx", "None")
-        wait_for("previous_event", previous_event)
+        with self._pool.checking("normal", buffer_of(handle, EpHandle)):
+            _check_config(config)
+            _check_streams(previous_event, async_finish, allocate_on_comm_stream)
+            route = attached(handle, EpHandle, "dispatch")
+            if topk_weights is not None and not route.has_topk:
+                raise unsupported("topk_weights", "weights for a dispatch without topk_idx", "None")
+            wait_for("previous_event", previous_event)
         with published(_NAMES):
             sent = route.buffer.combine(x, route.handle, topk_weights=topk_weights, bias=bias, async_finish=True)
             event = overlap(Completion(sent.event.wait), async_finish)

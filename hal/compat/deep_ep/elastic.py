@@ -283,69 +283,70 @@ class ElasticBuffer(Elsewhere):
         handle : EPHandle
         event : EventOverlap
         """
-        self._pool.require_open()
-        _check_figures(num_sms, num_qps, previous_event, async_with_compute_stream, allocate_on_comm_stream)
-        flags = {
-            "do_handle_copy": do_handle_copy,
-            "do_expand": do_expand,
-            "do_zero_padding": do_zero_padding,
-            "use_tma_aligned_col_major_sf": use_tma_aligned_col_major_sf,
-        }
-        for name, flag in flags.items():
-            require_bool(name, flag)
-        if do_zero_padding and not do_expand:
-            raise SpecError("do_zero_padding", True, "False, unless do_expand is True")
-        x, hidden, dtype = given_rows(x)
-        n = len(x[0] if isinstance(x, tuple) else x)
-        if handle is not None:
-            if do_cpu_sync:
-                raise SpecError("do_cpu_sync", True, "False or None together with handle")
-            if not isinstance(handle, EPHandle) or handle._route is None:
-                raise SpecError("handle", type(handle).__name__, "the EPHandle that dispatch returned")
-            same = {
-                "num_experts": num_experts,
-                "num_max_tokens_per_rank": num_max_tokens_per_rank,
-                "expert_alignment": expert_alignment,
+        with self._pool.checking("normal", _buffer_of(handle)):
+            _check_figures(num_sms, num_qps, previous_event, async_with_compute_stream, allocate_on_comm_stream)
+            flags = {
+                "do_handle_copy": do_handle_copy,
                 "do_expand": do_expand,
+                "do_zero_padding": do_zero_padding,
+                "use_tma_aligned_col_major_sf": use_tma_aligned_col_major_sf,
             }
-            for name, value in same.items():
-                if value is not None and value != getattr(handle, name):
-                    raise SpecError(name, value, f"{getattr(handle, name)}, as in the handle")
-            num_experts = handle.num_experts
-        elif num_experts is None:
-            raise SpecError("num_experts", None, "the number of experts, or a handle")
-        require_int("num_experts", num_experts, 1)
-        if num_experts % self.num_ranks:
-            raise SpecError("num_experts", num_experts, f"a multiple of {self.num_ranks} ranks")
-        stats = cumulative_local_expert_recv_stats
-        if stats is not None:
-            name = "cumulative_local_expert_recv_stats"
-            require_tensor(name, stats, (torch.int32,), 1, "[L]")
-            require_shape(name, stats, (num_experts // self.num_ranks,), "[L]")
-            require_device(name, stats, (x[0] if isinstance(x, tuple) else x).device, "x")
-        wait_for("previous_event", previous_event)
-        wait_for("previous_event_before_epilogue", previous_event_before_epilogue)
+            for name, flag in flags.items():
+                require_bool(name, flag)
+            if do_zero_padding and not do_expand:
+                raise SpecError("do_zero_padding", True, "False, unless do_expand is True")
+            x, hidden, dtype = given_rows(x)
+            n = len(x[0] if isinstance(x, tuple) else x)
+            if handle is not None:
+                if do_cpu_sync:
+                    raise SpecError("do_cpu_sync", True, "False or None together with handle")
+                if not isinstance(handle, EPHandle) or handle._route is None:
+                    raise SpecError("handle", type(handle).__name__, "the EPHandle that dispatch returned")
+                same = {
+                    "num_experts": num_experts,
+                    "num_max_tokens_per_rank": num_max_tokens_per_rank,
+                    "expert_alignment": expert_alignment,
+                    "do_expand": do_expand,
+                }
+                for name, value in same.items():
+                    if value is not None and value != getattr(handle, name):
+                        raise SpecError(name, value, f"{getattr(handle, name)}, as in the handle")
+                num_experts = handle.num_experts
+            elif num_experts is None:
+                raise SpecError("num_experts", None, "the number of experts, or a handle")
+            require_int("num_experts", num_experts, 1)
+            if num_experts % self.num_ranks:
+                raise SpecError("num_experts", num_experts, f"a multiple of {self.num_ranks} ranks")
+            stats = cumulative_local_expert_recv_stats
+            if stats is not None:
+                name = "cumulative_local_expert_recv_stats"
+                require_tensor(name, stats, (torch.int32,), 1, "[L]")
+                require_shape(name, stats, (num_experts // self.num_ranks,), "[L]")
+                require_device(name, stats, (x[0] if isinstance(x, tuple) else x).device, "x")
+            wait_for("previous_event", previous_event)
+            wait_for("previous_event_before_epilogue", previous_event_before_epilogue)
+            if handle is not None and topk_idx is not None:
+                raise SpecError("topk_idx", "a tensor together with handle", "None for a cached dispatch")
+            most = self.num_max_tokens_per_rank if num_max_tokens_per_rank is None else num_max_tokens_per_rank
+            alignment = 1 if expert_alignment is None else expert_alignment
+            sync = True if do_cpu_sync is None else do_cpu_sync
+            if handle is None:
+                require_tensor("topk_idx", topk_idx, (torch.int64,), 2, "[n, K]")
+                require_int("num_max_tokens_per_rank", most, 1)
+                if n > most:
+                    raise SpecError("x", f"{n} tokens", f"at most num_max_tokens_per_rank = {most}")
+                require_int("expert_alignment", alignment, 1)
+                require_bool("do_cpu_sync", sync)
 
         if handle is not None:
             assert handle._route is not None
-            if topk_idx is not None:
-                raise SpecError("topk_idx", "a tensor together with handle", "None for a cached dispatch")
             with published(_NAMES):
                 sent = handle._route.buffer.dispatch(
                     x, topk_weights=topk_weights, handle=handle._route.handle, async_finish=True
                 )
             learn = None
         else:
-            require_tensor("topk_idx", topk_idx, (torch.int64,), 2, "[n, K]")
             assert topk_idx is not None
-            most = self.num_max_tokens_per_rank if num_max_tokens_per_rank is None else num_max_tokens_per_rank
-            require_int("num_max_tokens_per_rank", most, 1)
-            if n > most:
-                raise SpecError("x", f"{n} tokens", f"at most num_max_tokens_per_rank = {most}")
-            alignment = 1 if expert_alignment is None else expert_alignment
-            require_int("expert_alignment", alignment, 1)
-            sync = True if do_cpu_sync is None else do_cpu_sync
-            require_bool("do_cpu_sync", sync)
             with published(_NAMES):
                 buffer = self._pool.normal(num_experts, hidden, max(topk_idx.shape[1], 1), dtype)
                 routes = topk_idx.clone() if do_handle_copy else topk_idx
@@ -423,29 +424,34 @@ class ElasticBuffer(Elsewhere):
             [n, K].
         event : EventOverlap
         """
-        self._pool.require_open()
-        _check_figures(num_sms, num_qps, previous_event, async_with_compute_stream, allocate_on_comm_stream)
-        if not isinstance(handle, EPHandle) or handle._route is None:
-            raise SpecError("handle", type(handle).__name__, "the EPHandle that dispatch returned")
-        wait_for("previous_event", previous_event)
-        wait_for("previous_event_before_epilogue", previous_event_before_epilogue)
-        rows = handle.num_expanded_tokens if handle.do_expand else handle.num_recv_tokens
-        real = handle._route.handle.num_recv_tokens
-        if rows != real:
-            # Received with room for more than came: only what came goes back.
-            for name, one in {"x": x, "topk_weights": topk_weights}.items():
-                if isinstance(one, Tensor) and one.dim() and len(one) != rows:
-                    raise SpecError(name, f"shape {list(one.shape)}", f"{rows} rows, as received")
-            x = x[:real] if isinstance(x, Tensor) and x.dim() else x
-            topk_weights = (
-                topk_weights[:real] if isinstance(topk_weights, Tensor) and topk_weights.dim() else topk_weights
-            )
+        with self._pool.checking("normal", _buffer_of(handle)):
+            _check_figures(num_sms, num_qps, previous_event, async_with_compute_stream, allocate_on_comm_stream)
+            if not isinstance(handle, EPHandle) or handle._route is None:
+                raise SpecError("handle", type(handle).__name__, "the EPHandle that dispatch returned")
+            wait_for("previous_event", previous_event)
+            wait_for("previous_event_before_epilogue", previous_event_before_epilogue)
+            rows = handle.num_expanded_tokens if handle.do_expand else handle.num_recv_tokens
+            real = handle._route.handle.num_recv_tokens
+            if rows != real:
+                # Received with room for more than came: only what came goes back.
+                for name, one in {"x": x, "topk_weights": topk_weights}.items():
+                    if isinstance(one, Tensor) and one.dim() and len(one) != rows:
+                        raise SpecError(name, f"shape {list(one.shape)}", f"{rows} rows, as received")
+                x = x[:real] if isinstance(x, Tensor) and x.dim() else x
+                topk_weights = (
+                    topk_weights[:real] if isinstance(topk_weights, Tensor) and topk_weights.dim() else topk_weights
+                )
         with published(_NAMES):
             sent = handle._route.buffer.combine(
                 x, handle._route.handle, topk_weights=topk_weights, bias=bias, async_finish=True
             )
             event = overlap(Completion(sent.event.wait), async_with_compute_stream)
         return sent.combined_x, sent.combined_topk_weights, event
+
+
+def _buffer_of(handle: object) -> EpBuffer | None:
+    """The buffer to which a call with this handle goes."""
+    return handle._route.buffer if isinstance(handle, EPHandle) and handle._route is not None else None
 
 
 def _check_figures(num_sms: Any, num_qps: Any, previous_event: Any, asynchronous: Any, on_comm_stream: Any) -> None:

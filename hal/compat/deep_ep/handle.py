@@ -58,6 +58,14 @@ def attached(handle: Any, kind: type[EpHandle] | type[EpLowLatencyHandle], made_
     raise SpecError("handle", got, f"the handle that {made_by} returned")
 
 
+def buffer_of(handle: Any, kind: type[EpHandle] | type[EpLowLatencyHandle]) -> EpBuffer | None:
+    """The buffer to which a call with this handle goes, or None where the handle is none of this kind."""
+    try:
+        return attached(handle, kind, "").buffer
+    except SpecError:
+        return None
+
+
 class EPHandle:
     """What `ElasticBuffer.dispatch` leaves for combine and for dispatches over the same routes.
 

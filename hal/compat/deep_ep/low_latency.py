@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hal.compat.deep_ep.config import low_latency_size
 from hal.compat.deep_ep.event import Completion, EventOverlap, overlap
-from hal.compat.deep_ep.handle import Route, attach, attached
+from hal.compat.deep_ep.handle import Route, attach, attached, buffer_of
 from hal.compat.deep_ep.pool import Pool, published, unsupported
 from hal.compat.flags import zero_or_one_methods
 from hal.spec.ep import PLAIN_DTYPES, EpLowLatencyHandle
@@ -94,7 +94,6 @@ class LowLatency:
         SpecError
             A wrong argument, or a third result while two are live.
         """
-        self._require_low_latency()
         extras = {
             "topk_weights": topk_weights,
             "x_global_scale": x_global_scale,
@@ -102,11 +101,13 @@ class LowLatency:
             "use_ue8m0_for_sf": use_ue8m0_for_sf,
             "use_eager": use_eager,
         }
-        _refuse(extras)
-        require_int("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank, 1)
-        require_int("num_experts", num_experts, 1)
-        require_tensor("x", x, PLAIN_DTYPES, 2, "[n, hidden]")
-        require_tensor("topk_idx", topk_idx, (torch.int64,), 2, "[n, K]")
+        with self._pool.checking("low_latency"):
+            self._require_low_latency()
+            _refuse(extras)
+            require_int("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank, 1)
+            require_int("num_experts", num_experts, 1)
+            require_tensor("x", x, PLAIN_DTYPES, 2, "[n, hidden]")
+            require_tensor("topk_idx", topk_idx, (torch.int64,), 2, "[n, K]")
         with published(_NAMES):
             buffer = self._pool.low_latency(
                 num_experts, x.shape[1], topk_idx.shape[1], x.dtype, num_max_dispatch_tokens_per_rank
@@ -177,11 +178,11 @@ class LowLatency:
         event : EventOverlap
         hook : callable or None
         """
-        self._require_low_latency()
-        _refuse({"use_logfmt": use_logfmt, "overlap": overlap, "src_signals": src_signals, "use_eager": use_eager})
-        require_bool("zero_copy", zero_copy)
-        route = attached(handle, EpLowLatencyHandle, "low_latency_dispatch")
-        with published(_NAMES):
+        with self._pool.checking("low_latency", buffer_of(handle, EpLowLatencyHandle)):
+            self._require_low_latency()
+            _refuse({"use_logfmt": use_logfmt, "overlap": overlap, "src_signals": src_signals, "use_eager": use_eager})
+            require_bool("zero_copy", zero_copy)
+            route = attached(handle, EpLowLatencyHandle, "low_latency_dispatch")
             if zero_copy:
                 if not route.lent:
                     legal = "False, unless get_next_low_latency_combine_buffer was filled for this combine"
@@ -190,6 +191,7 @@ class LowLatency:
                 require_tensor("x", x, (lent.dtype,), 3, "[L, R · M, hidden]")
                 require_shape("x", x, tuple(lent.shape), "[L, R · M, hidden]")
                 route.lent, x = False, lent
+        with published(_NAMES):
             sent = route.buffer.low_latency_combine(
                 x,
                 topk_idx,

@@ -47,15 +47,60 @@ class Pool:
         self._timeout = timeout
         self._open: dict[tuple[Any, ...], EpBuffer] = {}
         self._masked: dict[int, bool] = {}
+        self._last: dict[str, EpBuffer] = {}
         self._closed = False
+
+    @contextmanager
+    def checking(self, mode: str, buffer: EpBuffer | None = None) -> Iterator[None]:
+        """A block that checks a collective call before a buffer gets it: what is wrong here is wrong on every rank.
+
+        Parameters
+        ----------
+        mode : str
+            Of the call.
+        buffer : EpBuffer, optional
+            To which the other ranks make the call; by default the one that had the last call of this mode, and where
+            there has been none, the one they are about to open.
+
+        Raises
+        ------
+        SpecError
+            What the block raised, or what another rank refused at the same time: the same on every rank.
+        UnsupportedError
+            What the block raised; the other ranks raise a SpecError that says the same.
+        """
+        self.require_open()
+        try:
+            yield
+        except (SpecError, UnsupportedError) as error:
+            try:
+                self._refuse(self._last.get(mode) if buffer is None else buffer, error)
+            except SpecError as agreed:
+                if isinstance(error, SpecError):
+                    raise agreed from None
+            raise error from None
+
+    def _refuse(self, buffer: EpBuffer | None, error: SpecError | UnsupportedError) -> None:
+        legal = error.legal if isinstance(error, SpecError) else error.supported
+        told = SpecError(error.argument, error.got, legal)
+        if buffer is None:
+            EpBuffer.refuse_opening(self.group, told, self._timeout)
+        buffer.refuse(told)
 
     def normal(self, num_experts: int, hidden: int, topk: int, dtype: torch.dtype) -> EpBuffer:
         """The buffer of a normal call; its windows grow to what is sent."""
+        self._last["normal"] = found = self.beside(num_experts, hidden, topk, dtype)
+        return found
+
+    def beside(self, num_experts: int, hidden: int, topk: int, dtype: torch.dtype) -> EpBuffer:
+        """The buffer of what a normal call sends besides."""
         return self._get("normal", num_experts, hidden, topk, dtype, _TOKENS)
 
     def low_latency(self, num_experts: int, hidden: int, topk: int, dtype: torch.dtype, tokens: int) -> EpBuffer:
         """The buffer of a low-latency call, for at most ``tokens`` of them a rank."""
-        return self._get("low_latency", num_experts, hidden, topk, dtype, tokens)
+        found = self._get("low_latency", num_experts, hidden, topk, dtype, tokens)
+        self._last["low_latency"] = found
+        return found
 
     def _get(self, mode: str, num_experts: int, hidden: int, topk: int, dtype: torch.dtype, tokens: int) -> EpBuffer:
         self.require_open()
@@ -109,6 +154,7 @@ class Pool:
         for one in self._open.values():
             one.close()
         self._open.clear()
+        self._last.clear()
 
 
 @contextmanager

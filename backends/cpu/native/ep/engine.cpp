@@ -269,6 +269,7 @@ void Engine::enter() {
     throw failure;
   }
   if (broken_) throw *broken_;
+  asked_ = Clock::now();
   while (pending_.size() >= kRing - 4) settle(*pending_.front());
 }
 
@@ -314,8 +315,10 @@ void Engine::settle(Operation& op) {
 }
 
 void Engine::finish(const std::shared_ptr<Operation>& op) {
+  const auto asked = Clock::now();
   std::unique_lock<std::mutex> hold(api_);
   idle_.wait(hold, [&] { return !job_running_; });
+  asked_ = asked;
   while (!op->finished) {
     if (pending_.empty()) {
       enter();

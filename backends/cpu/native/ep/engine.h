@@ -8,6 +8,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <exception>
@@ -121,6 +122,9 @@ struct Operation {
   std::vector<int> first_expert;          // [ranks]
   std::shared_ptr<int> use;               // packed: the result lives while someone holds this
   std::vector<uint8_t> copy;              // packed: rows of a call that returned before sending them
+  // packed, sent behind the caller's back: when that began, and the microseconds until each rank's post was there
+  std::chrono::steady_clock::time_point job_start;
+  std::vector<int64_t> job_waits;
   int64_t rows = 0;                       // of the slot
   size_t x_at = 0, scales_at = 0, idx_at = 0, weights_at = 0, source_at = 0;  // offsets inside the slot
 };
@@ -298,6 +302,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   std::unique_ptr<RankFailed> broken_;
   bool closed_ = false;
   std::atomic<bool> closing_{false};
+  std::chrono::steady_clock::time_point asked_;  // since when the caller has been waiting
 
   std::mutex api_;                    // one call at a time
   std::condition_variable_any idle_;  // the worker has finished its job

@@ -100,7 +100,10 @@ std::shared_ptr<Operation> Engine::packed_dispatch(const PackedCall& call) {
     for (int64_t token = 0; token < call.tokens; ++token)
       std::memcpy(op->copy.data() + token * later.stride, call.x + token * call.stride, size_t(later.stride));
     later.x = op->copy.data();
-    later.waits = nullptr;  // nobody waits here, and what the caller gave is written by the hook only
+    // Nobody waits here yet: the hook takes what falls into its own time.
+    op->job_waits.assign(size_t(config_.ranks), 0);
+    op->job_start = Clock::now();
+    later.waits = op->job_waits.data();
     later.reserved = nullptr;  // the operation is not to hold itself
     job_ = [this, op, later] {
       try {
@@ -118,7 +121,13 @@ std::shared_ptr<Operation> Engine::packed_dispatch(const PackedCall& call) {
   kept.reserved = nullptr;
   op->complete = [this, raw, kept, row_bytes, scale_words] {
     if (raw->error) std::rethrow_exception(raw->error);
+    const auto asked = asked_;
     receive(*raw, kept.waits);
+    for (size_t peer = 0; kept.waits != nullptr && peer < raw->job_waits.size(); ++peer) {
+      const auto came = raw->job_start + std::chrono::microseconds(raw->job_waits[peer]);
+      if (came > asked)
+        kept.waits[peer] += std::chrono::duration_cast<std::chrono::microseconds>(came - asked).count();
+    }
     const int blocks = config_.sources * config_.ranks;
     for (int peer = 0; config_.mask && peer < config_.ranks; ++peer) {
       if (!lost(*raw, peer)) continue;

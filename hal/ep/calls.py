@@ -1,0 +1,67 @@
+"""What every call of a buffer shares: checks that all ranks hear of, completion, and what is left of a failure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from hal.ep.doctor import write_dump
+from hal.ep.engine import EpEngine, Finish
+from hal.ep.results import (
+    DONE,
+    EpCompletion,
+)
+from hal.spec.capability import EpCapabilities
+from hal.spec.ep import (
+    EpBufferArgs,
+)
+from hal.spec.errors import RankFailure, SpecError, UnsupportedError
+
+
+class Calls:
+    """One rank's end of an open buffer, as its calls see it."""
+
+    _args: EpBufferArgs
+    _backend: str
+    _declared: EpCapabilities
+    _engine: EpEngine
+    _recorded = False
+
+    def records(self) -> list[Mapping[str, object]]:
+        """The flight recorder: the last operations of every rank of this node, oldest first."""
+        return list(self._engine.records())
+
+    def _require_mode(self, mode: str) -> None:
+        if mode not in self._args.modes:
+            raise SpecError("modes", self._args.modes, f"a buffer made with {mode!r} among its modes")
+
+    def _refused(self, phase: str, error: SpecError | UnsupportedError) -> Exception:
+        """Tell the other ranks what is wrong with a call here, since they would wait otherwise."""
+        if isinstance(error, SpecError):
+            return self._engine.refuse(phase, error)
+        self._engine.refuse(phase, SpecError(error.argument, error.got, error.supported))
+        return error
+
+    def _completion(
+        self, finish: Finish, async_finish: bool, return_recv_hook: bool
+    ) -> tuple[EpCompletion, EpCompletion | None]:
+        if return_recv_hook:
+            hook = EpCompletion(partial(self._late, finish))
+            return hook, hook
+        if async_finish:
+            return EpCompletion(partial(self._late, finish)), None
+        finish()
+        return DONE, None
+
+    def _late(self, finish: Finish) -> None:
+        try:
+            finish()
+        except RankFailure as failure:
+            self._record(failure)
+            raise
+
+    def _record(self, failure: RankFailure) -> None:
+        """Leave a dump for ``hal ep doctor``, once."""
+        if not self._recorded:
+            self._recorded = True
+            write_dump(failure, self._args.rank, self._args.num_ranks, self.records())

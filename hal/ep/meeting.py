@@ -1,0 +1,167 @@
+"""Ranks of a group gathered for one purpose, over the group's store.
+
+A meeting waits for nobody's sake but its own: it uses none of the group's communication, whose order of calls and whose
+timeouts are shared with everything else. So a rank that comes late, or an opening that failed, leaves nothing behind
+that a later meeting could take for its own.
+"""
+
+from __future__ import annotations
+
+import pickle
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Final, TypeVar
+
+import torch.distributed as dist
+
+from hal.spec.errors import RankFailure
+
+_OPENING: Final = "opening the buffer"
+_DEPARTURES: Final = "hal-ep/departures"
+_FIRST_POLL, _LAST_POLL = 2e-4, 5e-3
+_T = TypeVar("_T")
+
+
+class _Left(Exception):
+    """Someone of the meeting has left it, on account of ``failure``."""
+
+    def __init__(self, failure: RankFailure) -> None:
+        super().__init__(str(failure))
+        self.failure = failure
+
+
+class Meeting:
+    """The ranks of a group, once all of them are here.
+
+    Everybody offers to meet under a name of his own; the names of all are the name of the meeting. A rank that gives up
+    takes its offer back, and whoever still wants to meet waits for its next one.
+
+    Parameters
+    ----------
+    group : ProcessGroup
+    timeout : float
+        Seconds to wait for any rank, here and in every round.
+
+    Raises
+    ------
+    RankFailure
+        A rank did not come.
+    """
+
+    def __init__(self, group: Any, timeout: float) -> None:
+        self._store = group.get_group_store()
+        self._rank, self._ranks = dist.get_rank(group), range(dist.get_world_size(group))
+        self._timeout = timeout
+        self._own = f"{self._rank}.{secrets.token_hex(8)}"
+        self._rounds = 0
+        self._came: set[int] = set()
+        self._departures = self._ask(lambda: self._store.add(_DEPARTURES, 0))
+        self._say(self._offer(self._rank), self._own.encode())
+        end = time.monotonic() + timeout
+        while True:
+            self._names = self._gather(self._offers, end)
+            self._say(self._key("here", self._rank), b"1")
+            try:
+                self._gather(lambda: self._heard("here"), end)
+                break
+            except _Left:
+                continue  # it may come again
+        # Everybody has read the offer, and none of an earlier meeting is to be found by the next.
+        self._say(self._offer(self._rank), b"")
+
+    @property
+    def name(self) -> str:
+        """Of this meeting and no other, the same on every rank."""
+        return "-".join(self._names[rank].decode() for rank in self._ranks)
+
+    def exchange(self, mine: Any) -> list[Any]:
+        """Gather one picklable object of every rank, in rank order.
+
+        Raises
+        ------
+        RankFailure
+            A rank does not answer, or has left; who is to blame for that is named.
+        """
+        self._rounds += 1
+        where = f"round{self._rounds}"
+        self._say(self._key(where, self._rank), pickle.dumps(mine))
+        try:
+            found = self._gather(lambda: self._heard(where), time.monotonic() + self._timeout)
+        except _Left as left:
+            raise left.failure from None
+        return [pickle.loads(found[rank]) for rank in self._ranks]
+
+    def leave(self, failure: RankFailure) -> None:
+        """Tell the others that this rank does not go on, and why, so that they need not wait for it."""
+        told = failure.rank, failure.phase, failure.reason
+        self._say(f"hal-ep/left/{self._own}", pickle.dumps(told))
+        self._ask(lambda: self._store.add(_DEPARTURES, 1))
+        self._say(self._offer(self._rank), b"")
+
+    @staticmethod
+    def _offer(rank: int) -> str:
+        return f"hal-ep/offer/{rank}"
+
+    def _key(self, where: str, rank: int) -> str:
+        return f"hal-ep/{self.name}/{where}/{rank}"
+
+    def _offers(self) -> dict[int, bytes]:
+        keys = [self._offer(rank) for rank in self._ranks]
+        there: Sequence[int] = self._ranks
+        if not self._store.check(keys):
+            there = [rank for rank in self._ranks if self._store.check([keys[rank]])]
+        found = dict(zip(there, self._read([keys[rank] for rank in there]), strict=True))
+        self._came |= {rank for rank, name in found.items() if name}
+        return {rank: name for rank, name in found.items() if name}
+
+    def _heard(self, where: str) -> dict[int, bytes]:
+        keys = [self._key(where, rank) for rank in self._ranks]
+        found = dict(enumerate(self._read(keys))) if self._store.check(keys) else {}
+        if self._store.add(_DEPARTURES, 0) != self._departures:
+            for rank, name in self._names.items():
+                if rank != self._rank and self._store.check([key := f"hal-ep/left/{name.decode()}"]):
+                    raise _Left(RankFailure(*pickle.loads(self._store.get(key))))
+        return found
+
+    def _read(self, keys: list[str]) -> list[bytes]:
+        if self._store.has_extended_api():
+            return list(self._store.multi_get(keys))
+        return [self._store.get(key) for key in keys]
+
+    def _say(self, key: str, value: bytes) -> None:
+        self._ask(lambda: self._store.set(key, value))
+
+    def _gather(self, look: Callable[[], dict[int, bytes]], end: float) -> dict[int, bytes]:
+        """What ``look`` finds, once it finds something of every rank."""
+        poll = _FIRST_POLL
+        while True:
+            found = self._ask(look)
+            if len(found) == len(self._ranks):
+                return found
+            if time.monotonic() > end:
+                break
+            time.sleep(poll)
+            poll = min(1.5 * poll, _LAST_POLL * max(1.0, len(self._ranks) / 16))
+        failure = RankFailure(self._missing(found), _OPENING, f"no answer from it within {self._timeout:g} s")
+        self.leave(failure)
+        raise failure
+
+    def _missing(self, found: dict[int, bytes]) -> int:
+        if not found:  # looked for all at once: ask for each
+            where = f"round{self._rounds}" if self._rounds else "here"
+            found = {
+                rank: b"" for rank in self._ranks if self._ask(partial(self._store.check, [self._key(where, rank)]))
+            }
+        missing = set(self._ranks) - set(found)
+        # Who came and left again did so on account of one who did not come.
+        return min(missing - self._came or missing, default=self._rank)
+
+    def _ask(self, step: Callable[[], _T]) -> _T:
+        """The store may live in a process that is gone."""
+        try:
+            return step()
+        except RuntimeError as error:
+            reason = str(error).split("\n")[0][:200]
+            raise RankFailure(0, _OPENING, f"the group's store does not answer ({reason})") from None
