@@ -99,6 +99,32 @@ def test_a_token_crosses_once() -> None:
         assert outcome.value[0] == outcome.value[1]
 
 
+def returned(rank: int) -> tuple[int, int]:
+    """Rows this rank sent back over the network, and rows that its own tokens have on the other node."""
+    case = Case(ranks=4, tokens=TOKENS, per_node=2, routing="distinct", experts=8, topk=4)
+    mine = case.inputs()[rank]
+    back = 0
+    trade = Wire.trade
+
+    def spy(wire: Wire, sends: Any, receives: Any, phase: str) -> set[int]:
+        nonlocal back
+        back += sum(len(rows) for _, rows in sends) if phase == "combine" else 0
+        return trade(wire, sends, receives, phase)
+
+    Wire.trade = spy
+    with case.buffer() as buffer:
+        got = buffer.dispatch(mine.x, mine.topk_idx)
+        buffer.combine(got.recv_x, got.handle)
+        there = buffer.layout(mine.topk_idx).is_token_in_rank
+    first = 2 - rank // 2 * 2
+    return back, int(there[:, first : first + 2].sum())
+
+
+def test_only_rows_that_there_are_cross_back() -> None:
+    counts = [outcome.value for outcome in run_ranks(4, returned)]
+    assert sum(back for back, _ in counts) == sum(there for _, there in counts) > 0
+
+
 def disagreeing(rank: int) -> list[str]:
     """Wrong calls on one rank of one node reach all nodes; the next call works."""
     case = Case(ranks=4, tokens=TOKENS, per_node=2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from hal.ep.layout import count_layout
 from hal.ep.relay import Relayed
 from hal.ep.topology import Topology
 from hal.ep.wire import Wire
-from hal.spec.ep import EpBufferArgs, EpHandle
+from hal.spec.ep import EpBufferArgs
 
 
 @dataclass(slots=True, eq=False)
@@ -144,15 +144,35 @@ class Crossing:
         """topk_idx of this rank's own tokens, as dispatched."""
         return crossed.idx[crossed.begin[self._own] : crossed.begin[self._own + 1]]
 
-    def table(self, gathered: Tensor, idx: Tensor, crossed: Crossed, phase: str) -> Tensor:
-        """Rows [n, K, C] of this rank's tokens from what every gate gathered for it."""
-        parts = self.give_back(gathered, crossed, phase)
-        table = parts.pop(self._rank).clone()
-        gate_of = self._gate_of(idx)
-        for gate, rows in parts.items():
-            # A choice has a row on one rank only, and everything else is 0.
-            chosen = crossed.chosen[gate]
-            table[chosen] = torch.where((gate_of[chosen] == gate)[:, :, None], rows, table[chosen])
+    def table(self, gathered: Tensor, crossed: Crossed, rows_of: Callable[[Tensor], Tensor], phase: str) -> Tensor:
+        """Rows [n, K, C] of this rank's tokens from what every gate gathered for it; 0 where a choice has none.
+
+        Parameters
+        ----------
+        gathered : Tensor
+            [m, K, C], of all tokens for which this rank speaks.
+        crossed : Crossed
+        rows_of : callable
+            Of topk_idx [m, K] the choices that have rows; only those cross.
+        phase : str
+        """
+        begin, per_node = crossed.begin, self._args.ranks_per_node * self._args.local_experts
+        here = rows_of(crossed.idx) & (crossed.idx // per_node == self._rank // self._args.ranks_per_node)
+        sends = []
+        for i, source in enumerate(self._sources):
+            if source is not None and source != self._rank:
+                part = slice(begin[i], begin[i + 1])
+                sends.append((source, gathered[part][here[part]]))
+        own = slice(begin[self._own], begin[self._own + 1])
+        table, idx = gathered[own].clone(), crossed.idx[own]
+        there, gate_of = rows_of(idx), self._gate_of(idx)
+        gates = [gate for gate in crossed.chosen if gate != self._rank]
+        places = {gate: (there & (gate_of == gate)).nonzero(as_tuple=True) for gate in gates}
+        found = {gate: gathered.new_empty((len(at), gathered.shape[2])) for gate, (at, _) in places.items()}
+        lost = self._wire.trade(sends, list(found.items()), phase)
+        for gate, rows in found.items():
+            if gate not in lost:
+                table[places[gate]] = rows
         return table
 
     def add_nodes(self, total: Tensor, parts: dict[int, Tensor], idx: Tensor, crossed: Crossed) -> None:
@@ -185,10 +205,9 @@ class Crossing:
             found.append((one, rows))
         return found
 
-    def first_rows(self, handle: EpHandle) -> Tensor:
+    def first_rows(self, idx: Tensor, expand: bool) -> Tensor:
         """[n, K] bool: the choices that carry a row, the first of each rank or, expanded, of each expert."""
-        idx = handle.topk_idx
-        key = idx if handle.expand else torch.where(idx >= 0, idx // self._args.local_experts, -1)
+        key = idx if expand else torch.where(idx >= 0, idx // self._args.local_experts, -1)
         earlier = (key[:, :, None] == key[:, None, :]).tril(-1).any(2)
         return (idx >= 0) & ~earlier
 

@@ -7,6 +7,7 @@ that a later meeting could take for its own.
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import secrets
 import time
@@ -41,6 +42,7 @@ class Meeting:
     Parameters
     ----------
     group : ProcessGroup
+        With a store.
     timeout : float
         Seconds to wait for any rank, here and in every round.
 
@@ -74,7 +76,7 @@ class Meeting:
     @property
     def name(self) -> str:
         """Of this meeting and no other, the same on every rank."""
-        return "-".join(self._names[rank].decode() for rank in self._ranks)
+        return hashlib.sha256(b"".join(self._names[rank] for rank in self._ranks)).hexdigest()[:32]
 
     def exchange(self, mine: Any) -> list[Any]:
         """Gather one picklable object of every rank, in rank order.

@@ -127,12 +127,12 @@ class NodesEngine(EpEngine):
         total = torch.zeros(n, self._args.hidden, dtype=torch.float32, device=args.x.device)
         for bias in args.bias:
             total += bias.float()
-        idx, first = handle.topk_idx, self._crossing.first_rows(handle)
+        idx, first = handle.topk_idx, self._crossing.first_rows(handle.topk_idx, handle.expand)
         if self._args.pre_reduce and not self._args.mask_ranks:
             sums_here = self._wire.inside(lambda: self._node_engine.partial(args.x, state.inner))
             self._crossing.add_nodes(total, self._crossing.give_back(sums_here, state, "combine"), idx, state)
         else:
-            table = self._rows(args.x, state)
+            table = self._rows(args.x, state, handle.expand)
             if self._args.pre_reduce:
                 self._crossing.add_in_order(total, self._crossing.sums_of_nodes(table, idx), idx)
             else:
@@ -140,7 +140,7 @@ class NodesEngine(EpEngine):
                     total += table[:, k].float().where(first[:, k, None], 0.0)
         sums = None
         if weights is not None:
-            table = self._rows(weights[:, None] if handle.expand else weights, state)
+            table = self._rows(weights[:, None] if handle.expand else weights, state, handle.expand)
             if handle.expand:
                 sums = self._crossing.spread(table[:, :, 0], idx, first)
             else:
@@ -149,10 +149,10 @@ class NodesEngine(EpEngine):
                     sums += table[:, k].where(first[:, k, None], 0.0)
         return EpCombined(total.to(args.x.dtype), sums, lambda: None)
 
-    def _rows(self, x: Tensor, state: Crossed) -> Tensor:
+    def _rows(self, x: Tensor, state: Crossed, expand: bool) -> Tensor:
         """Rows [n, K, C] of this rank's tokens, from wherever they are."""
         sent = self._wire.inside(lambda: self._node_engine.gather(x, state.inner))
-        return self._crossing.table(sent, self._crossing.own_idx(state), state, "combine")
+        return self._crossing.table(sent, state, lambda idx: self._crossing.first_rows(idx, expand), "combine")
 
     def low_latency_dispatch(self, args: EpLowLatencyDispatchArgs) -> EpLowLatencyDispatched:
         """Send tokens to their nodes, once each and uncast, and relay them there into packed slots."""
@@ -198,7 +198,7 @@ class NodesEngine(EpEngine):
             self._agree("low_latency_combine", [0, handle.topk], (), waits)
             relay = replace(args, topk_idx=state.idx, handle=state.inner)
             sent = self._wire.inside(lambda: self._node_engine.gather_packed(relay))
-            table = self._crossing.table(sent, mine, state, "low_latency_combine")
+            table = self._crossing.table(sent, state, lambda idx: idx >= 0, "low_latency_combine")
             total = torch.zeros(len(idx), self._args.hidden, dtype=torch.float32, device=args.x.device)
             for k in range(handle.topk):
                 weighted = table[:, k].float() * args.topk_weights[:, k, None]

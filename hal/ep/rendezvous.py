@@ -46,7 +46,11 @@ def exchange_over(group: Any, timeout: float) -> Exchange:
 
     A group without a store has one timeout for everything, its own.
     """
-    return _OverGroup(group) if group.get_group_store() is None else _OverStore(group, timeout)
+    try:
+        has_store = group.get_group_store() is not None
+    except RuntimeError:
+        has_store = False
+    return _OverStore(group, timeout) if has_store else _OverGroup(group)
 
 
 class _OverStore:
