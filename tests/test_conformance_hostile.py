@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import importlib.metadata
+import os
 import pickle
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from hal_conformance import manners
 from hal_conformance.cli import app
 from hal_conformance.facts import reaches, unlisted
 from hal_conformance.parcel import pack, unpack_plain
+from hal_conformance.process import Secluded, Worker
 from hal_conformance.ranks import GroupResult, RankResult
 from hal_conformance.session import Session, Settings
 from hal_conformance.table import BY_ID
@@ -168,3 +172,29 @@ def test_a_waiver_lasts_a_year_at_most(tmp_path: Path) -> None:
 @pytest.mark.parametrize("factor", ["nan", "inf"])
 def test_a_patience_without_end_is_a_wrong_request(factor: str) -> None:
     assert CliRunner().invoke(app, ["--backend", "cpu", "--only", "CAP-01", "--patience", factor]).exit_code == 2
+
+
+def test_no_distribution_runs_code_in_the_witness_by_being_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By ``.pth`` and by an entry point of torch: each would loosen the judge in every process that has both."""
+    hook = f"import pathlib, sys; pathlib.Path({str(tmp_path)!r}, str(len(sys.orig_argv))).touch()"
+    (tmp_path / "hooked.py").write_text(f"def load():\n    {hook}\n")
+    metadata = tmp_path / "hooked-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: hooked\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text("[torch.backends]\nhooked = hooked:load\n")
+    (tmp_path / "sitecustomize.py").write_text(hook + "\n")
+    before = {path.name for path in tmp_path.iterdir()}
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    request = {"op": "roofline", "settings": dataclasses.asdict(Settings("nobody", 1))}
+    with Worker() as open_to_all:
+        open_to_all.ask(request, 60)
+    assert {path.name for path in tmp_path.iterdir()} - before - {"__pycache__"}, "the hooks work"
+    for path in tmp_path.iterdir():
+        if path.name not in before and path.is_file():
+            path.unlink()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with Secluded() as alone:
+        alone.ask(request, 60)
+    assert {path.name for path in tmp_path.iterdir()} - before - {"__pycache__"} == set()

@@ -91,6 +91,14 @@ class Worker:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
+    def _command(self) -> list[str]:
+        """What starts the process, before its arguments."""
+        return [*INTERPRETER, "-c", _START]
+
+    def _environment(self) -> dict[str, str]:
+        """Its variables."""
+        return {name: value for name, value in os.environ.items() if name not in _UNSET}
+
     def start(self) -> None:
         """Start the process now, so that it is ready when it is asked."""
         if self._process is None:
@@ -102,8 +110,8 @@ class Worker:
         self._buffer = b""
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._process = subprocess.Popen(
-            [*INTERPRETER, "-c", _START, str(request_read), str(answer_write)],
-            env={name: value for name, value in os.environ.items() if name not in _UNSET},
+            [*self._command(), str(request_read), str(answer_write)],
+            env=self._environment(),
             pass_fds=(request_read, answer_write),
             stdin=subprocess.DEVNULL,
             stdout=self._output,
@@ -158,3 +166,21 @@ class Worker:
 
     def __exit__(self, *exc: object) -> None:
         self.stop()
+
+
+class Secluded(Worker):
+    """A worker process in which no installed distribution runs code before it is imported.
+
+    Interpreters do so for ``.pth`` files and ``sitecustomize``, torch for entry points in ``torch.backends``, and
+    hypothesis for those in its own group: ways for a distribution to be in every process without being asked for.
+    """
+
+    def _command(self) -> list[str]:
+        # This process's folders, but for the first, that of the script or the current one, unless it was asked for.
+        asked = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        paths = [path for index, path in enumerate(sys.path) if path and (index or path in asked)]
+        start = f"import sys; sys.path[:] = {paths!r}; from hal_conformance.worker import main; main()"
+        return [sys.executable, "-I", "-S", "-c", start]
+
+    def _environment(self) -> dict[str, str]:
+        return super()._environment() | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "HYPOTHESIS_NO_PLUGINS": "1"}

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 
 from hal.spec.capability import Capabilities
 from hal_conformance.context import Settings
-from hal_conformance.process import Worker, WorkerDied, WorkerHangs
+from hal_conformance.process import Secluded, Worker, WorkerDied, WorkerHangs
 from hal_conformance.requirements import REQUIREMENTS
 from hal_conformance.table import BY_ID, LEVELS, OBLIGATIONS, Obligation
 from hal_conformance.waivers import Waiver
@@ -121,7 +121,7 @@ class Session:
         self.fresh = fresh
         self.host = host
         self.worker = Worker()
-        self.witness = witness or Worker()
+        self.witness = witness or Secluded()
         self._owned = [self.worker] if witness else [self.worker, self.witness]
         self.stop_after = STOP_AFTER
         self.results: dict[str, Result] = {}

@@ -11,22 +11,31 @@ cd "$(dirname "$0")/../.."
 ROOT=$PWD
 
 backend=cuda wheels="" tiers="" quick="" most=100000
+wrong() { echo "mla.sh: $*" >&2; exit 2; }
 while [[ ${1:-} == --* ]]; do
+  [[ $1 == --quick || $# -ge 2 ]] || wrong "$1 needs a value"
   case $1 in
     --backend) backend=$2; shift 2 ;;
-    --wheels) wheels=$(realpath "$2"); shift 2 ;;
+    --wheels) wheels=$2; shift 2 ;;
     --tiers) tiers=$2; shift 2 ;;
     --limit) most=$2; shift 2 ;;
     --quick) quick=--quick; shift ;;
-    *) echo "mla.sh: what is $1?" >&2; exit 2 ;;
+    *) wrong "what is $1?" ;;
   esac
 done
+[[ $most =~ ^[0-9]+$ ]] || wrong "--limit $most: a number of seconds"
+if [[ -n $wheels ]]; then
+  compgen -G "$wheels/*.whl" >/dev/null || wrong "--wheels $wheels: a folder with wheels"
+  wheels=$(realpath "$wheels")
+fi
 [[ $# -ge 1 ]] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 mkdir -p "$1"
 OUT=$(realpath "$1"); shift
 stages=("$@")
 [[ ${#stages[@]} -gt 0 ]] || stages=(install doctor conform graph overhead sanitize bench)
 PYTHON=${PYTHON:-python3}
+# Stages run elsewhere. Not resolved further: what a link into a virtual environment is called decides what it imports.
+[[ $PYTHON != */* || $PYTHON == /* ]] || PYTHON=$ROOT/$PYTHON
 export HAL_BACKEND=$backend PYTHONUNBUFFERED=1 COLUMNS=120
 failed=0
 
@@ -54,7 +63,8 @@ usable_tiers() {
 
 stage_install() {
   if [[ -z $wheels ]]; then say "install: not asked for (no --wheels)"; return; fi
-  limited 300 install "$PYTHON" -m pip install --no-index --no-deps --force-reinstall "$wheels"/*.whl
+  # Whatever was installed before is not what is to be judged.
+  limited 300 install "$PYTHON" -m pip install --no-index --no-deps --force-reinstall "$wheels"/*.whl || exit 1
 }
 
 stage_doctor() { limited 300 doctor "$PYTHON" -m hal doctor "$backend"; }

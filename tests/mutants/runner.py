@@ -15,13 +15,13 @@ from pathlib import Path
 from unittest import mock
 
 from hal_conformance.context import Settings
-from hal_conformance.process import Worker
+from hal_conformance.process import Secluded, Worker
 from hal_conformance.session import RED, Result, Session, fresh_seed
 from hal_conformance.table import LEVEL_IDS, OBLIGATIONS
 
 from mutants.registry import Mutant, install, load
 
-WITNESS = Worker()
+WITNESS = Secluded()
 """Judges cases of every backend: it loads none."""
 
 atexit.register(WITNESS.stop)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import subprocess
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from hal_cuda.hopper import launch, tier
+from hal_cuda.hopper import launch, lib, tier
 
 from hal.spec.mla import MlaGeometry, check_decode
 
@@ -125,3 +129,29 @@ def test_tensors_that_the_copy_engine_cannot_address_are_left_to_another_tier() 
     assert "strides" in layout(q, cache[:1].expand(4, -1, -1, -1))
     shifted = torch.zeros(2 * 16 * 576 + 1, dtype=torch.bfloat16)[1:].view(2, 1, 16, 576)
     assert "q" in layout(shifted, cache)
+
+
+def test_threads_that_launch_at_once_do_not_take_each_others_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong: list[tuple[int, int]] = []
+
+    class Driver:
+        def cuLaunchKernelEx(self, config: Any, handle: Any, pointers: Any, extra: None) -> int:  # noqa: N802
+            time.sleep(1e-6)
+            told = ctypes.cast(pointers[0], ctypes.POINTER(ctypes.c_int))[0]
+            if (config._obj.grid[0], config._obj.stream) != (told, told):
+                wrong.append((told, config._obj.grid[0]))
+            return 0
+
+    monkeypatch.setattr(lib, "_library", Driver)
+    kernel = lib.Kernel(1, "decode", 384)
+
+    def launch(number: int) -> None:
+        for _ in range(500):
+            kernel((number, 1, 1), number, ctypes.c_int(number))
+
+    threads = [threading.Thread(target=launch, args=(number,)) for number in (1, 2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -73,8 +73,9 @@ class Kernel:
         self._name = name
         self._attribute = _Attribute(id=_PROGRAMMATIC_SERIALIZATION)
         self._attribute.value[0] = 1
-        self._config = _Config(shared=shared_bytes, attributes=ctypes.pointer(self._attribute), count=1)
-        self._config.block[:] = (threads, 1, 1)
+        self._attributes = ctypes.pointer(self._attribute)
+        self._threads = threads
+        self._shared = shared_bytes
         self._launch = _library().cuLaunchKernelEx
         if shared_bytes > 48 * 1024:
             code = _library().cuFuncSetAttribute(self._handle, _MAX_DYNAMIC_SHARED, shared_bytes)
@@ -83,10 +84,9 @@ class Kernel:
     def __call__(
         self, grid: tuple[int, int, int], stream: int, *arguments: ctypes.Structure | ctypes._SimpleCData[Any]
     ) -> None:
-        """Launch on a stream (a ``CUstream``); the arguments are copied before this returns."""
-        config = self._config
-        config.grid[:] = grid
-        config.stream = stream
+        """Launch on a stream (a ``CUstream``); the arguments are copied before this returns. From any thread."""
+        # One of its own for every call: the driver reads it without the interpreter's lock.
+        config = _Config(grid, (self._threads, 1, 1), self._shared, stream, self._attributes, 1)
         pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         check(self._launch(ctypes.byref(config), self._handle, pointers, None), f"launch of {self._name}")
 
