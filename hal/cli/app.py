@@ -73,6 +73,9 @@ def main() -> None:
             raise SystemExit(2) from None
         finally:
             sys.stdout.flush()
+    except KeyboardInterrupt:
+        # The command line's own handling ends where the command does; what comes just after is the same interrupt.
+        raise SystemExit(130) from None
     except BrokenPipeError:
         # The reader has gone: nothing is left to say, and the interpreter must not try again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
