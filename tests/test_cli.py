@@ -291,7 +291,8 @@ def test_an_interrupt_is_quiet(crowd: Interpreter) -> None:
             _, errors = process.communicate(timeout=60)
         finally:
             process.kill()
-        assert process.returncode == 130
+        # A shell says 130 of both: of a command that gave up, and of a process that the signal ended while it was leaving.
+        assert process.returncode in (130, -signal.SIGINT), (arguments, errors)
         assert "Traceback" not in errors
 
 
