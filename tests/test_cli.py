@@ -291,7 +291,7 @@ def test_an_interrupt_is_quiet(crowd: Interpreter) -> None:
             _, errors = process.communicate(timeout=60)
         finally:
             process.kill()
-        # A shell says 130 of both: of a command that gave up, and of a process that the signal ended while it was leaving.
+        # A shell says 130 of both: a command that gave up, and a process that the signal ended.
         assert process.returncode in (130, -signal.SIGINT), (arguments, errors)
         assert "Traceback" not in errors
 
