@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -16,6 +17,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 CI = os.environ.get("CI", "").lower() in ("1", "true")
 # The conformance suite skips by its own rules: what a backend does not declare, or what a filter leaves out.
 SUITE = Path(__file__).parent / "conformance"
+
+Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -33,9 +36,21 @@ def _seconds(item: pytest.Item) -> float:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Hold a test to the rule of CI."""
+    return _judged((yield), item)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Hold a whole file to the rule of CI."""
+    return _judged((yield), collector)
+
+
+def _judged(report: Report, node: pytest.Item | pytest.Collector) -> Report:
     """Turn a skip into a failure in CI, unless its reason begins with "not applicable"."""
-    report = yield
-    ours = not item.path.is_relative_to(SUITE)
+    ours = not node.path.is_relative_to(SUITE)
     if CI and ours and report.skipped and not hasattr(report, "wasxfail"):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         if not reason.removeprefix("Skipped: ").startswith("not applicable"):

@@ -18,9 +18,16 @@ def test_elsewhere():
 """
 
 
-def outcome(tmp_path: Path, ci: str) -> str:
+WHOLE_FILE = """
+import pytest
+
+pytest.importorskip("a_part_that_is_missing")
+"""
+
+
+def outcome(tmp_path: Path, ci: str, sample: str = SAMPLE) -> str:
     (tmp_path / "conftest.py").write_text((Path(__file__).parents[1] / "conftest.py").read_text())
-    (tmp_path / "test_sample.py").write_text(SAMPLE)
+    (tmp_path / "test_sample.py").write_text(sample)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
     run = subprocess.run(command, env={**os.environ, "CI": ci}, capture_output=True, text=True, timeout=120)
     return run.stdout.splitlines()[-1]
@@ -32,3 +39,8 @@ def test_ci_fails_on_what_is_missing(tmp_path: Path) -> None:
 
 def test_a_developer_skips(tmp_path: Path) -> None:
     assert outcome(tmp_path, "").startswith("2 skipped")
+
+
+def test_ci_fails_on_a_whole_file_that_is_skipped(tmp_path: Path) -> None:
+    assert "1 error" in outcome(tmp_path, "true", WHOLE_FILE)
+    assert outcome(tmp_path, "", WHOLE_FILE).startswith("1 skipped")
