@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,7 +40,8 @@ class _Driver:
 def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A machine with everything there; tests take parts away."""
     monkeypatch.delenv(tiers.ENV, raising=False)
-    monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: _Driver())
+    # A copy, since others load libraries of their own meanwhile.
+    monkeypatch.setattr(devices, "ctypes", SimpleNamespace(**vars(ctypes) | {"CDLL": lambda name: _Driver()}))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
