@@ -10,8 +10,8 @@ from hal import plugins
 from hal.backend import Backend, Probe
 from hal.plugins import hookimpl
 from hal.portable.host import HostDevice
-from hal.portable.mla import PortableMla, dense
-from hal.spec.capability import Capabilities
+from hal.portable.mla import PortableMla
+from hal.spec.capability import Capabilities, plain_dense
 from hal.spec.errors import UnsupportedError
 
 WIDTHS = (1, 32, 64, 128)
@@ -28,7 +28,7 @@ class OnFibres(Backend):
         return Probe(True, "fibres", evidence="simulation")
 
     def capabilities(self) -> Capabilities:
-        return Capabilities(("cpu",), dense(), None, None)
+        return Capabilities(("cpu",), plain_dense(), None, None)
 
     def mla_plan(self, args: Any) -> object:
         return self.mla.plan(args)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hal.portable import cache
-from hal.portable.runtime import Argument, Facts, Program, Source
+from hal.portable.runtime import Argument, Facts, InPlace, Program, Source
 from hal.spec.errors import BackendUnavailable, CompileError, DeviceError
 
 _FLAGS: Final = ("-std=c++17", "-O1", "-g0", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off")
@@ -64,7 +64,7 @@ class HostEvent:
         return 0.0
 
 
-class HostDevice:
+class HostDevice(InPlace):
     """See `runtime.Device`.
 
     Parameters
@@ -86,11 +86,6 @@ class HostDevice:
         version = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=False).stdout
         return Facts("fibres", version.split("\n")[0], "host", processors, 2, local_bytes, subgroup)
 
-    @property
-    def allocator(self) -> HostDevice:
-        """The device itself."""
-        return self
-
     def empty(self, size: int) -> Any:
         """See `runtime.Allocator`. What was never written is NaN wherever a float is read."""
         return torch.full((max(size // 4, 4),), float("nan"))
@@ -108,18 +103,6 @@ class HostDevice:
             file.write(code)
             file.flush()
             return HostProgram(source, ctypes.CDLL(file.name))
-
-    def queue(self) -> HostDevice:
-        """The device itself: a kernel is over when its launch is."""
-        return self
-
-    def read(self, tensor: Tensor) -> Any:
-        """See `runtime.Queue`."""
-        return tensor
-
-    def write(self, tensor: Tensor) -> tuple[Any, tuple[int, ...]]:
-        """See `runtime.Queue`."""
-        return tensor, tensor.stride()
 
     def launch(
         self, program: Program, kernel: str, groups: int, threads: int, arguments: Sequence[Argument]
@@ -143,9 +126,6 @@ class HostDevice:
             raise DeviceError(f"{kernel}: threads of a group wait at different places: lines {lines} of {files}")
         self._launches[kernel] += 1
         return HostEvent()
-
-    def finish(self) -> None:
-        """Nothing is under way."""
 
     def launches(self) -> Mapping[str, int]:
         """See `runtime.Device`."""

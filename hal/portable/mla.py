@@ -7,6 +7,8 @@ waits for a device to look at them.
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 
 from hal.portable.runtime import Argument, Device, Facts, Memory, Program, Queue, Source
-from hal.spec.capability import Ints, MlaCapabilities
+from hal.spec.capability import MAX_HEAD_DIM
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,16 +24,14 @@ if TYPE_CHECKING:
     from hal.spec.mla import MlaDecodeArgs, MlaGeometry
     from hal.spec.plan import MlaPlanArgs
 
-MAX_DIM: Final = 576
-MAX_PAGE: Final = 256
 
 SCHEDULE: Final = ("mla.h", "mla_schedule.h")
 DECODE: Final = ("elements.h", "mla.h", "mla_decode.h", "mla_merge.h")
 ELEMENTS: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # Few sizes, so that little is compiled: it takes seconds each, and all but the last of a kind are seldom asked for.
-_WIDTHS_K: Final = (64, MAX_DIM)
-_WIDTHS_V: Final = (64, 512, MAX_DIM)
+_WIDTHS_K: Final = (64, MAX_HEAD_DIM)
+_WIDTHS_V: Final = (64, 512, MAX_HEAD_DIM)
 _ROWS: Final = (4, 8, 16)
 _FEW: Final = 4
 _BLOCKS: Final = (32, 16, 8)
@@ -44,27 +44,6 @@ _LEAST_TOKENS: Final = (128, 512)
 """Least tokens of a piece: usually, and with ``batch_invariant``."""
 _MOST: Final = 2**31 - 1
 _LN2: Final = math.log(2)
-
-
-def dense(dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")) -> MlaCapabilities:
-    """What these kernels can be declared with: packed caches, sinks and chosen tokens are not written yet."""
-    return MlaCapabilities(
-        dtypes=dtypes,
-        kv_formats=("plain",),
-        head_dim=Ints(1, MAX_DIM),
-        head_dim_v=Ints(1, MAX_DIM),
-        h_q=Ints(1),
-        h_kv=Ints(1),
-        s_q=Ints(1),
-        page_size=Ints(1, MAX_PAGE),
-        causal=True,
-        ragged_q=True,
-        batch_invariant=True,
-        lse_bases=("e", "2"),
-        attn_sink=False,
-        extra_kv_cache=False,
-        topk=None,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,3 +273,30 @@ def _int64(*values: int) -> tuple[np.int64, ...]:
 def _aligned(*tensors: Tensor) -> bool:
     """Whether eight elements can be read at once wherever a row begins."""
     return all(t.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in t.stride()[:-1]) for t in tensors)
+
+
+class OnEachDevice:
+    """`PortableMla` of every device that calls came for, opened when the first one does.
+
+    Parameters
+    ----------
+    opened : callable
+        Given torch's number of a device, its driver.
+    """
+
+    def __init__(self, opened: Callable[[int], Device]) -> None:
+        self._opened = opened
+        self._kernels: dict[int, PortableMla] = {}
+
+    def on(self, index: int) -> PortableMla:
+        """The kernels of one device."""
+        if index not in self._kernels:
+            self._kernels[index] = PortableMla(self._opened(index))
+        return self._kernels[index]
+
+    def launches(self) -> Mapping[str, int]:
+        """As `Device.launches`, over all devices: those of one kind have their names in common."""
+        found: Counter[str] = Counter()
+        for kernels in self._kernels.values():
+            found.update(kernels.device.launches())
+        return found

@@ -10,19 +10,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 import numpy as np
 from torch import Tensor
 
 from hal.portable.cache import key
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 Number: TypeAlias = np.int32 | np.int64 | np.float32
 """A scalar argument of a kernel, of exactly the kernel's type."""
 
 _HERE: Final = Path(__file__).parent
+_SIMT: Final = ("cuda", "hip", "musa")
+"""Dialects that begin with ``simt.h``."""
 _PLAIN_C: Final = ("opencl",)
-"""Dialects of C; all others are of C++ and have ``cxx.h`` in common."""
+"""Dialects of C; all others are of C++ and end with ``cxx.h``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +69,9 @@ class Source:
 
     def text(self, dialect: str) -> str:
         """The one file a compiler is given; its errors name the files it came from, and the lines there."""
-        dialects = (f"{dialect}.h",) if dialect in _PLAIN_C else (f"{dialect}.h", "cxx.h")
-        paths = [*(_HERE / "dialects" / name for name in dialects), *(_HERE / "kernels" / name for name in self.files)]
+        before, after = ("simt",) * (dialect in _SIMT), ("cxx",) * (dialect not in _PLAIN_C)
+        dialects = (_HERE / "dialects" / f"{name}.h" for name in (*before, dialect, *after))
+        paths = [*dialects, *(_HERE / "kernels" / name for name in self.files)]
         defined = "".join(f"#define {name} {value}\n" for name, value in self.flags)
         return defined + "".join(f'#line 1 "{path}"\n{_text(path)}' for path in paths)
 
@@ -176,3 +182,27 @@ class Device(Protocol):
 
     def launches(self) -> Mapping[str, int]:
         """How often each kernel was launched, by ``driver:kernel@device``."""
+
+
+class InPlace:
+    """The half of a `Device` that is the same wherever kernels address torch's own memory, in torch's own order."""
+
+    @property
+    def allocator(self) -> Self:
+        """The device itself."""
+        return self
+
+    def queue(self) -> Self:
+        """The device itself, on whatever stream is current."""
+        return self
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """See `Queue`."""
+        return tensor
+
+    def write(self, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """See `Queue`."""
+        return tensor, tensor.stride()
+
+    def finish(self) -> None:
+        """Results are where torch looks for them: on its stream."""

@@ -11,9 +11,15 @@ import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from hal.spec.errors import SpecError
+
+MAX_HEAD_DIM: Final = 576
+"""Of the published interface: 512 columns without position and 64 with it."""
+
+MAX_PAGE_SIZE: Final = 256
+"""Of the published interface."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +120,27 @@ class MlaCapabilities:
 
     def __post_init__(self) -> None:
         _require_types(self)
+
+
+def plain_dense(dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")) -> MlaCapabilities:
+    """All of dense decode on plain caches; packed caches, sinks and chosen tokens left out."""
+    return MlaCapabilities(
+        dtypes=dtypes,
+        kv_formats=("plain",),
+        head_dim=Ints(1, MAX_HEAD_DIM),
+        head_dim_v=Ints(1, MAX_HEAD_DIM),
+        h_q=Ints(1),
+        h_kv=Ints(1),
+        s_q=Ints(1),
+        page_size=Ints(1, MAX_PAGE_SIZE),
+        causal=True,
+        ragged_q=True,
+        batch_invariant=True,
+        lse_bases=("e", "2"),
+        attn_sink=False,
+        extra_kv_cache=False,
+        topk=None,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,10 @@ import dataclasses
 import platform
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, Final, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from hal.backend import Backend, Probe
-from hal.spec.capability import Capabilities, Ints, MlaCapabilities
+from hal.spec.capability import Capabilities, plain_dense
 from hal.spec.errors import SpecError
 
 if TYPE_CHECKING:
@@ -18,27 +18,6 @@ if TYPE_CHECKING:
     from hal.spec.ep import EpBufferArgs
     from hal.spec.mla import MlaDecodeArgs
     from hal.spec.plan import MlaPlanArgs
-
-MAX_DIM: Final = 576
-MAX_PAGE: Final = 256
-
-_DENSE: Final = MlaCapabilities(
-    dtypes=("bfloat16", "float16", "float32"),
-    kv_formats=("plain",),
-    head_dim=Ints(1, MAX_DIM),
-    head_dim_v=Ints(1, MAX_DIM),
-    h_q=Ints(1),
-    h_kv=Ints(1),
-    s_q=Ints(1),
-    page_size=Ints(1, MAX_PAGE),
-    causal=True,
-    ragged_q=True,
-    batch_invariant=True,
-    lse_bases=("e", "2"),
-    attn_sink=False,
-    extra_kv_cache=False,
-    topk=None,
-)
 
 
 class Kernel(Protocol):
@@ -91,7 +70,7 @@ class CpuBackend(Backend):
         """Everything of dense decode but sinks and extra caches; expert-parallel calls where compiled."""
         from hal_cpu import ep
 
-        dense = dataclasses.replace(_DENSE, batch_invariant=self._kernel.batch_invariant)
+        dense = dataclasses.replace(plain_dense(), batch_invariant=self._kernel.batch_invariant)
         communicates = ep.missing() is None
         return Capabilities(
             device_types=("cpu",), mla_dense=dense, mla_sparse=None, ep=ep.CAPABILITIES if communicates else None

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 from hal.backend import Backend, Probe
-from hal.spec.capability import Capabilities
+from hal.spec.capability import Capabilities, plain_dense
 from hal.spec.errors import SpecError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -79,9 +79,7 @@ class CudaBackend(Backend):
 
     def capabilities(self) -> Capabilities:
         """Dense decode of plain caches. Packed caches, chosen tokens and expert parallelism are not written yet."""
-        from hal.portable.triton.mla import dense
-
-        declared = dense(("bfloat16", "float16"))
+        declared = plain_dense(("bfloat16", "float16"))
         return Capabilities(device_types=("cuda",), mla_dense=declared, mla_sparse=None, ep=None)
 
     def mla_plan(self, args: MlaPlanArgs) -> object:

@@ -6,6 +6,7 @@ Every call of the driver or the compiler goes through `checked`, which turns its
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hal.portable import cache
-from hal.portable.runtime import Argument, Facts, Program, Source
+from hal.portable.runtime import Argument, Facts, InPlace, Program, Source
 from hal.spec.errors import CompileError, DeviceError
 from hal_cuda.devices import architecture
 
@@ -33,6 +34,8 @@ T = TypeVar("T")
 
 def missing() -> str:
     """Why there is no driver, in words; empty if there is one."""
+    if importlib.util.find_spec("cupy") is None:
+        return "cupy is not installed"
     try:
         import cupy  # noqa: F401  (whether it loads is the question)
     except ImportError as error:
@@ -209,7 +212,7 @@ class CudaEvent:
         return float(checked("cuEventElapsedTime", self.started.elapsed_time, self.ended)) * 1e-3
 
 
-class CudaDevice:
+class CudaDevice(InPlace):
     """See `runtime.Device`; its queue is torch's current stream, so that nothing here waits.
 
     Parameters
@@ -237,11 +240,6 @@ class CudaDevice:
             subgroup=32,
         )
 
-    @property
-    def allocator(self) -> CudaDevice:
-        """The device itself."""
-        return self
-
     def empty(self, size: int) -> Tensor:
         """See `runtime.Allocator`; torch's memory, freed in the order of its stream."""
         try:
@@ -253,18 +251,6 @@ class CudaDevice:
         """See `runtime.Device`."""
         cubin = compile_text(source.text("cuda"), Path(source.path), self.facts.name)
         return CudaProgram(source, Module(cubin, self.index))
-
-    def queue(self) -> CudaDevice:
-        """The device itself, on whatever stream is current."""
-        return self
-
-    def read(self, tensor: Tensor) -> Tensor:
-        """See `runtime.Queue`."""
-        return tensor
-
-    def write(self, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """See `runtime.Queue`."""
-        return tensor, tensor.stride()
 
     def launch(
         self, program: Program, kernel: str, groups: int, threads: int, arguments: Sequence[Argument]
@@ -283,9 +269,6 @@ class CudaDevice:
         event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         checked("cuEventRecord", event.record, torch.cuda.current_stream(self.index))
         return event
-
-    def finish(self) -> None:
-        """Results are where torch looks for them: on its stream."""
 
     def launches(self) -> Mapping[str, int]:
         """See `runtime.Device`."""

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import torch
-
+from hal.portable.mla import OnEachDevice
 from hal.spec.errors import DeviceError
 from hal_cuda import driver
 
 if TYPE_CHECKING:
-    from hal.portable.mla import PortableMla
     from hal.spec.mla import MlaDecodeArgs
     from hal.spec.plan import MlaPlanArgs
 
@@ -23,12 +20,10 @@ class PortableTier:
     name = "portable"
 
     def __init__(self) -> None:
-        self._kernels: dict[int, PortableMla] = {}
+        self._kernels = OnEachDevice(driver.CudaDevice)
 
     def missing(self) -> str:
         """Whether cupy is there, and the compiler it calls."""
-        if importlib.util.find_spec("cupy") is None:
-            return "cupy is not installed"
         reason = driver.missing()
         if reason:
             return reason
@@ -44,24 +39,12 @@ class PortableTier:
 
     def plan(self, args: MlaPlanArgs) -> object:
         """As `PortableMla.plan`."""
-        return self._on(args.geometry.device).plan(args)
+        return self._kernels.on(args.geometry.device.index).plan(args)
 
     def decode(self, args: MlaDecodeArgs, schedule: object) -> None:
         """As `PortableMla.decode`."""
-        self._on(args.q.device).decode(args, schedule)  # type: ignore[arg-type]
+        self._kernels.on(args.q.device.index).decode(args, schedule)  # type: ignore[arg-type]
 
     def launches(self) -> Mapping[str, int]:
         """Over all devices."""
-        found: dict[str, int] = {}
-        for kernels in self._kernels.values():
-            for name, count in kernels.device.launches().items():
-                found[name] = found.get(name, 0) + count
-        return found
-
-    def _on(self, device: torch.device) -> PortableMla:
-        index = torch.cuda.current_device() if device.index is None else device.index
-        if index not in self._kernels:
-            from hal.portable.mla import PortableMla
-
-            self._kernels[index] = PortableMla(driver.CudaDevice(index))
-        return self._kernels[index]
+        return self._kernels.launches()

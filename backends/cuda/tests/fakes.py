@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import calls
 import torch
 
-from hal.spec.mla import MlaDecodeArgs, check_decode
+from hal.spec.mla import MlaDecodeArgs
 from hal.spec.plan import MlaPlanArgs, check_plan
 
 
@@ -55,10 +56,5 @@ def decode_args(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> MlaDecod
         "block_table": torch.zeros(2, 2, dtype=torch.int32),
         "cache_seqlens": torch.tensor([5, 70], dtype=torch.int32),
         "head_dim_v": 512,
-        "causal": False,
-        "lse_base": "e",
-        "batch_invariant": False,
     }
-    absent = ("softmax_scale", "kv_format", "indices", "topk_length", "attn_sink", "extra_kv_cache", "extra_indices")
-    absent += ("extra_topk_length", "out", "cu_seqlens_q")
-    return check_decode(**(dict.fromkeys(absent) | arguments | changes))
+    return calls.decode_args(**(arguments | changes))

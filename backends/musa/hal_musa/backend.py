@@ -8,15 +8,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from hal.backend import Backend, Probe
-from hal.spec.capability import Capabilities
+from hal.spec.capability import Capabilities, plain_dense
 from hal.spec.errors import BackendUnavailable, HalError, SpecError, UnsupportedError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from hal.ep.engine import EpEngine
-    from hal.portable.mla import PortableMla, Schedule
+    from hal.portable.mla import OnEachDevice, Schedule
     from hal.portable.opencl import Adopted, OpenClDevice
     from hal.spec.ep import EpBufferArgs
     from hal.spec.mla import MlaDecodeArgs
@@ -40,9 +39,6 @@ class MusaBackend(Backend):
 
     spec_version: ClassVar[str] = "1.0"
     priority: ClassVar[int] = 100
-
-    def __init__(self) -> None:
-        self._kernels: dict[int, PortableMla] = {}
 
     @cached_property
     def _driver_is_out(self) -> str:
@@ -76,6 +72,13 @@ class MusaBackend(Backend):
         from hal.portable import opencl
 
         return opencl.OpenClDevice(opencl.choose(*(() if _simulating() else VENDORS)))
+
+    @cached_property
+    def _kernels(self) -> OnEachDevice:
+        from hal.portable.mla import OnEachDevice
+        from hal_musa import driver
+
+        return OnEachDevice((lambda _: self.opencl) if self._driver_is_out else driver.MusaDevice)
 
     def probe(self) -> Probe:
         """Look for MUSA's driver with its toolkit and torch_musa; where they are not, for OpenCL."""
@@ -126,18 +129,16 @@ class MusaBackend(Backend):
 
     def capabilities(self) -> Capabilities:
         """Dense decode of plain caches. Packed caches, chosen tokens and expert parallelism are not written yet."""
-        from hal.portable.mla import dense
-
         where = "cpu" if self._driver_is_out else "musa"
-        return Capabilities(device_types=(where,), mla_dense=dense(), mla_sparse=None, ep=None)
+        return Capabilities(device_types=(where,), mla_dense=plain_dense(), mla_sparse=None, ep=None)
 
     def mla_plan(self, args: MlaPlanArgs) -> Schedule:
         """See `PortableMla.plan`."""
-        return self._on(args.geometry.device).plan(args)
+        return self._kernels.on(args.geometry.device.index or 0).plan(args)
 
     def mla_decode(self, args: MlaDecodeArgs) -> None:
         """See `PortableMla.decode`."""
-        self._on(args.q.device).decode(args, args.schedule)  # type: ignore[arg-type]
+        self._kernels.on(args.q.device.index or 0).decode(args, args.schedule)  # type: ignore[arg-type]
 
     def ep_buffer(self, args: EpBufferArgs) -> EpEngine:
         """Not written yet, and not declared."""
@@ -152,20 +153,7 @@ class MusaBackend(Backend):
 
     def launches(self) -> Mapping[str, int]:
         """Of all kernels, over all devices."""
-        found: dict[str, int] = {}
-        for kernels in self._kernels.values():
-            for name, count in kernels.device.launches().items():
-                found[name] = found.get(name, 0) + count
-        return found
-
-    def _on(self, device: torch.device) -> PortableMla:
-        index = device.index or 0
-        if index not in self._kernels:
-            from hal.portable.mla import PortableMla
-            from hal_musa import driver
-
-            self._kernels[index] = PortableMla(self.opencl if self._driver_is_out else driver.MusaDevice(index))
-        return self._kernels[index]
+        return self._kernels.launches() if "_kernels" in self.__dict__ else {}
 
 
 def _one_of(variable: str, *legal: str) -> str:

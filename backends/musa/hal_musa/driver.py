@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hal.portable import cache
-from hal.portable.runtime import Argument, Facts, Program, Source
+from hal.portable.runtime import Argument, Facts, InPlace, Program, Source
 from hal.spec.errors import BackendUnavailable, CompileError, DeviceError, HalError
 
 LIBRARY_ENV: Final = "HAL_MUSA_LIBRARY"
@@ -160,7 +160,7 @@ class MusaEvent:
             self._library("muEventDestroy_v2", event)
 
 
-class MusaDevice:
+class MusaDevice(InPlace):
     """See `runtime.Device`; its queue is torch_musa's current stream, so that nothing here waits.
 
     Parameters
@@ -207,11 +207,6 @@ class MusaDevice:
             subgroup=attribute(_WARP_SIZE),
         )
 
-    @property
-    def allocator(self) -> MusaDevice:
-        """The device itself."""
-        return self
-
     def empty(self, size: int) -> Tensor:
         """See `runtime.Allocator`; torch's memory, freed in the order of its stream."""
         try:
@@ -227,18 +222,6 @@ class MusaDevice:
         name = f"{cache.key(text, facts.name, known, *_FLAGS)}.bin"
         code = cache.kept(cache.private_folder("musa"), name, lambda: _compile(made_by, text, facts.name, source))
         return MusaProgram(source, self.library.handle("muModuleLoadData", code))
-
-    def queue(self) -> MusaDevice:
-        """The device itself, on whatever stream is current."""
-        return self
-
-    def read(self, tensor: Tensor) -> Tensor:
-        """See `runtime.Queue`."""
-        return tensor
-
-    def write(self, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """See `runtime.Queue`."""
-        return tensor, tensor.stride()
 
     def launch(
         self, program: Program, kernel: str, groups: int, threads: int, arguments: Sequence[Argument]
@@ -261,9 +244,6 @@ class MusaDevice:
         if not self._memory.startswith("musa"):
             return ctypes.c_void_p()
         return ctypes.c_void_p(torch.musa.current_stream(self.index).musa_stream)  # type: ignore[attr-defined]
-
-    def finish(self) -> None:
-        """Results are where torch looks for them: on its stream."""
 
     def launches(self) -> Mapping[str, int]:
         """See `runtime.Device`."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import calls
 import numpy as np
 import pytest
 import torch
@@ -24,7 +25,7 @@ from hal.portable.mla import PortableMla
 from hal.portable.runtime import Source
 from hal.reference.mla import mla_decode
 from hal.spec.errors import BackendUnavailable, CompileError, DeviceError, SpecError
-from hal.spec.mla import MlaDecodeArgs, check_decode
+from hal.spec.mla import MlaDecodeArgs
 
 pytest.importorskip("pyopencl", reason="pyopencl is not installed")
 
@@ -164,13 +165,8 @@ def decode_args(kv_cache: torch.Tensor, **changes: Any) -> MlaDecodeArgs:
         "block_table": torch.tensor([[3, 1], [0, 2]], dtype=torch.int32),
         "cache_seqlens": torch.tensor([100, 3], dtype=torch.int32),
         "head_dim_v": 48,
-        "causal": False,
-        "lse_base": "e",
-        "batch_invariant": False,
     }
-    absent = ("softmax_scale", "kv_format", "indices", "topk_length", "attn_sink", "extra_kv_cache", "extra_indices")
-    absent += ("extra_topk_length", "out", "cu_seqlens_q")
-    return check_decode(**(dict.fromkeys(absent) | arguments | changes))
+    return calls.decode_args(**(arguments | changes))
 
 
 def agrees(args: MlaDecodeArgs) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hal.portable.triton import tuning
 from hal.portable.triton.tuning import Table, Variant
-from hal.spec.capability import Ints, MlaCapabilities
+from hal.spec.capability import MAX_HEAD_DIM
 from hal.spec.errors import SpecError
 from hal.spec.validation import Level, validation_level
 
@@ -24,33 +24,10 @@ if TYPE_CHECKING:
     from hal.spec.mla import MlaDecodeArgs, MlaGeometry
     from hal.spec.plan import MlaPlanArgs
 
-MAX_DIM: Final = 576
-MAX_PAGE: Final = 256
 _MOST: Final = 2**31 - 1
 _SCAN: Final = 64
 _MOST_ROWS: Final = 128
 _LN2: Final = math.log(2)
-
-
-def dense(dtypes: tuple[str, ...]) -> MlaCapabilities:
-    """What these kernels can be declared with: packed caches, sinks and chosen tokens are not written yet."""
-    return MlaCapabilities(
-        dtypes=dtypes,
-        kv_formats=("plain",),
-        head_dim=Ints(1, MAX_DIM),
-        head_dim_v=Ints(1, MAX_DIM),
-        h_q=Ints(1),
-        h_kv=Ints(1),
-        s_q=Ints(1),
-        page_size=Ints(1, MAX_PAGE),
-        causal=True,
-        ragged_q=True,
-        batch_invariant=True,
-        lse_bases=("e", "2"),
-        attn_sink=False,
-        extra_kv_cache=False,
-        topk=None,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,7 +318,7 @@ def _far(args: MlaDecodeArgs) -> bool:
     """Whether an offset within a tile of rows or a page of tokens may not fit 32 bits."""
     token, query, head = args.kv_cache.stride(1), args.q.stride(-3), args.q.stride(-2)
     row = max(query + head * args.h_q, args.out.stride(-3) + args.out.stride(-2) * args.h_q)
-    return max(token * args.page_size, row * _MOST_ROWS) > _MOST - MAX_DIM
+    return max(token * args.page_size, row * _MOST_ROWS) > _MOST - MAX_HEAD_DIM
 
 
 def _power_of_two(n: int) -> int:

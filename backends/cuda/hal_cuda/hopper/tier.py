@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
@@ -72,8 +71,6 @@ class HopperTier:
 
     def missing(self) -> str:
         """Whether cupy compiles here, and whether a device has the instructions."""
-        if importlib.util.find_spec("cupy") is None:
-            return "cupy is not installed"
         reason = driver.missing()
         if reason:
             return reason
