@@ -6,6 +6,7 @@ A driver implements `Device`, `Allocator`, `Program`, `Queue` and `Event` in one
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -24,10 +25,7 @@ Number: TypeAlias = np.int32 | np.int64 | np.float32
 """A scalar argument of a kernel, of exactly the kernel's type."""
 
 _HERE: Final = Path(__file__).parent
-_SIMT: Final = ("cuda", "hip", "musa")
-"""Dialects that begin with ``simt.h``."""
-_PLAIN_C: Final = ("opencl",)
-"""Dialects of C; all others are of C++ and end with ``cxx.h``."""
+_INCLUDE: Final = re.compile(r'#include "([\w.]+)"')
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +67,9 @@ class Source:
 
     def text(self, dialect: str) -> str:
         """The one file a compiler is given; its errors name the files it came from, and the lines there."""
-        before, after = ("simt",) * (dialect in _SIMT), ("cxx",) * (dialect not in _PLAIN_C)
-        dialects = (_HERE / "dialects" / f"{name}.h" for name in (*before, dialect, *after))
-        paths = [*dialects, *(_HERE / "kernels" / name for name in self.files)]
+        paths = [_HERE / "dialects" / f"{dialect}.h", *(_HERE / "kernels" / name for name in self.files)]
         defined = "".join(f"#define {name} {value}\n" for name, value in self.flags)
-        return defined + "".join(f'#line 1 "{path}"\n{_text(path)}' for path in paths)
+        return defined + "".join(map(_text, paths))
 
     def key(self, facts: Facts, *options: str) -> str:
         """What compiled code is kept under."""
@@ -88,7 +84,12 @@ class Source:
 
 @cache
 def _text(path: Path) -> str:
-    return path.read_text()
+    """A file with what it includes, since not every compiler is given a folder to look in."""
+    text = f'#line 1 "{path}"\n'
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        included = _INCLUDE.fullmatch(line)
+        text += f'{_text(path.parent / included[1])}#line {number + 1} "{path}"\n' if included else f"{line}\n"
+    return text
 
 
 class Memory(Protocol):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hal.backend import Backend, Probe
 from hal.plugins import hookimpl
-from hal.spec.capability import Capabilities
+from hal.spec.capability import Capabilities, plain_dense
 from hal.spec.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -45,9 +45,7 @@ class Interpreted(Backend):
         return Probe(True, "Triton's interpreter", evidence="simulation", details={"driver": "triton"})
 
     def capabilities(self) -> Capabilities:
-        from hal.portable.triton.mla import dense
-
-        return Capabilities(("cpu",), dense(("bfloat16", "float16", "float32")), None, None)
+        return Capabilities(("cpu",), plain_dense(("bfloat16", "float16", "float32")), None, None)
 
     def mla_plan(self, args: MlaPlanArgs) -> object:
         return self.kernels.plan(args)

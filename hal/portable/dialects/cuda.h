@@ -1,4 +1,6 @@
 /* CUDA C++, without headers of the toolkit: NVRTC alone suffices. */
+#include "simt.h"
+
 #define HAL_SHUFFLE_XOR(mask, value, offset, width) __shfl_xor_sync(mask, value, offset, width)
 #define HAL_ALL_LANES 0xffffffffu
 #define HAL_AS_U32(x) __float_as_uint(x)
@@ -16,3 +18,5 @@ HAL_INLINE unsigned short hal_float_to_half(float value) {
 }
 #define HAL_HALF_TO_FLOAT(bits) hal_half_to_float(bits)
 #define HAL_FLOAT_TO_HALF(value) hal_float_to_half(value)
+
+#include "cxx.h"

@@ -1,4 +1,6 @@
 /* HIP C++, compiled by clang: half precision is a type of the language. */
+#include "simt.h"
+
 /* All lanes of a wavefront run together: there is no mask to give. */
 #define HAL_SHUFFLE_XOR(mask, value, offset, width) __shfl_xor(value, offset, width)
 #define HAL_ALL_LANES 0
@@ -6,3 +8,5 @@
 #define HAL_AS_FLOAT(x) __builtin_bit_cast(float, (unsigned int)(x))
 #define HAL_HALF_TO_FLOAT(bits) ((float)__builtin_bit_cast(_Float16, (unsigned short)(bits)))
 #define HAL_FLOAT_TO_HALF(value) __builtin_bit_cast(unsigned short, (_Float16)(value))
+
+#include "cxx.h"

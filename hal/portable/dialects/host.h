@@ -38,3 +38,5 @@ static inline float hal_as_float(unsigned int bits) {
 }
 #define HAL_AS_U32(x) hal_as_u32(x)
 #define HAL_AS_FLOAT(x) hal_as_float(x)
+
+#include "cxx.h"
