@@ -12,15 +12,18 @@ DISTRIBUTIONS := . backends/cpu conformance backends/cuda backends/musa integrat
 INPUTS := constraints.txt $(wildcard pyproject.toml */pyproject.toml backends/*/pyproject.toml integrations/*/pyproject.toml) \
           $(wildcard backends/*/CMakeLists.txt backends/*/native/* backends/*/native/*/*)
 
-.PHONY: demo test lint sweep bench conform mutants clean
+.PHONY: demo test pytest lint sweep bench conform mutants clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hal demo
 	$(BIN)/python -m examples.deepseek_v3
 
-# Three workers on two cores: many tests wait, for a process to start or for a time to pass.
-test: lint
-	$(BIN)/pytest -n 3 --dist loadgroup
+# Side by side, for many tests wait, for a process to start or for a time to pass: hence also more workers than cores.
+test: $(VENV)/.installed
+	$(MAKE) --no-print-directory --jobs 2 lint pytest
+
+pytest: $(VENV)/.installed
+	$(BIN)/pytest -n 4 --dist loadgroup
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check

@@ -45,7 +45,6 @@ def python(*arguments: str, path: Path | None = None, cwd: Path | None = None) -
     "script",
     [
         "flash_mla_decode.py",
-        "intranode.py --num-processes 2",
         "intranode.py --num-processes 4",
         "low_latency.py --num-processes 2",
         "elastic.py --num-processes 2",
