@@ -36,7 +36,10 @@ def run(program: str, ranks: int) -> subprocess.CompletedProcess[str]:
     # ThreadSanitizer of older compilers knows only the narrower address space randomisation.
     fixed = [shutil.which("setarch"), platform.machine(), "-R"] if shutil.which("setarch") else []
     seed = str(random.SystemRandom().randrange(2**31))
-    done = subprocess.run([*fixed, program, str(ranks), str(ROUNDS), seed], capture_output=True, text=True, timeout=120)
+    # One finding is enough.
+    env = os.environ | {"TSAN_OPTIONS": "halt_on_error=1"}
+    command = [*fixed, program, str(ranks), str(ROUNDS), seed]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     done.args = [*done.args, f"seed {seed}"]
     return done
 
