@@ -64,7 +64,9 @@ def test_the_document_has_exactly_the_schema(tmp_path, monkeypatch):
     done = bench("--backend", "right", *SMALL, "--json", file)
     assert done.exit_code == 0, done.output
     document = json.loads(file.read_text())
-    assert set(document) == {"limits", "cases"}
+    assert set(document) == {"limits", "cases", "machine"}
+    assert document["machine"]["device"].startswith("a planted backend")
+    assert document["machine"]["date"].endswith("UTC")
     assert set(document["limits"]) == {"sgemm_gflops", "copy_gbps"}
     (case,) = document["cases"]
     assert set(case) == {"name", "ms_p50", "gflops", "gbps", "fraction_of_limit", "peers"}

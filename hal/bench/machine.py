@@ -30,6 +30,8 @@ class Machine:
         Processors this process may run on, and threads given to every contender.
     last_level_cache : int
         Bytes.
+    device : str
+        What the backend says of its own: for an accelerator its name, architecture and driver.
     software, date : str
     load : float
         Processes that were running or waiting over the last minute, this one included: above ``cores`` the machine
@@ -40,18 +42,20 @@ class Machine:
     cores: int
     threads: int
     last_level_cache: int
+    device: str
     software: str
     date: str
     load: float
 
     @staticmethod
-    def here(threads: int) -> Machine:
+    def here(threads: int, device: str) -> Machine:
         """The machine the process runs on, now."""
         return Machine(
             processor=_processor(),
             cores=cores(),
             threads=threads,
             last_level_cache=last_level_cache(),
+            device=device,
             software=f"Python {platform.python_version()}, torch {torch.__version__}, {platform.system()}",
             date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
             load=os.getloadavg()[0],

@@ -10,17 +10,18 @@ from hal.bench.mla import CaseResult, MlaReport
 from hal.bench.stats import geometric_mean
 
 
-def document(report: MlaReport) -> dict[str, Any]:
+def document(report: MlaReport, machine: Machine) -> dict[str, Any]:
     """What ``--json`` writes.
 
     ``{"limits": {"sgemm_gflops", "copy_gbps"}, "cases": [{"name", "ms_p50", "gflops", "gbps", "fraction_of_limit",
-    "peers": {NAME: {"ms_p50", "speedup"}}}]}``. A case the backend got wrong or cannot do has null for every number and
-    no peers; a peer without a right result is not among ``peers``.
+    "peers": {NAME: {"ms_p50", "speedup"}}}], "machine": {"device", "software", "date", …}}``. A case the backend got
+    wrong or cannot do has null for every number and no peers; a peer without a right result is not among ``peers``.
     """
     assert report.limits is not None
     return {
         "limits": {"sgemm_gflops": report.limits.sgemm_gflops.p50, "copy_gbps": report.limits.copy_gbps.p50},
         "cases": [_case(report, result) for result in report.results],
+        "machine": dataclasses.asdict(machine),
     }
 
 

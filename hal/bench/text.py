@@ -50,9 +50,9 @@ class Attendance:
             yield from wrapped(f"  {self.name:<13} {self.summary}; {self.what}{lacks}", indent=16)
 
 
-def heading(machine: Machine, backend: str, about: str, peers: Iterable[Attendance]) -> Iterator[Text]:
+def heading(machine: Machine, backend: str, peers: Iterable[Attendance]) -> Iterator[Text]:
     """What is measured where, and who takes part."""
-    for line in [f"backend {backend}: {about}", *machine.lines()]:
+    for line in [f"backend {backend}: {machine.device}", *machine.lines()]:
         yield from wrapped(line)
     if machine.load > machine.cores:
         warning = "the machine is shared with other work: see below how much of it that took"

@@ -136,8 +136,8 @@ def mla(
         show(out, _listing(cases, present))
         return
     _require_room(cases, device)
-    machine = Machine.here(count)
-    show(out, text.heading(machine, chosen.selected.name, about(chosen), present))
+    machine = Machine.here(count, about(chosen))
+    show(out, text.heading(machine, chosen.selected.name, present))
     deadline = started + QUICK_SECONDS if quick and rounds is None else None
     settings = Settings(count, rounds or ROUNDS, deadline, seed, cpu_time=clock is Clock.CPU)
     with progress_bar() as progress:
@@ -147,7 +147,7 @@ def mla(
     show(out, mla_show.summary(found))
     _keep(out, found, machine, json_file, record_file, plots)
     if earlier is not None:
-        show(out, text.comparison(*report.changes(earlier, mla_report.document(found))))
+        show(out, text.comparison(*report.changes(earlier, mla_report.document(found, machine))))
     raise typer.Exit(0 if found.right else 1)
 
 
@@ -167,7 +167,7 @@ def overhead(
     chosen = choose(backend)
     assert chosen.selected is not None
     out = console()
-    show(out, text.heading(Machine.here(1), chosen.selected.name, about(chosen), ()))
+    show(out, text.heading(Machine.here(1, about(chosen)), chosen.selected.name, ()))
     with progress_bar() as progress:
         found = costs.run(chosen.selected, rounds, imports, watcher(progress))
     show(out, costs.lines(found))
@@ -283,7 +283,7 @@ def _keep(
 ) -> None:
     from hal.bench import mla_report
 
-    write(json_file, mla_report.document(found))
+    write(json_file, mla_report.document(found, machine))
     write(record_file, mla_report.record(found, machine))
     if plots is not None:
         from hal.bench.plots import draw
