@@ -54,13 +54,14 @@ struct Workspace {
     constexpr size_t kQuery = (size_t)kRowBlock * kTileStride, kTileFloats = (size_t)kTile * kTileStride;
     constexpr size_t kScores = (size_t)kTile * kScoreStride;
     const size_t state = state_floats(kRowBlock, kMaxDim);
-    float* at = memory.need(kQuery + kTileFloats + kScores + kRowBlock + 2 * state);
+    float* at = memory.need(kQuery + kTileFloats + kScores + kRowBlock + kTiledWeights + 2 * state);
     scratch.query = at;
     scratch.tile = scratch.query + kQuery;
     scratch.scores = scratch.tile + kTileFloats;
     scratch.alpha = scratch.scores + kScores;
-    scratch.own = state_at(scratch.alpha + kRowBlock, kRowBlock, kMaxDim);
-    scratch.chunk = state_at(scratch.alpha + kRowBlock + state, kRowBlock, kMaxDim);
+    scratch.weights = scratch.alpha + kRowBlock;
+    scratch.own = state_at(scratch.weights + kTiledWeights, kRowBlock, kMaxDim);
+    scratch.chunk = state_at(scratch.weights + kTiledWeights + state, kRowBlock, kMaxDim);
     return scratch;
   }
 };

@@ -6,6 +6,9 @@
 
 #include "few_rows.h"
 #include "many_rows.h"
+#ifdef HAL_CPU_TILES
+#include "tiled_rows.h"
+#endif
 
 namespace hal_cpu {
 namespace {
@@ -27,6 +30,14 @@ void attend_as(const Problem& p, const Block& b, int begin, int end, State state
   if (few_rows(b)) attend_few<T>(p, b, begin, end, state, s);
   else attend_many<T>(p, b, begin, end, state, s);
 }
+
+#ifdef HAL_CPU_TILES
+template <>
+void attend_as<Bf16>(const Problem& p, const Block& b, int begin, int end, State state, Scratch& s) {
+  if (few_rows(b)) attend_few<Bf16>(p, b, begin, end, state, s);
+  else attend_tiled(p, b, begin, end, state, s);
+}
+#endif
 
 // Attends to tokens begin … end - 1 and leaves the result in `state`, whatever it held before.
 void attend(const Problem& p, const Block& b, int begin, int end, State state, Scratch& s) {

@@ -18,6 +18,7 @@ constexpr int kRowBlock = 128;  // query rows a task carries at most
 // lines, which spreads rows over all sets of the first-level cache.
 constexpr int kTileStride = kMaxDim + 16;
 constexpr int kScoreStride = kRowBlock + 16;
+constexpr int kTiledWeights = kRowBlock * kTile;  // words: two bfloat16 a probability
 
 // What one call means; strides count elements of the tensor's dtype.
 struct Problem {
@@ -63,6 +64,7 @@ struct Scratch {
   float* tile;    // kTile tokens as float32, row-major
   float* scores;  // [kTile][kScoreStride], then probabilities
   float* alpha;   // per row: how much the old state shrinks
+  float* weights; // probabilities as tiles, where the processor has such
   State own, chunk;
 };
 

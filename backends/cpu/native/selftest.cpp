@@ -17,7 +17,7 @@ namespace {
 constexpr int kPage = 16, kPages = 24;
 
 struct Attention {
-  int heads, queries, dim, dim_v;
+  int heads, queries, dim, dim_v, length;
   bool causal;
 };
 
@@ -51,7 +51,7 @@ std::vector<char> random_data(int dtype, size_t count, std::mt19937& rng) {
 
 double worst_error(const Attention& s, int dtype, int threads) {
   std::mt19937 rng(s.heads * 131 + s.dim);
-  const int length = 203;
+  const int length = s.length;
   const std::vector<char> q = random_data(dtype, (size_t)s.queries * s.heads * s.dim, rng);
   const std::vector<char> kv = random_data(dtype, (size_t)kPages * kPage * s.dim, rng);
   std::vector<char> out(q.size());
@@ -109,7 +109,8 @@ double worst_error(const Attention& s, int dtype, int threads) {
 
 int main() {
   const Attention shapes[] = {
-      {1, 1, 64, 64, false}, {2, 3, 33, 17, true}, {20, 1, 576, 512, false}, {7, 4, 100, 99, true}};
+      {1, 1, 64, 64, 203, false},    {2, 3, 33, 17, 203, true},    {20, 1, 576, 512, 203, false}, {7, 4, 100, 99, 203, true},
+      {128, 1, 576, 512, 97, false}, {48, 3, 192, 128, 129, true}, {13, 1, 65, 33, 1, false},     {33, 2, 576, 576, 70, true}};
   bool good = true;
   for (const std::string& isa : available_isas()) {
     select_isa(isa);
