@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from hal.bench import ep, ep_cases, ep_report
 from hal.bench.ep_cases import FULL, QUICK, Shape
+from hal.bench.ep_peers import require_same
 from hal.cli.app import app
 
 SMALL = [
@@ -37,6 +38,7 @@ def test_a_small_run_has_the_published_form(tmp_path: Path, monkeypatch: pytest.
         assert 0 < case["remote_gbps"] < case["gbps"]
         assert case["fraction_of_copy"] > 0
         assert case["peers"]["gloo"]["speedup"] == pytest.approx(case["peers"]["gloo"]["us_p50"] / case["us_p50"])
+        assert ("gloo_whole" in case["peers"]) == (not case["operation"].startswith("low_latency"))
         assert case["name"] in done.output
     (overlap,) = found["overlap"]
     assert overlap["receive_us"] > 0
@@ -69,3 +71,10 @@ def test_routes_are_distinct_and_zipf_is_skewed() -> None:
 def test_a_quantile_is_an_observation() -> None:
     values = [float(v) for v in range(1, 101)]
     assert [ep_report.quantile(values, q) for q in (0.1, 0.5, 0.99)] == [10.0, 50.0, 99.0]
+
+
+def test_a_peer_that_gives_something_else_is_not_timed() -> None:
+    x = torch.randn(3, 4)
+    require_same({"ours": lambda: x, "same": lambda: x + 0.001})
+    with pytest.raises(AssertionError, match="other: Tensor-likes are not close"):
+        require_same({"ours": lambda: x, "other": lambda: x + 1})

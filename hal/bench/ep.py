@@ -1,10 +1,11 @@
 """Expert-parallel dispatch and combine beside gloo's ``all_to_all_single`` and MPI's ``Alltoallv``.
 
 All sides run in the same processes, in blocks that take turns, so that whatever else the machine does hits them alike.
-The peers get every advantage: their payload is gathered beforehand, sizes are known to them, no routes travel, and
-nothing is reduced. Times are per call; of each call the slowest rank counts. ``gbps`` is the bytes of token rows a rank
-receives (its own included, since they are moved too; ``remote_gbps`` counts those from others alone) over the median.
-``copy_gbps`` is a plain copy of as many bytes by all ranks at once.
+``gloo`` and ``mpi`` get every advantage: their payload is gathered beforehand, sizes are known to them, no routes
+travel, and nothing is reduced. ``gloo_whole`` and ``mpi_whole`` (`hal.bench.ep_peers`) are given what the HAL is given
+and return what it returns, which is checked before anything is timed. Times are per call; of each call the slowest rank
+counts. ``gbps`` is the bytes of token rows a rank receives (its own included, since they are moved too; ``remote_gbps``
+counts those from others alone) over the median. ``copy_gbps`` is a plain copy of as many bytes by all ranks at once.
 
 Overlap: what is left of the receive when compute as long as it stands between the call and its hook.
 
@@ -22,9 +23,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -32,6 +34,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hal.bench.ep_cases import FULL, OVERLAPS, QUICK, Shape, routes
+from hal.bench.ep_peers import ByAllToAll, Exchange, over_gloo, over_mpi, require_same
 from hal.bench.ep_report import document, quantile, report, table
 from hal.ep.buffer import EpBuffer
 
@@ -67,12 +70,21 @@ class Rank:
 
         calls: dict[str, Call] = {}
         if shape.operation == "dispatch":
-            rows = (x.to(torch.float8_e4m3fn), torch.rand(n, -(-hidden // 128))) if shape.fp8 else x
+            scales = torch.rand(n, -(-hidden // 128)) if shape.fp8 else None
+            values = x.to(torch.float8_e4m3fn) if shape.fp8 else x
+            rows = values if scales is None else (values, scales)
             calls["ours"] = lambda: buffer.dispatch(rows, idx, weights)
+            for name, peer in self._whole(buffer.args.local_experts):
+                calls[name] = partial(peer.dispatch, values, idx, weights, scales)
+            require_same(calls)
         elif shape.operation == "combine":
             got = buffer.dispatch(x, idx, weights)
             outputs = torch.randn(got.handle.num_recv_tokens, hidden).bfloat16()
             calls["ours"] = lambda: buffer.combine(outputs, got.handle)
+            for name, peer in self._whole(buffer.args.local_experts):
+                given = peer.dispatch(x, idx, weights)[-1]
+                calls[name] = partial(peer.combine, outputs, given)
+            require_same(calls)
         elif shape.operation == "low_latency_dispatch":
             calls["ours"] = lambda: buffer.low_latency_dispatch(x, idx, use_fp8=shape.fp8)
         else:
@@ -95,6 +107,14 @@ class Rank:
             calls["mpi"] = lambda: self.world.Alltoallv(send, receive)
         total = float(in_rows.sum()) * row
         return calls, {"bytes": total, "remote": total - float(in_rows[self.rank]) * row}
+
+    def _whole(self, local_experts: int) -> Iterator[tuple[str, ByAllToAll]]:
+        """The peers that do all that the HAL does."""
+        exchanges: dict[str, Exchange] = {"gloo_whole": over_gloo}
+        if self.world is not None:
+            exchanges["mpi_whole"] = over_mpi(self.world)
+        for name, exchange in exchanges.items():
+            yield name, ByAllToAll(exchange, self.rank, self.ranks, local_experts)
 
     def overlap(self, shape: Shape, seconds: float) -> dict[str, Any]:
         """Medians of a call with a hook, of the hook at once, and of the hook after compute as long as that."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final
 
 from hal.bench.ep_cases import Shape
+
+PEERS: Final = ("gloo", "gloo_whole", "mpi", "mpi_whole")
+"""Bare exchanges of rows gathered beforehand, and all of the operation over such."""
 
 
 def quantile(values: Sequence[float], q: float) -> float:
@@ -28,7 +31,7 @@ def report(shape: Shape, ranks: int, found: dict[str, Any]) -> dict[str, Any]:
             "us_p10": quantile(found["merged"][name], 0.1) * 1e6,
             "speedup": times[name] / times["ours"],
         }
-        for name in ("gloo", "mpi")
+        for name in PEERS
         if name in times
     }
     return {
@@ -51,13 +54,15 @@ def report(shape: Shape, ranks: int, found: dict[str, Any]) -> dict[str, Any]:
 
 def table(reports: Sequence[dict[str, Any]], overlaps: Sequence[dict[str, Any]] = ()) -> str:
     """The reports as text."""
-    heads = f"{'p50 µs':>9} {'p99 µs':>9} {'GB/s':>6} {'remote':>6} {'of copy':>8} {'gloo':>8} {'MPI':>8}"
+    heads = f"{'p50 µs':>9} {'p99 µs':>9} {'GB/s':>6} {'remote':>6} {'of copy':>8} " + " ".join(
+        f"{p:>10}" for p in PEERS
+    )
     lines = [f"{'case':60} {heads}"]
     for one in reports:
-        peers = [f"{one['peers'][p]['speedup']:7.2f}×" if p in one["peers"] else "–" for p in ("gloo", "mpi")]
+        peers = (f"{one['peers'][p]['speedup']:9.2f}×" if p in one["peers"] else f"{'–':>10}" for p in PEERS)
         lines.append(
             f"{one['ranks']} ranks {one['name']:52} {one['us_p50']:9.1f} {one['us_p99']:9.1f} {one['gbps']:6.2f}"
-            f" {one['remote_gbps']:6.2f} {one['fraction_of_copy']:8.0%} {peers[0]:>8} {peers[1]:>8}"
+            f" {one['remote_gbps']:6.2f} {one['fraction_of_copy']:8.0%} {' '.join(peers)}"
         )
     for one in overlaps:
         lines.append(
