@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-MYPY := $(BIN)/mypy --strict --num-workers 2
+# It gives way to the tests beside it, which wait for each other.
+MYPY := nice $(BIN)/mypy --strict --num-workers 2
 # Bytecode is made afterwards, by all cores.
 INSTALL := $(BIN)/pip install -q --no-compile -c constraints.txt
 # Of all distributions here, installed once and not once for each.
