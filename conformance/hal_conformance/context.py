@@ -16,13 +16,17 @@ from hal.spec.errors import HalError
 from hal.spec.limits import DENSE_LSE, DENSE_OUT, Limits
 from hal_conformance.case import MlaCase
 from hal_conformance.decode import Expected, Outcome, Verdict, call, expect, judge
-from hal_conformance.draw import Draw
+from hal_conformance.draw import SEARCH, Draw
 from hal_conformance.inputs import Inputs, build
 from hal_conformance.table import Mode, Obligation
 from hal_conformance.threads import few_threads, is_small
 
 if TYPE_CHECKING:
     from hal_conformance.witness import Tape
+
+
+_QUICK_HAND = 3
+"""Values of a range that one case of a quick run tries; a default run tries all of them."""
 
 
 class BackendRaised(Exception):
@@ -137,7 +141,16 @@ class Context:
 
     def draw(self) -> Draw:
         """The source of declared sizes."""
-        return Draw(self.rng, self.dense, self.index, self.device, gentle=self.obligation.level in ("L0", "L1"))
+        return Draw(
+            self.rng,
+            self.dense,
+            self.index,
+            self.device,
+            gentle=self.obligation.level in ("L0", "L1"),
+            deal=f"{self.settings.seed}/{self.obligation.id}",
+            cases=self.obligation.count("default") or 24,
+            most=_QUICK_HAND if self.settings.mode == "quick" else SEARCH,
+        )
 
     def limits(self) -> tuple[Limits, Limits]:
         """Of out and lse, as far as the vendor tightened them."""
