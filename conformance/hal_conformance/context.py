@@ -15,6 +15,7 @@ from hal.spec.capability import Capabilities, EpCapabilities, MlaCapabilities
 from hal.spec.errors import HalError
 from hal.spec.limits import DENSE_LSE, DENSE_OUT, Limits
 from hal_conformance.case import MlaCase
+from hal_conformance.cover import Labels, labels
 from hal_conformance.decode import Expected, Outcome, Verdict, call, expect, judge
 from hal_conformance.draw import SEARCH, Draw
 from hal_conformance.inputs import Inputs, build
@@ -60,6 +61,10 @@ class Record:
     errors : list of dict
         The comparison of out and of lse for every call compared.
     launches : dict of str to int
+    tried : set of tuple of str
+        What the compared calls had of each factor; see `hal_conformance.cover`.
+    notes : list of str
+        What could not be tried here, and why.
     seconds : float
         Spent inside the backend.
     """
@@ -71,6 +76,8 @@ class Record:
     diagnosis: dict[str, Any] | None = None
     errors: list[dict[str, Any]] = field(default_factory=list)
     launches: dict[str, int] = field(default_factory=dict)
+    tried: set[Labels] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     def add_launches(self, launches: dict[str, int]) -> None:
@@ -125,6 +132,7 @@ class Context:
         self.rng.seed(f"{self.settings.seed}/{self.obligation.id}/{self.index}")
         self._built = 0
         self.record.problems.clear()
+        self.record.notes.clear()
         self.record.diagnosis = None
 
     @property
@@ -199,6 +207,7 @@ class Context:
         """Compare with the reference; note and diagnose what differs."""
         expected = expect(inputs) if expected is None else expected
         verdict = judge(outcome.out, outcome.lse, expected, *self.limits())
+        self.record.tried.add(labels(inputs.case, self.dense))
         self.record.errors.append({"out": verdict.out.to_dict(), "lse": verdict.lse.to_dict()})
         if not verdict.ok:
             if not self.record.problems:

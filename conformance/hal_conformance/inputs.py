@@ -16,8 +16,8 @@ from hal_conformance.threads import few_threads, is_small
 POISON: Final = {"zero": 0.0, "nan": float("nan"), "inf": float("inf"), "huge": 3.0e4}
 """Values of memory nobody may read. ``huge`` is finite: it survives a multiplication by zero, unlike NaN."""
 
-_POOL: Final = 12
-"""Pages that all sequences of a case share where ``pages`` is ``pool``."""
+_POOL: Final = 12, 3_000_000
+"""Pages at most, and elements about, that all sequences of a case share where ``pages`` is ``pool``."""
 
 
 @dataclass(slots=True)
@@ -178,7 +178,8 @@ def _table(case: MlaCase, rng: torch.Generator) -> tuple[Tensor, int]:
     """Page numbers with garbage past the used ones, and how many pages the cache has (some used by nobody)."""
     counts = [-(-length // case.page) for length in case.lengths]
     spare = 2
-    num_blocks = (min(sum(counts), _POOL) if case.pages == "pool" else sum(counts)) + spare
+    pool = max(2, min(_POOL[0], _POOL[1] // (case.page * case.h_kv * case.d)))
+    num_blocks = (min(sum(counts), pool) if case.pages == "pool" else sum(counts)) + spare
     order = torch.arange(num_blocks) if case.pages == "ordered" else torch.randperm(num_blocks, generator=rng)
     table = torch.full((case.batch, max(counts, default=0) + spare), case.garbage, dtype=torch.int32)
     if case.pages == "pool":

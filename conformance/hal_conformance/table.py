@@ -430,6 +430,22 @@ TABLE: Final = (
         600.0,
     ),
     Obligation(
+        "MLA-46",
+        "L2",
+        "every pair of values",
+        "Any two legal values work together, not only each alone: of dtype, head_dim and head_dim_v, h_q, h_kv, "
+        "page_size, s_q, causal, ragged, the views of every tensor and where they begin, the batch, lse_base, "
+        "batch_invariant and a plan.",
+        cases=_BY_CHECK,
+    ),
+    Obligation(
+        "MLA-47",
+        "L2",
+        "what is declared is right",
+        "Every value and corner a backend declares gives the reference's result: the calls of CAP-05, compared.",
+        cases=_BY_CHECK,
+    ),
+    Obligation(
         "SPA-01",
         "L3",
         "sparse decode",

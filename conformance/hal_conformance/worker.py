@@ -121,4 +121,6 @@ def _case(context: Context) -> dict[str, Any]:
         "errors": record.errors,
         "launches": record.launches,
         "seconds": record.seconds,
+        "tried": sorted(record.tried),
+        "notes": record.notes,
     }
