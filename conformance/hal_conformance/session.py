@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from hal.spec.capability import Capabilities
+from hal.spec.errors import SpecError
 from hal_conformance.context import Settings
 from hal_conformance.cover import Labels, legal_pairs, pairs_of
 from hal_conformance.process import Secluded, Worker, WorkerDied, WorkerHangs
@@ -81,6 +82,12 @@ class Result:
     def obligation(self) -> Obligation:
         """Its row of the table."""
         return BY_ID[self.id]
+
+
+def _require_case(obligation: Obligation, index: int, count: int, mode: str) -> None:
+    """Refuse a case that a run of this kind does not have."""
+    if not 0 <= index < count:
+        raise SpecError("--case", f"{obligation.id}@….{index}", f"0…{count - 1}: a {mode} run has no other of it")
 
 
 def fresh_seed() -> int:
@@ -204,6 +211,17 @@ class Session:
                 problems.append(f"the waiver of {waiver.obligation} is not used: it is {result.status}; remove it")
         return problems
 
+    def notes(self) -> list[str]:
+        """What this run could not tell: waivers of what was not tested, and what this machine does not allow."""
+        found = []
+        for waiver in self.waivers.values():
+            result = self.results.get(waiver.obligation)
+            if waiver.expired() or (result is not None and result.status not in ("SKIPPED", "BLOCKED")):
+                continue
+            why = "left out by the filter" if result is None or result.status == "SKIPPED" else result.message
+            found.append(f"whether the waiver of {waiver.obligation} is needed could not be judged: it was {why}")
+        return found + [f"{result.id}: {text}" for result in self.results.values() for text in result.notes]
+
     def command(self) -> str:
         """The shell line that makes this run again."""
         s = self.settings
@@ -232,20 +250,22 @@ class Session:
         if capabilities is None and not obligation.gate:
             return Result(obligation.id, "BLOCKED", "the backend could not be asked what it declares")
         if capabilities is not None and not requirement.declared(capabilities):
+            _require_case(obligation, self.case or 0, 1, self.settings.mode)
             return self._cases(obligation, [0], "refusal", progress)
         if not obligation.covered:
             return Result(
                 obligation.id, "UNCOVERED", f"{requirement.title}: declared, and not tested by this suite yet"
             )
-        if self.case is not None:
-            return self._cases(obligation, [self.case], "case", progress)
         try:
             answer = self.worker.ask(self._request("count", obligation, 0), 60.0 * self.settings.patience)
         except (WorkerDied, WorkerHangs) as error:
             return self._lost(obligation, error)
         if "error" in answer:
             return Result(obligation.id, "ERROR", answer["error"])
-        return self._cases(obligation, list(range(answer["count"])), "case", progress)
+        if self.case is None:
+            return self._cases(obligation, list(range(answer["count"])), "case", progress)
+        _require_case(obligation, self.case, answer["count"], self.settings.mode)
+        return self._cases(obligation, [self.case], "case", progress)
 
     def _blocked(self, obligation: Obligation) -> str:
         """Why an obligation cannot be tested after what failed before it; empty if it can."""
