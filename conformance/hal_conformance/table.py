@@ -446,6 +446,15 @@ TABLE: Final = (
         cases=_BY_CHECK,
     ),
     Obligation(
+        "MLA-48",
+        "L2",
+        "large caches",
+        "A cache may have more than 2^31 elements, and more than 2^32: every page of it is as any other. (Little of it "
+        "is used, so that on the host it takes address space and no memory. Where a device has no room for it, the "
+        "report says that it was not tried.)",
+        cases=(2, 6, 12),
+    ),
+    Obligation(
         "SPA-01",
         "L3",
         "sparse decode",

@@ -53,6 +53,7 @@ def load() -> dict[str, Check]:
         ep_low_latency,
         ep_misuse,
         ep_normal,
+        huge,
         metamorphic,
         numbers,
         options,
