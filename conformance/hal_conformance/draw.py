@@ -226,8 +226,8 @@ class Draw:
         return self.rng.choice(("normal", "needle", "needle", "hot"))
 
     def starts(self, *names: str) -> dict[str, int]:
-        """Where these tensors begin: somewhere in memory, most often at no multiple of 16 bytes."""
-        return {f"{name}_start": self.rng.randint(1, 15) for name in names}
+        """Where these tensors begin: at no multiple of 16 bytes, whether an element has 2 or 4 of them."""
+        return {f"{name}_start": self.rng.choice([n for n in range(1, 16) if n % 4]) for name in names}
 
 
 def n_of(declared: Ints, h_kv: int) -> int:

@@ -155,8 +155,8 @@ def _calls(context: Context) -> st.SearchStrategy[MlaCase]:
             "q_layout": draw(st.sampled_from(("contiguous", "padded", "heads_first"))),
             "kv_layout": draw(st.sampled_from(("contiguous", "padded_block", "padded_token", "heads_first"))),
             "out_layout": draw(st.sampled_from(("none", "contiguous", "padded"))),
-            "q_start": draw(st.sampled_from((0, 0, 0, 1, 7))),
-            "kv_start": draw(st.sampled_from((0, 0, 0, 1, 7))),
+            "q_start": draw(st.sampled_from((0, 0, 0, 1, 4, 7))),
+            "kv_start": draw(st.sampled_from((0, 0, 0, 1, 4, 7))),
             "plan": draw(st.booleans()),
         }
         if dense.ragged_q and draw(st.booleans()):
