@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hal_conformance import report, verdict
+from hal_conformance import html, report, verdict
 from hal_conformance.cli import app
 from hal_conformance.context import Settings
 from hal_conformance.process import Worker
@@ -152,6 +152,35 @@ def test_waivers_never_pass_and_must_be_needed_and_in_force() -> None:
     assert "expired" in expired.waiver_problems()[0]
 
 
+def test_a_waiver_that_a_filter_leaves_unjudged_is_said_to_be() -> None:
+    mine = {"MLA_08": Waiver("MLA-08", "due in 2.1", LATER), "MLA_07": Waiver("MLA-07", "was due", BEFORE)}
+    session = run("sample", "CAP-01", **mine)
+    note = "whether the waiver of MLA-08 is needed could not be judged: it was left out by the filter"
+    assert session.notes() == [note]
+    made = report.make(session)
+    assert made["notes"] == [note]
+    assert note in html.render(made)
+    assert "expired" in made["problems"][0]
+
+
+@pytest.mark.parametrize("options", [["--case", "MLA-07@5.24"], ["--case", "MLA-07@5.4", "--quick"]], ids=" ".join)
+def test_a_case_that_does_not_exist_is_a_wrong_request_that_names_those_that_do(
+    options: list[str], tmp_path: Path
+) -> None:
+    done = CliRunner().invoke(app, ["--backend", "cpu", *options, "--out", str(tmp_path)])
+    assert done.exit_code == 2, done.output
+    assert f"legal: {'0…3: a quick run' if '--quick' in options else '0…23: a default run'}" in done.output
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_the_last_case_of_an_undeclared_obligation_is_its_refusal(tmp_path: Path) -> None:
+    done = [
+        CliRunner().invoke(app, ["--backend", "cpu", "--case", f"SPA-01@5.{index}", "--out", str(tmp_path)])
+        for index in (0, 1)
+    ]
+    assert [one.exit_code for one in done] == [0, 2], [one.output for one in done]
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
@@ -187,6 +216,7 @@ def test_a_waiver_file_that_is_wrong_is_a_wrong_request(tmp_path: Path, text: st
         ["verify", "/nowhere.json"],
         ["matrix", "/nowhere.json"],
         ["bisect", "MLA-07", "--backend", "cpu"],
+        ["bisect", "MLA-07@1.99999", "--backend", "cpu"],
     ],
     ids=" ".join,
 )
