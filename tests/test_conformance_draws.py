@@ -16,8 +16,9 @@ from hal_conformance.context import Context, Settings
 from hal_conformance.draw import MOST_HEADS, MOST_PAGE, MOST_QUERIES, Draw, notable, within
 from hal_conformance.inputs import build
 from hal_conformance.process import Worker
+from hal_conformance.requirements import REQUIREMENTS
 from hal_conformance.session import Session
-from hal_conformance.table import BY_ID
+from hal_conformance.table import BY_ID, of_level
 from hal_conformance.virtual import NoRoom, reserve
 from mutants.registry import load as mutants
 from mutants.runner import WITNESS, installed
@@ -52,11 +53,11 @@ def context(obligation: str, index: int = 0, declared: MlaCapabilities | None = 
     return Context(Settings("cpu", SEED, mode), Capabilities(("cpu",), section, None, None), BY_ID[obligation], index)
 
 
-def cases_of(obligation: str, mode: Any = "default") -> list[MlaCase]:
+def cases_of(obligation: str, mode: Any = "default", declared: MlaCapabilities | None = None) -> list[MlaCase]:
     """The cases that the check of an obligation makes, without making the calls."""
     found: list[MlaCase] = []
     for index in range(BY_ID[obligation].count(mode)):
-        one = context(obligation, index, mode=mode)
+        one = context(obligation, index, declared, mode)
         one.check = lambda case, what="": found.append(case)  # type: ignore[assignment,method-assign,return-value,misc]
         load()[obligation].run(one)
     return found
@@ -86,6 +87,31 @@ def test_a_range_is_drawn_from_up_to_its_ends() -> None:
 )
 def test_a_default_run_tries_every_value_of_a_range(obligation: str, size: Any, every: range) -> None:
     assert set(every) <= {size(case) for case in cases_of(obligation)}
+
+
+CHECKED: tuple[str, ...] = tuple(
+    o.id
+    for o in of_level("L1") + of_level("L2")
+    # The others make calls of their own beside those that `Context.check` makes.
+    if o.id not in ("MLA-10", "MLA-36", "MLA-37", "MLA-38", "MLA-39", "MLA-40", "MLA-41", "MLA-42", "MLA-43", "MLA-44")
+    and o.id not in ("MLA-46", "MLA-47", "MLA-48")
+)
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_every_case_is_within_what_is_declared(name: str) -> None:
+    declared = DECLARED[name]
+    capabilities = Capabilities(("cpu",), declared, None, None)
+    for obligation in CHECKED:
+        if not REQUIREMENTS[BY_ID[obligation].requires].declared(capabilities):
+            continue
+        for case in cases_of(obligation, "default", declared):
+            sizes = {"h_q": case.h_q, "h_kv": case.h_kv, "page_size": case.page, "s_q": case.s_q}
+            sizes |= {"head_dim": case.d, "head_dim_v": case.d_v}
+            wrong = {field: n for field, n in sizes.items() if n not in getattr(declared, field)}
+            assert not wrong, (obligation, wrong)
+            assert case.h_q % case.h_kv == 0, (obligation, case)
+            assert case.d_v <= case.d, (obligation, case)
 
 
 def test_batches_and_lengths_are_large_whole_and_small_in_a_quick_run_too() -> None:

@@ -79,7 +79,7 @@ def paged_cache(context: Context) -> None:
     lengths = draw.lengths(most=max(100, 4 * page), page=page)
     context.check(draw.base().but(page=page, lengths=lengths, data=draw.data()))
     every = draw.hand("page", within(context.dense.page_size, MOST_PAGE))
-    tiny = draw.base().but(data="hot", h_q=draw.heads_for(draw.base().h_kv, 4))
+    tiny = _few_heads(draw, 4)
     spans = [(n, draw.ordinary([draw.rng.randint(n + 1, 3 * n), draw.rng.randint(1, n)], n)) for n in every]
     _each(context, [tiny.but(page=n, lengths=lengths) for n, lengths in spans])
 
@@ -94,7 +94,7 @@ def causal_alignment(context: Context) -> None:
         lengths = draw.ordinary(draw.rng.randint(s_q, s_q + 6) for _ in lengths)
     context.check(draw.base().but(causal=True, s_q=s_q, lengths=lengths, data=draw.rng.choice(("needle", "hot"))))
     # Longer rows of queries than one tile holds.
-    tiny = draw.base().but(causal=True, data="hot")
+    tiny = _few_heads(draw, 8).but(causal=True)
     every = [
         (n, draw.lengths(most=50, batch=(1, 2))) for n in draw.hand("s_q", within(context.dense.s_q, MOST_QUERIES))
     ]
@@ -106,7 +106,7 @@ def several_queries(context: Context) -> None:
     """Not causal, s_q above 1, up to a few dozens."""
     draw = context.draw()
     context.check(draw.base().but(s_q=draw.several_queries(), data=draw.data()))
-    tiny = draw.base().but(lengths=draw.lengths(most=60, batch=(1, 2)), data="hot")
+    tiny = _few_heads(draw, 8).but(lengths=draw.lengths(most=60, batch=(1, 2)))
     _each(context, [tiny.but(s_q=n) for n in draw.hand("s_q", within(context.dense.s_q, MOST_QUERIES)) if n > 1])
 
 
@@ -115,7 +115,7 @@ def lengths_differ(context: Context) -> None:
     """Lengths of different magnitudes in one batch, whole tiles and splits among them; or very many sequences."""
     draw = context.draw()
     if context.index % 4 == 3:
-        context.check(draw.base().but(lengths=draw.large_batch(), h_q=draw.heads_for(draw.base().h_kv, 8), data="hot"))
+        context.check(_few_heads(draw, 8).but(lengths=draw.large_batch()))
         return
     lengths = [draw.rng.choice((1, 2, 17, 63, 100, 250, 600)) + draw.rng.randint(0, 9) for _ in range(4)]
     lengths += [*draw.hand("length", LENGTHS)[:1], 512 * draw.rng.randint(1, 5)]
@@ -185,6 +185,12 @@ def nothing_left_behind(context: Context) -> None:
 
 def _dims(draw: Draw) -> dict[str, Any]:
     return draw.dims() if draw.index % 2 else {}
+
+
+def _few_heads(draw: Draw, most: int) -> MlaCase:
+    """A plain case of few heads, for sizes whose number costs time."""
+    case = draw.base().but(data="hot")
+    return case.but(h_q=draw.heads_for(case.h_kv, most))
 
 
 def _dividing(draw: Draw, h_q: int) -> int:
