@@ -153,9 +153,9 @@ def test_every_legal_pair_meets_in_a_plan_and_its_cases_are_what_it_says(name: s
 
 def test_the_first_cases_of_a_plan_bring_most_pairs_together() -> None:
     declared = dense()
-    rows = cover.plan(declared, str(SEED))[:24]
+    rows = cover.plan(declared, str(SEED))[:20]
     met = set().union(*(cover.pairs_of(row, declared) for row in rows))
-    assert len(met) > 0.6 * len(cover.legal_pairs(declared))
+    assert len(met) > 0.55 * len(cover.legal_pairs(declared))
 
 
 def test_a_causal_ragged_case_has_a_sequence_with_fewer_keys_than_queries() -> None:

@@ -36,12 +36,12 @@ OTHER: Final = "other"
 MOST_CASES: Final = 400
 """Cases of a plan at most; what they leave out is said in the report."""
 
-_CANDIDATES: Final = 6
+_CANDIDATES: Final = 4
 """Cases built for each place of the plan, of which the best is kept."""
 
 QUERIES_PLANNED: Final = 40
 
-ELEMENTS: Final = 1_200_000
+ELEMENTS: Final = 800_000
 """Of q and out together, in one planned case: three large sizes at once take long and show no more than each two."""
 
 Pair = tuple[str, str, str, str]

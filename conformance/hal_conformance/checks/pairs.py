@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Final, TypeVar
 
+from hal.spec.capability import Ints
 from hal_conformance.case import MlaCase
 from hal_conformance.checks import holds
 from hal_conformance.checks.capability import declared_calls
@@ -22,13 +22,18 @@ from hal_conformance.cover import (
     others,
     plan,
 )
-from hal_conformance.draw import LENGTHS, MOST_PAGE, Draw
+from hal_conformance.draw import LENGTHS, MOST_DIM, MOST_PAGE, Draw, within
 
-_QUICK: Final = 24
+Choice = TypeVar("Choice", int, tuple[int, int])
+
+_QUICK: Final = 20
 """Cases of a quick run: the first of a plan bring most pairs together."""
 
 _FULL: Final = 4
 """Plans of a full run."""
+
+_DRAWN: Final = 40
+"""Pairs of head_dim and head_dim_v of which one is taken."""
 
 _ROWS: Final = 2000
 """Sequences times queries times KV heads a large batch may have: the oracle takes them one by one."""
@@ -60,25 +65,27 @@ def every_pair(context: Context) -> None:
     context.check(realise(context.draw(), _plan(context, turn)[at]))
 
 
-def realise(draw: Draw, row: Labels) -> MlaCase:
+def realise(draw: Draw, planned: Labels) -> MlaCase:
     """A case of these kinds; whatever they leave open is drawn."""
     declared, rng = draw.declared, draw.rng
-    chosen = {factor.name: value for factor, value in zip(factors(declared), row, strict=True)}
+    chosen = {factor.name: value for factor, value in zip(factors(declared), planned, strict=True)}
     values = {factor.name: factor.values for factor in factors(declared)}
 
-    def number(name: str, among: Any, most: int) -> int:
-        if chosen[name] == OTHER:
-            return rng.choice(others(among, values[name], most))
-        return int(chosen[name])
+    def numbers(name: str, among: Ints, most: int) -> list[int]:
+        return others(among, values[name], most) if chosen[name] == OTHER else [int(chosen[name])]
 
-    page = number("page_size", declared.page_size, MOST_PAGE)
-    s_q = number("s_q", declared.s_q, QUERIES_PLANNED)
+    def affordable(choices: Sequence[Choice], size: Callable[[Choice], int]) -> Choice:
+        """Any that keeps the case small, or the smallest."""
+        return rng.choice([one for one in choices if size(one) <= ELEMENTS] or [min(choices, key=size)])
+
+    page = rng.choice(numbers("page_size", declared.page_size, MOST_PAGE))
     least, most = BATCH_CLASSES[chosen["batch"]]
     heads = head_choices(declared, chosen["h_q"], chosen["h_kv"])
-    every_dims = _dims(draw, chosen["head_dim/head_dim_v"], values["head_dim/head_dim_v"])
-    columns = min(map(sum, every_dims))
-    h_q, h_kv = _affordable(rng, heads, lambda pair: least * s_q * pair[0] * columns)
-    d, d_v = _affordable(rng, every_dims, lambda pair: least * s_q * h_q * sum(pair))
+    dims = _dims(draw, chosen["head_dim/head_dim_v"], values["head_dim/head_dim_v"])
+    row = least * min(map(sum, dims))
+    s_q = affordable(numbers("s_q", declared.s_q, QUERIES_PLANNED), lambda n: row * min(heads)[0] * n)
+    h_q, h_kv = affordable(heads, lambda pair: row * pair[0] * s_q)
+    d, d_v = affordable(dims, lambda pair: least * sum(pair) * h_q * s_q)
     fitting = min(_ROWS // (s_q * h_kv), ELEMENTS // (s_q * h_q * (d + d_v)))
     batch = rng.randint(least, max(least, min(most, fitting)))
     tokens = int(_WORK / (batch * s_q * h_q * (d + d_v)))
@@ -114,19 +121,16 @@ def realise(draw: Draw, row: Labels) -> MlaCase:
     )
 
 
-def _affordable(
-    rng: random.Random, choices: list[tuple[int, int]], size: Callable[[tuple[int, int]], int]
-) -> tuple[int, int]:
-    """Any that keeps the case small, or the smallest."""
-    return rng.choice([one for one in choices if size(one) <= ELEMENTS] or [min(choices, key=size)])
-
-
 def _dims(draw: Draw, label: str, values: tuple[str, ...]) -> list[tuple[int, int]]:
     if label != OTHER:
         d, d_v = label.split("/")
         return [(int(d), int(d_v))]
     known = {(int(d), int(v)) for d, v in (value.split("/") for value in values if value != OTHER)}
-    return list(other_dims(draw.declared, known))
+    # There may be 100,000 others: some at random do, and the first where most are no pair.
+    dims, columns = within(draw.declared.head_dim, MOST_DIM), within(draw.declared.head_dim_v, MOST_DIM)
+    drawn = [(draw.rng.choice(dims), draw.rng.choice(columns)) for _ in range(_DRAWN)]
+    found = [(d, v) for d, v in drawn if v <= d and (d, v) not in known]
+    return found or [next(other_dims(draw.declared, known))]
 
 
 def _length(draw: Draw, page: int, most: int) -> int:
