@@ -132,7 +132,7 @@ TABLE: Final = (
         "CAP-05",
         "L0",
         "what is declared runs",
-        "Every value and corner a backend declares is accepted: the call returns.",
+        "Every value and corner a backend declares is accepted: the call returns. (What it computes: MLA-47.)",
         "dense",
         _BY_CHECK,
     ),
@@ -288,19 +288,22 @@ TABLE: Final = (
         "MLA-26",
         "L2",
         "strided queries",
-        "q may have any strides with a last one of 1: padded rows, swapped dimensions, odd row sizes.",
+        "q may have any strides with a last one of 1 (padded rows, swapped dimensions, odd row sizes), and begin at any "
+        "element of memory.",
     ),
     Obligation(
         "MLA-27",
         "L2",
         "strided cache",
-        "kv_cache may have any strides with a last one of 1: padded rows, tokens or blocks, heads before tokens.",
+        "kv_cache may have any strides with a last one of 1 (padded rows, tokens or blocks, heads before tokens), and "
+        "begin at any element of memory.",
     ),
     Obligation(
         "MLA-28",
         "L2",
         "strided out and tables",
-        "out and block_table may have padded rows; out also swapped dimensions. Nothing between rows is written.",
+        "out and block_table may have padded rows; out also swapped dimensions. These and cache_seqlens may begin at any "
+        "element. Nothing between rows is written.",
     ),
     Obligation(
         "MLA-29",
