@@ -288,8 +288,8 @@ TABLE: Final = (
         "MLA-26",
         "L2",
         "strided queries",
-        "q may have any strides with a last one of 1 (padded rows, swapped dimensions, odd row sizes), and begin at any "
-        "element of memory.",
+        "q may have any strides with a last one of 1 (padded rows, swapped dimensions, odd row sizes), and begin at "
+        "any element of memory.",
     ),
     Obligation(
         "MLA-27",
@@ -302,8 +302,8 @@ TABLE: Final = (
         "MLA-28",
         "L2",
         "strided out and tables",
-        "out and block_table may have padded rows; out also swapped dimensions. These and cache_seqlens may begin at any "
-        "element. Nothing between rows is written.",
+        "out and block_table may have padded rows; out also swapped dimensions. These and cache_seqlens may begin at "
+        "any element. Nothing between rows is written.",
     ),
     Obligation(
         "MLA-29",
