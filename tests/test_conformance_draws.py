@@ -11,6 +11,7 @@ import torch
 from hal_conformance import cover
 from hal_conformance.case import MlaCase
 from hal_conformance.checks import load
+from hal_conformance.checks.capability import declared_calls
 from hal_conformance.checks.pairs import realise
 from hal_conformance.context import Context, Settings
 from hal_conformance.draw import MOST_HEADS, MOST_PAGE, MOST_QUERIES, Draw, notable, within
@@ -246,6 +247,15 @@ def test_a_pair_that_is_wrong_fails_in_the_case_of_the_plan_that_has_it(kept_wor
     result = session.run_one(BY_ID["MLA-46"])
     assert result.status == "FAIL", result.message
     assert (result.failures[0]["case"]["h_kv"], result.failures[0]["case"]["page"]) == (3, 1)
+
+
+def test_the_upper_end_of_what_is_declared_is_called_however_far_it_is() -> None:
+    declared = dense(h_q=Ints(1, 1000), page_size=Ints(16, 1024, 16), s_q=Ints(1, 100), h_kv=only(1))
+    calls = declared_calls(context("MLA-47", declared=declared))
+    assert {1000, 128, 1} <= {case.h_q for case in calls}
+    assert {1024, 16} <= {case.page for case in calls}
+    assert {100, 16, 1} <= {case.s_q for case in calls}
+    assert max(case.h_q for case in declared_calls(context("MLA-47"))) == 256
 
 
 def test_a_draw_is_the_same_in_every_mode_but_for_how_much_of_it_there_is() -> None:
