@@ -37,7 +37,7 @@ _ERRORS = {
 def made(*waivers: Waiver, mode: str = "default", **changed: str) -> dict[str, Any]:
     """A report of a backend that passes, but for the named obligations."""
     session = Session(Settings("acme", 5, mode), waivers={w.obligation: w for w in waivers}, fresh=True)  # type: ignore[arg-type]
-    capabilities = hal.capabilities("cpu")
+    session.capabilities = capabilities = hal.capabilities("cpu")
     session.facts = {
         "state": "available",
         "reason": "chip 7, <b>rev B</b>",
@@ -160,8 +160,9 @@ def test_the_schema_refuses_what_it_does_not_know() -> None:
 def test_a_report_from_before_cases_were_judged_apart_is_read_and_certifies_nothing() -> None:
     old = made()
     del old["run"]["fresh"], old["backend"]["distribution"]["reaches"]
+    del old["notes"], old["coverage"]
     for row in old["obligations"]:
-        del row["witnessed"]
+        del row["witnessed"], row["notes"]
     assert schema_errors(old) == []
     assert diff.diff(old, made()) == []
     assert certificate.verify(old)[0]
@@ -233,6 +234,44 @@ def test_a_matrix_is_made_from_results(tmp_path: Path) -> None:
     assert features["causal dense decode"] == ["PASS", "FAIL"]
     assert features["sparse decode"] == ["REFUSED", "REFUSED"]
     assert "FAIL" in page.read_text()
+
+
+def test_a_failure_marks_every_feature_that_its_call_used() -> None:
+    dense, ranks = made(MLA_44="FAIL"), made(EPN_05="FAIL")
+    for one, case in (
+        (dense, {"dtype": "bfloat16", "lengths": [9], "h_q": 4, "q_lens": [2], "lse_base": "2"}),
+        (ranks, {"ranks": 4, "tokens": [1, 2, 3, 4], "expand": True, "per_node": 2}),
+    ):
+        next(row for row in one["obligations"] if row["failures"])["failures"][0]["case"] = case
+    table = diff.matrix([dense, ranks])
+    features = {row["title"]: [c["text"] for c in row["cells"]] for row in table["sections"][2]["rows"]}
+    failing = [{title for title, cells in features.items() if cells[at] == "FAIL"} for at in (0, 1)]
+    assert failing[0] == {"dense decode", "s_q above 1", "ragged queries", "lse in base 2"}
+    assert failing[1] == {"EP, normal mode", "EP, expand layout", "EP over several nodes"}
+
+
+def test_a_pass_is_marked_by_what_its_run_can_show(tmp_path: Path) -> None:
+    uncertified = made()
+    uncertified["certificate"] = None
+    table = diff.matrix([made(), made(mode="quick"), uncertified, made(MLA_07="FAIL", mode="quick")])
+    levels = {row["title"][:2]: [(c["text"], c["mark"]) for c in row["cells"]] for row in table["sections"][1]["rows"]}
+    assert levels["L2"][:3] == [("PASS", "certified"), ("PASS", "part"), ("PASS", "whole")]
+    assert levels["L1"][3] == ("FAIL", "")
+    html.write_matrix(table, tmp_path / "matrix.html")
+    text = (tmp_path / "matrix.html").read_text()
+    for mark, meaning in diff.MARKS.items():
+        assert f'class="tag PASS {mark}"' in text
+        assert meaning in text
+        assert f".{mark}" in text.split("</style>")[0]
+
+
+def test_a_quick_run_says_how_many_pairs_met_and_that_it_cannot_certify() -> None:
+    quick = made(mode="quick")
+    pairs = quick["coverage"]["pairs"]
+    assert pairs > 1000
+    assert f"(quick: 0 of {pairs} pairs); cannot certify" in quick["headline"]
+    assert f"0 of {pairs:,} pairs of values" in html.render(quick)
+    assert "pairs" not in made()["headline"]
 
 
 def test_verify_on_the_command_line(tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hal_conformance import report, verdict
+from hal_conformance import html, report, verdict
 from hal_conformance.cli import app
 from hal_conformance.context import Settings
 from hal_conformance.process import Worker
 from hal_conformance.session import RED, Session
-from hal_conformance.table import OBLIGATIONS
+from hal_conformance.table import BY_ID, OBLIGATIONS
 from hal_conformance.waivers import Waiver, read
 from mutants.runner import WITNESS, installed
 from typer.testing import CliRunner
@@ -85,8 +85,18 @@ def test_a_crash_is_recorded_and_the_run_goes_on() -> None:
 
 @pytest.mark.long(16)
 def test_a_hang_is_recorded_with_the_stack_and_the_run_goes_on() -> None:
-    session = run("mutant-hangs-on-long", "MLA-33", "MLA-35", patience=0.2)
-    assert statuses(session) == {"MLA-33": "TIMEOUT", "MLA-35": "PASS"}
+    session = Session(
+        Settings("mutant-hangs-on-long", 11, "quick"), ["CAP-01", "MLA-35", "MLA-33", "MLA-20"], witness=WITNESS
+    )
+    session.stop_after = 1
+    short = dataclasses.replace(BY_ID["MLA-33"], timeout=10.0)
+    try:
+        # Only what hangs has little time, in a process that has started: starting another may take its own.
+        for obligation in (BY_ID["CAP-01"], BY_ID["MLA-35"], short, BY_ID["MLA-20"]):
+            session.run_one(obligation)
+    finally:
+        session.close()
+    assert statuses(session) == {"CAP-01": "PASS", "MLA-35": "PASS", "MLA-33": "TIMEOUT", "MLA-20": "PASS"}
     assert "mla_decode" in session.results["MLA-33"].failures[0]["output"]
 
 
@@ -142,6 +152,35 @@ def test_waivers_never_pass_and_must_be_needed_and_in_force() -> None:
     assert "expired" in expired.waiver_problems()[0]
 
 
+def test_a_waiver_that_a_filter_leaves_unjudged_is_said_to_be() -> None:
+    mine = {"MLA_08": Waiver("MLA-08", "due in 2.1", LATER), "MLA_07": Waiver("MLA-07", "was due", BEFORE)}
+    session = run("sample", "CAP-01", **mine)
+    note = "whether the waiver of MLA-08 is needed could not be judged: it was left out by the filter"
+    assert session.notes() == [note]
+    made = report.make(session)
+    assert made["notes"] == [note]
+    assert note in html.render(made)
+    assert "expired" in made["problems"][0]
+
+
+@pytest.mark.parametrize("options", [["--case", "MLA-07@5.24"], ["--case", "MLA-07@5.4", "--quick"]], ids=" ".join)
+def test_a_case_that_does_not_exist_is_a_wrong_request_that_names_those_that_do(
+    options: list[str], tmp_path: Path
+) -> None:
+    done = CliRunner().invoke(app, ["--backend", "cpu", *options, "--out", str(tmp_path)])
+    assert done.exit_code == 2, done.output
+    assert f"legal: {'0…3: a quick run' if '--quick' in options else '0…23: a default run'}" in done.output
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_the_last_case_of_an_undeclared_obligation_is_its_refusal(tmp_path: Path) -> None:
+    done = [
+        CliRunner().invoke(app, ["--backend", "cpu", "--case", f"SPA-01@5.{index}", "--out", str(tmp_path)])
+        for index in (0, 1)
+    ]
+    assert [one.exit_code for one in done] == [0, 2], [one.output for one in done]
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
@@ -177,6 +216,7 @@ def test_a_waiver_file_that_is_wrong_is_a_wrong_request(tmp_path: Path, text: st
         ["verify", "/nowhere.json"],
         ["matrix", "/nowhere.json"],
         ["bisect", "MLA-07", "--backend", "cpu"],
+        ["bisect", "MLA-07@1.99999", "--backend", "cpu"],
     ],
     ids=" ".join,
 )

@@ -32,13 +32,16 @@ class MlaCase:
     data : str
         What the numbers look like; see `hal_conformance.inputs.DATA`.
     pages : str
-        ``ordered``, ``shuffled``, or ``shared`` (sequences have pages in common, one uses a page twice).
+        ``ordered``, ``shuffled``, ``shared`` (sequences have pages in common, one uses a page twice), or ``pool`` (all
+        sequences draw from the same few pages, so that a large batch needs little memory).
     poison : str
         What unused cache memory holds: ``zero``, ``nan``, ``inf`` or ``huge``.
     garbage : int
         What unused table entries hold.
     q_layout, kv_layout, out_layout, table_layout : str
         ``contiguous`` or the name of a view with legal strides; ``out_layout`` also ``none``: not passed.
+    q_start, kv_start, out_start, table_start : int
+        By how many elements a view begins off its alignment; ``table_start`` is for lengths and offsets too.
     plan : bool
         Whether the call uses a plan.
     device : str
@@ -65,6 +68,10 @@ class MlaCase:
     kv_layout: str = "contiguous"
     out_layout: str = "none"
     table_layout: str = "contiguous"
+    q_start: int = 0
+    kv_start: int = 0
+    out_start: int = 0
+    table_start: int = 0
     plan: bool = False
     device: str = "cpu"
 

@@ -164,6 +164,8 @@ def _run(session: Session, out: Path, older: dict[str, Any] | None) -> int:
 
                 _say(progress.console, session.run_one(obligation, step))
         roofline = _roofline(session)
+    except SpecError as error:
+        wrong_request(str(error))
     finally:
         session.close()
     report = reports.make(session, roofline)
@@ -226,6 +228,8 @@ def _summary(console: Console, report: dict[str, Any], rows: list[dict[str, str]
         console.print(f"  {level['id']}  [{colour}]{level['verdict']:<10}[/] {level['title']}", highlight=False)
     for text in report["problems"]:
         console.print(f"  [bold red]FAIL[/] {text}", highlight=False)
+    for text in report["notes"]:
+        console.print(f"  [yellow]note[/] {text}", highlight=False, soft_wrap=True)
     if rows is not None:
         console.print("\nAgainst the older report:" if rows else "\nNo difference from the older report.")
         for row in rows:
@@ -287,6 +291,8 @@ def bisect(
         raise typer.Exit(1) from None
     finally:
         session.close()
+    if answer.get("legal"):
+        wrong_request(f"{case}: {obligation} has the cases {answer['legal']} of this seed")
     if "error" in answer:
         typer.echo(answer["error"], err=True)
         raise typer.Exit(1)

@@ -15,14 +15,19 @@ from hal.spec.capability import Capabilities, EpCapabilities, MlaCapabilities
 from hal.spec.errors import HalError
 from hal.spec.limits import DENSE_LSE, DENSE_OUT, Limits
 from hal_conformance.case import MlaCase
+from hal_conformance.cover import Labels, labels
 from hal_conformance.decode import Expected, Outcome, Verdict, call, expect, judge
-from hal_conformance.draw import Draw
+from hal_conformance.draw import SEARCH, Draw
 from hal_conformance.inputs import Inputs, build
 from hal_conformance.table import Mode, Obligation
 from hal_conformance.threads import few_threads, is_small
 
 if TYPE_CHECKING:
     from hal_conformance.witness import Tape
+
+
+_QUICK_HAND = 3
+"""Values of a range that one case of a quick run tries; a default run tries all of them."""
 
 
 class BackendRaised(Exception):
@@ -56,6 +61,10 @@ class Record:
     errors : list of dict
         The comparison of out and of lse for every call compared.
     launches : dict of str to int
+    tried : set of tuple of str
+        What the compared calls had of each factor; see `hal_conformance.cover`.
+    notes : list of str
+        What could not be tried here, and why.
     seconds : float
         Spent inside the backend.
     """
@@ -67,6 +76,8 @@ class Record:
     diagnosis: dict[str, Any] | None = None
     errors: list[dict[str, Any]] = field(default_factory=list)
     launches: dict[str, int] = field(default_factory=dict)
+    tried: set[Labels] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     def add_launches(self, launches: dict[str, int]) -> None:
@@ -121,6 +132,7 @@ class Context:
         self.rng.seed(f"{self.settings.seed}/{self.obligation.id}/{self.index}")
         self._built = 0
         self.record.problems.clear()
+        self.record.notes.clear()
         self.record.diagnosis = None
 
     @property
@@ -137,7 +149,16 @@ class Context:
 
     def draw(self) -> Draw:
         """The source of declared sizes."""
-        return Draw(self.rng, self.dense, self.index, self.device, gentle=self.obligation.level in ("L0", "L1"))
+        return Draw(
+            self.rng,
+            self.dense,
+            self.index,
+            self.device,
+            gentle=self.obligation.level in ("L0", "L1"),
+            deal=f"{self.settings.seed}/{self.obligation.id}",
+            cases=self.obligation.count("default") or 24,
+            most=_QUICK_HAND if self.settings.mode == "quick" else SEARCH,
+        )
 
     def limits(self) -> tuple[Limits, Limits]:
         """Of out and lse, as far as the vendor tightened them."""
@@ -186,6 +207,7 @@ class Context:
         """Compare with the reference; note and diagnose what differs."""
         expected = expect(inputs) if expected is None else expected
         verdict = judge(outcome.out, outcome.lse, expected, *self.limits())
+        self.record.tried.add(labels(inputs.case, self.dense))
         self.record.errors.append({"out": verdict.out.to_dict(), "lse": verdict.lse.to_dict()})
         if not verdict.ok:
             if not self.record.problems:

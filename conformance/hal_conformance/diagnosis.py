@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hal.spec.limits import DENSE_LSE, Limits
 from hal_conformance.decode import Expected, Outcome, Verdict, judge
+from hal_conformance.fits import fitted
 from hal_conformance.hypotheses import attend, causes
 from hal_conformance.inputs import Inputs
 from hal_conformance.limits import number
@@ -25,8 +26,11 @@ def diagnose(
 ) -> dict[str, Any]:
     """Everything the report tells of one wrong result."""
     cause = _by_looking(outcome, expected, verdict)
+    likely = ""
     if not cause and inputs.case.flops() <= _WORK:
-        cause = _by_hypothesis(inputs, outcome, expected, verdict, out_limits, lse_limits)
+        cause, likely = _by_hypothesis(inputs, outcome, expected, verdict, out_limits, lse_limits)
+    # A number that fits says less than a bug that does, and more than one that explains only some rows.
+    cause = cause or fitted(inputs.case, outcome, expected, verdict, out_limits, lse_limits) or likely
     return {
         "cause": cause,
         "where": where(inputs, outcome, expected, verdict),
@@ -142,8 +146,8 @@ def _empty_cause(out: Tensor, lse: Tensor) -> str:
 
 def _by_hypothesis(
     inputs: Inputs, outcome: Outcome, expected: Expected, verdict: Verdict, out_limits: Limits, lse_limits: Limits
-) -> str:
-    """The first changed reference that gives this result, or else one that gives the wrong rows of it."""
+) -> tuple[str, str]:
+    """The first changed reference that gives this result; and one that gives only the wrong rows of it."""
     bad = verdict.out.bad | heads_last(verdict.lse.bad)
     partly = ""
     for name, variant in causes(inputs):
@@ -154,10 +158,8 @@ def _by_hypothesis(
         twin = Expected(*changed, expected.out_magnitude, expected.lse_magnitude)
         then = judge(outcome.out, outcome.lse, twin, out_limits, lse_limits)
         if then.ok:
-            return name
+            return name, ""
         if not partly and not bool(((then.out.bad | heads_last(then.lse.bad)) & bad).any()):
             partly = f"{name} (in the wrong rows; the others are right)"
-    if partly:
-        return partly
     zero = not verdict.out.ok and bool((outcome.out[verdict.out.bad] == 0).all())
-    return "wrong rows are 0: they are never computed, or lost" if zero else ""
+    return "", partly or ("wrong rows are 0: they are never computed, or lost" if zero else "")

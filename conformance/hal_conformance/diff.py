@@ -6,11 +6,21 @@ from typing import Any, Final
 
 from hal_conformance.requirements import REQUIREMENTS
 from hal_conformance.table import LEVELS, OBLIGATIONS
+from hal_conformance.used import used
 
 _RED: Final = ("FAIL", "CRASH", "TIMEOUT", "ERROR")
 _UNSEEN: Final = ("SKIPPED", "BLOCKED")
 _KINDS: Final = ("broken", "worse", "fixed", "changed")
 """In the order a reader wants them."""
+
+_GOOD: Final = ("PASS", "WAIVED")
+
+MARKS: Final = {
+    "certified": "certified: a whole run, of files named by hash",
+    "whole": "a whole run that does not certify",
+    "part": "a quick or filtered run: only a part of what there is was tried",
+}
+"""How much a PASS says, by the run it was seen in."""
 
 _WORSE: Final = 2.0
 """Worst errors that grew by this factor are shown even though they still pass."""
@@ -63,13 +73,21 @@ def _worse(before: dict[str, Any], row: dict[str, Any], add: Any) -> None:
             add("worse", f"{row['id']} worst error of {name} over its limit", f"{was:.3g}", f"{now:.3g}")
 
 
+def _mark(report: dict[str, Any]) -> str:
+    """How much a PASS of this report says."""
+    if report["certificate"]:
+        return "certified"
+    return "part" if report["run"]["filtered"] else "whole"
+
+
 def matrix(reports: list[dict[str, Any]]) -> dict[str, Any]:
     """The compatibility matrix: what was seen, by level, by requirement and by obligation."""
     by_id = [{row["id"]: row for row in report["obligations"]} for report in reports]
 
-    def cell(text: str, tag: bool = True) -> dict[str, Any]:
-        return {"text": text, "tag": tag}
+    def cell(text: str, tag: bool = True, mark: str = "") -> dict[str, Any]:
+        return {"text": text, "tag": tag, "mark": mark if text in _GOOD else ""}
 
+    marks = [_mark(report) for report in reports]
     facts = [
         ("evidence", [cell(r["backend"]["evidence"] or "none", False) for r in reports]),
         ("certificate", [cell("yes" if r["certificate"] else "no", False) for r in reports]),
@@ -79,20 +97,31 @@ def matrix(reports: list[dict[str, Any]]) -> dict[str, Any]:
     levels = [
         (
             f"{level.id} {level.title}",
-            [cell(next((x["verdict"] for x in r["levels"] if x["id"] == level.id), "INCOMPLETE")) for r in reports],
+            [
+                cell(next((x["verdict"] for x in r["levels"] if x["id"] == level.id), "INCOMPLETE"), mark=mark)
+                for r, mark in zip(reports, marks, strict=True)
+            ],
         )
         for level in LEVELS
     ]
     used = {o.requires for o in OBLIGATIONS} - {"nothing"}
     wanted = [(name, requirement) for name, requirement in REQUIREMENTS.items() if name in used]
-    features = [(requirement.title, [cell(_feature(name, rows)) for rows in by_id]) for name, requirement in wanted]
+    seen = list(zip(by_id, marks, strict=True))
+    features = [
+        (requirement.title, [cell(_feature(name, rows), mark=mark) for rows, mark in seen])
+        for name, requirement in wanted
+    ]
     obligations = [
-        (f"{o.id} {o.title}", [cell(rows[o.id]["status"] if o.id in rows else "SKIPPED") for rows in by_id])
+        (
+            f"{o.id} {o.title}",
+            [cell(rows[o.id]["status"] if o.id in rows else "SKIPPED", mark=mark) for rows, mark in seen],
+        )
         for o in OBLIGATIONS
     ]
     sections = [("Reports", facts), ("Levels", levels), ("Features", features), ("Obligations", obligations)]
     return {
         "backends": [{"name": r["backend"]["name"]} for r in reports],
+        "legend": [{"mark": mark, "text": text} for mark, text in MARKS.items() if mark in marks],
         "sections": [
             {"title": title, "rows": [{"title": t, "cells": cells} for t, cells in rows]} for title, rows in sections
         ],
@@ -100,8 +129,9 @@ def matrix(reports: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _feature(name: str, rows: dict[str, dict[str, Any]]) -> str:
-    """What the obligations that require a feature showed of it."""
+    """What the obligations that require a feature showed of it, and the failing calls of others that made use of it."""
     seen = {rows[o.id]["status"] for o in OBLIGATIONS if o.requires == name and o.id in rows}
+    seen |= {row["status"] for row in rows.values() if any(name in used(f.get("case")) for f in row["failures"])}
     for status in (*_RED, "BLOCKED", "SKIPPED", "WAIVED", "UNCOVERED", "PASS", "REFUSED"):
         if status in seen:
             return status

@@ -31,6 +31,10 @@ inf and NaN must be where the reference has them. The absolute limits are for da
 sum of the absolute products behind its scores) is larger, they grow with it. A vendor may tighten limits, never loosen
 them.
 
+**What is tried.** Every declared value of a size up to a bound (d 576, h_q 160, page_size 256, s_q 64, h_kv 16), every
+pair of notable values in one call, tensors that begin at any element, and free values of everything else, in an order
+nobody knows before the run. A quick run tries a part; the report says how many pairs met, of how many.
+
 **Expert-parallel calls** have no limits: what `hal.reference.ep` says is meant bit for bit. Rows are moved, not
 computed, and sums are float32 additions in a stated order, rounded once.
 """

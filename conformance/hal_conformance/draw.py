@@ -1,22 +1,60 @@
-"""Draws sizes from what a backend declares: the values kernels are built for, and those they are not."""
+"""Draws sizes from what a backend declares: the values kernels are built for, those they are not, and any others.
+
+Three sources, so that no port can be right only where this file looks. *Notable* values are those that kernels are
+built for or break on, and both ends of what is declared. *Hands* deal every value of a declared range, in an order
+nobody knows before the run, to the cases of one obligation: those of a default run hold all of them. Everything else is
+*free*: any declared value.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 from hal.spec.capability import Ints, MlaCapabilities
 from hal_conformance.case import MlaCase
+
+Value = TypeVar("Value")
 
 HEADS: Final = (16, 128, 64, 32, 8, 1, 3, 9, 63, 126, 5, 2, 4, 24, 48, 96, 7, 17, 33, 65, 112)
 KV_HEADS: Final = (1, 2, 3, 8, 4)
 HEAD_DIMS: Final = ((576, 512), (512, 512), (576, 576), (512, 256), (192, 128), (128, 64), (80, 48), (65, 33), (16, 16))
 PAGES: Final = (64, 16, 32, 128, 1, 2, 256, 7, 100)
 QUERIES: Final = (1, 2, 4, 3, 8)
+LENGTHS: Final = tuple(range(64, 2561, 64))
+"""Whole tiles, and whole splits of several tiles."""
+
 SEARCH: Final = 4096
 """How far to look for a member of a declared set none of the usual values is in."""
+
+MOST_HEADS: Final = 160
+MOST_KV_HEADS: Final = 16
+MOST_DIM: Final = 576
+MOST_PAGE: Final = 256
+MOST_QUERIES: Final = 64
+"""How far a range is drawn from where it is declared without an upper end, or with one far beyond."""
+
+BATCHES: Final = (65, 300)
+"""A batch that fills more than a warp's worth of anything: its sequences are short."""
+
+
+def within(declared: Ints, most: int) -> list[int]:
+    """Every declared value up to ``most``; a range that ends a little later is taken whole."""
+    if declared.only:
+        return sorted(n for n in declared.only if n > 0)
+    step = declared.multiple_of
+    first = -(-max(declared.low, 1) // step) * step
+    top = declared.high if declared.high is not None and declared.high <= 2 * most else most
+    return list(range(first, top + 1, step)) or ([first] if first in declared else [])
+
+
+def notable(declared: Ints, usual: Iterable[int], most: int) -> list[int]:
+    """The usual values that are declared, and both ends of the declared range as far as it is drawn from."""
+    every = within(declared, most)
+    ends = every[:1] + (every[-1:] if declared.only or declared.high == every[-1] else []) if every else []
+    return sorted({*(n for n in usual if n in declared), *ends})
 
 
 def members(declared: Ints, preferred: tuple[int, ...]) -> list[int]:
@@ -58,6 +96,12 @@ class Draw:
     device : str
     gentle : bool
         Whether attacks are for a later level: unused memory holds zeros, lengths keep off the edges of pages.
+    deal : str
+        What the hands of this obligation are shuffled by.
+    cases : int
+        How many cases of a default run share what is dealt.
+    most : int
+        The largest hand; smaller where a run is to be quick.
     """
 
     rng: random.Random
@@ -65,12 +109,13 @@ class Draw:
     index: int
     device: str
     gentle: bool = False
+    deal: str = ""
+    cases: int = 24
+    most: int = SEARCH
 
     def base(self, *, small: bool = True) -> MlaCase:
         """A case with everything plain: the first declared dtype in turn, usual head dims, some heads, one query."""
-        pairs = head_pairs(self.declared)
-        usual = [p for p in pairs if p[0] <= 16] if small else []
-        h_q, h_kv = self.rng.choice(usual or pairs[:3])
+        h_q, h_kv = self.some_heads(16 if small else 128)
         d, d_v = head_dims(self.declared)[0]
         return MlaCase(
             dtype=self.declared.dtypes[self.index % len(self.declared.dtypes)],
@@ -87,39 +132,104 @@ class Draw:
             garbage=0 if self.gentle else 2147480000,
         )
 
+    def hand(self, name: str, values: Sequence[Value]) -> list[Value]:
+        """Deal this case its share of ``values``: the cases of a default run are dealt all of them."""
+        order = list(values)
+        random.Random(f"{self.deal}/{name}").shuffle(order)
+        size = -(-len(order) // self.cases)
+        at = self.index * size % max(len(order), 1)
+        return order[at : at + min(size, self.most)]
+
+    def free(self, declared: Ints, most: int, least: int = 1) -> int:
+        """Any declared value from ``least`` to ``most``, or the one nearest to them."""
+        every = within(declared, most)
+        found = [n for n in every if least <= n <= most]
+        return self.rng.choice(found) if found else every[-1]
+
     def page(self, *, usual: bool = True) -> int:
-        """A page size: 64 where declared, or any usual one."""
+        """A page size: 64 where declared, or any usual one, or any."""
         found = members(self.declared.page_size, PAGES)
-        return found[0] if usual else self.rng.choice(found)
+        if usual:
+            return found[0]
+        return self.rng.choice(found) if self.rng.random() < 0.6 else self.free(self.declared.page_size, MOST_PAGE)
 
     def queries(self) -> list[int]:
-        """Declared numbers of queries a sequence, smallest first."""
+        """Declared numbers of queries a sequence that kernels are built for, smallest first."""
         return sorted(members(self.declared.s_q, QUERIES))
 
-    def several_queries(self) -> int:
-        """A declared s_q above 1, or 1 if there is none."""
+    def several_queries(self, most: int = 40) -> int:
+        """A declared s_q above 1, or 1 if there is none; now and then a few dozens."""
         found = [n for n in self.queries() if n > 1]
-        return self.rng.choice(found) if found else self.queries()[0]
+        if not found or self.rng.random() < 0.3:
+            return self.free(self.declared.s_q, most, 2)
+        return self.rng.choice(found)
 
-    def lengths(self, most: int = 320, batch: tuple[int, int] = (1, 5)) -> tuple[int, ...]:
-        """Some lengths from 1 to ``most``."""
-        return self.ordinary(self.rng.randint(1, most) for _ in range(self.rng.randint(*batch)))
+    def lengths(self, most: int = 320, batch: tuple[int, int] = (1, 5), page: int = 0) -> tuple[int, ...]:
+        """Some lengths from 1 to ``most``, whole tiles among them."""
+        whole = [n for n in LENGTHS if n <= most] or [most]
+        drawn = (
+            self.rng.choice(whole) if self.rng.random() < 0.2 else self.rng.randint(1, most)
+            for _ in range(self.rng.randint(*batch))
+        )
+        return self.ordinary(drawn, page)
 
-    def ordinary(self, lengths: Iterable[int]) -> tuple[int, ...]:
-        """These lengths; where attacks are for later, none of them next to a multiple of a usual page."""
-        found = tuple(lengths)
-        return tuple(n + 3 if n > 16 and n % 16 in (1, 15) else n for n in found) if self.gentle else found
+    def large_batch(self) -> tuple[int, ...]:
+        """Lengths of more sequences than a block has threads of one kind, each of a few tokens."""
+        return self.ordinary(self.rng.randint(1, 24) for _ in range(self.rng.randint(*BATCHES)))
+
+    def ordinary(self, lengths: Iterable[int], page: int = 0) -> tuple[int, ...]:
+        """These lengths; where attacks are for later, none of them next to a multiple of the page or a usual one."""
+        page = page or self.page()
+        return tuple(self._off_the_edges(n, page) if self.gentle else n for n in lengths)
+
+    @staticmethod
+    def _off_the_edges(length: int, page: int) -> int:
+        units = {16, page} if page >= 16 else {16}
+        while length > 16 and any(length % unit in (1, unit - 1) for unit in units):
+            length += 1
+        return length
 
     def heads(self, kv_heads: tuple[int, ...] = (1,)) -> dict[str, int]:
-        """Any declared h_q with one of these h_kv."""
+        """Any declared h_q, usual or not, with one of these h_kv."""
         h_q, h_kv = self.rng.choice(head_pairs(self.declared, kv_heads))
+        if self.rng.random() < 0.5:
+            h_q = self.heads_for(h_kv)
         return {"h_q": h_q, "h_kv": h_kv}
 
+    def heads_for(self, h_kv: int, most: int = MOST_HEADS) -> int:
+        """Any declared h_q that ``h_kv`` divides; at most ``most`` where there is one."""
+        every = [n for n in within(self.declared.h_q, MOST_HEADS) if n % h_kv == 0]
+        return self.rng.choice([n for n in every if n <= most] or every[:1] or [n_of(self.declared.h_q, h_kv)])
+
+    def some_heads(self, most: int) -> tuple[int, int]:
+        """One usual KV head, or whatever is declared instead, with at most so many heads, usual ones more often."""
+        pairs = head_pairs(self.declared)
+        usual = [p for p in pairs if p[0] <= most][: 3 if most > 16 else None] or pairs[:3]
+        h_q, h_kv = self.rng.choice(usual)
+        return (h_q if self.rng.random() < 0.7 else self.heads_for(h_kv, most)), h_kv
+
     def dims(self) -> dict[str, int]:
-        """Any declared d and head_dim_v."""
+        """Any declared d and head_dim_v, usual or not."""
         d, d_v = self.rng.choice(head_dims(self.declared))
+        if self.rng.random() < 0.5:
+            d = self.free(self.declared.head_dim, MOST_DIM)
+            d_v = self.values_for(d, d_v)
         return {"d": d, "d_v": d_v}
+
+    def values_for(self, d: int, otherwise: int) -> int:
+        """Any declared head_dim_v of at most d."""
+        found = [n for n in within(self.declared.head_dim_v, MOST_DIM) if n <= d]
+        return self.rng.choice(found) if found else otherwise
 
     def data(self) -> str:
         """Ordinary numbers or ones that make single tokens matter."""
         return self.rng.choice(("normal", "needle", "needle", "hot"))
+
+    def starts(self, *names: str) -> dict[str, int]:
+        """Where these tensors begin: at no multiple of 16 bytes, whether an element has 2 or 4 of them."""
+        return {f"{name}_start": self.rng.choice([n for n in range(1, 16) if n % 4]) for name in names}
+
+
+def n_of(declared: Ints, h_kv: int) -> int:
+    """The smallest declared multiple of ``h_kv``, or itself."""
+    return next((n for n in range(h_kv, SEARCH, h_kv) if n in declared), h_kv)

@@ -16,6 +16,9 @@ from hal_conformance.threads import few_threads, is_small
 POISON: Final = {"zero": 0.0, "nan": float("nan"), "inf": float("inf"), "huge": 3.0e4}
 """Values of memory nobody may read. ``huge`` is finite: it survives a multiplication by zero, unlike NaN."""
 
+_POOL: Final = 12, 3_000_000
+"""Pages at most, and elements about, that all sequences of a case share where ``pages`` is ``pool``."""
+
 
 @dataclass(slots=True)
 class Inputs:
@@ -108,13 +111,14 @@ def _build(case: MlaCase, seed: int) -> Inputs:
     stored[~live] = poison
     kv.view.copy_(stored)
     pad = (5, 0) if case.table_layout == "strided" else (0, 0)
-    block_table = place("block_table", tuple(table.shape), torch.int32, device, fill=case.garbage, pad=pad)
+    at = case.table_start
+    block_table = place("block_table", tuple(table.shape), torch.int32, device, fill=case.garbage, pad=pad, start=at)
     block_table.view.copy_(table)
-    lens = place("cache_seqlens", (case.batch,), torch.int32, device, fill=case.garbage)
+    lens = place("cache_seqlens", (case.batch,), torch.int32, device, fill=case.garbage, start=at)
     lens.view.copy_(torch.tensor(case.lengths, dtype=torch.int32))
     cu = None
     if case.q_lens is not None:
-        cu = place("cu_seqlens_q", (case.batch + 1,), torch.int32, device, fill=case.garbage)
+        cu = place("cu_seqlens_q", (case.batch + 1,), torch.int32, device, fill=case.garbage, start=at)
         starts = torch.tensor([0, *case.q_lens]).cumsum(0)
         cu.view.copy_(starts.to(torch.int32))
     return Inputs(case, q, kv, block_table, lens, cu, table, seed)
@@ -131,7 +135,9 @@ def make_out(case: MlaCase) -> Guarded | None:
         "padded": {"pad": (*(3,) * (rank - 2), 9, 0)},
         "heads_first": {"order": (*range(rank - 3), rank - 2, rank - 3, rank - 1)},
     }
-    return place("out", shape, case.torch_dtype, case.device, fill=None, **layouts[case.out_layout])
+    return place(
+        "out", shape, case.torch_dtype, case.device, fill=None, start=case.out_start, **layouts[case.out_layout]
+    )
 
 
 def _rows_shape(case: MlaCase, last: int) -> tuple[int, ...]:
@@ -149,7 +155,7 @@ def _place_q(case: MlaCase, poison: float) -> Guarded:
         "odd": {"pad": (*(1,) * (rank - 1), 0)},
         "heads_first": {"order": (*range(rank - 3), rank - 2, rank - 3, rank - 1)},
     }
-    return place("q", shape, case.torch_dtype, case.device, fill=poison, **layouts[case.q_layout])
+    return place("q", shape, case.torch_dtype, case.device, fill=poison, start=case.q_start, **layouts[case.q_layout])
 
 
 def _place_kv(case: MlaCase, num_blocks: int, poison: float) -> Guarded:
@@ -163,16 +169,24 @@ def _place_kv(case: MlaCase, num_blocks: int, poison: float) -> Guarded:
         "heads_first": {"order": (0, 2, 1, 3)},
         "blocks_inner": {"order": (1, 0, 2, 3)},
     }
-    return place("kv_cache", shape, case.torch_dtype, case.device, fill=poison, **layouts[case.kv_layout])
+    return place(
+        "kv_cache", shape, case.torch_dtype, case.device, fill=poison, start=case.kv_start, **layouts[case.kv_layout]
+    )
 
 
 def _table(case: MlaCase, rng: torch.Generator) -> tuple[Tensor, int]:
     """Page numbers with garbage past the used ones, and how many pages the cache has (some used by nobody)."""
     counts = [-(-length // case.page) for length in case.lengths]
     spare = 2
-    num_blocks = sum(counts) + spare
+    pool = max(2, min(_POOL[0], _POOL[1] // (case.page * case.h_kv * case.d)))
+    num_blocks = (min(sum(counts), pool) if case.pages == "pool" else sum(counts)) + spare
     order = torch.arange(num_blocks) if case.pages == "ordered" else torch.randperm(num_blocks, generator=rng)
     table = torch.full((case.batch, max(counts, default=0) + spare), case.garbage, dtype=torch.int32)
+    if case.pages == "pool":
+        for j, count in enumerate(counts):
+            drawn = torch.randint(max(num_blocks - spare, 1), (count,), generator=rng)
+            table[j, :count] = order[drawn].to(torch.int32)
+        return table, num_blocks
     start = 0
     for j, count in enumerate(counts):
         table[j, :count] = order[start : start + count].to(torch.int32)

@@ -93,6 +93,7 @@ def place(
     fill: float | None,
     order: tuple[int, ...] | None = None,
     pad: tuple[int, ...] | None = None,
+    start: int = 0,
 ) -> Guarded:
     """Allocate a guarded tensor.
 
@@ -107,7 +108,10 @@ def place(
         The dimensions from outermost to innermost in memory; the last must stay last. Default as in ``shape``.
     pad : tuple of int, optional
         Extra elements (per dimension of ``shape``) between one index and the next of that dimension.
+    start : int
+        Elements between an aligned address and the first one: a legal view begins anywhere.
     """
+    first = MARGIN + start
     order = order or tuple(range(len(shape)))
     pad = pad or (0,) * len(shape)
     strides = [0] * len(shape)
@@ -116,11 +120,11 @@ def place(
         strides[dim] = extent + (pad[dim] if dim != len(shape) - 1 else 0)
         extent = strides[dim] * max(shape[dim], 1)
     if fill is None:
-        mark = torch.full((extent + 2 * MARGIN,), UNWRITTEN[dtype], dtype=_BITS[dtype.itemsize], device=device)
+        mark = torch.full((extent + start + 2 * MARGIN,), UNWRITTEN[dtype], dtype=_BITS[dtype.itemsize], device=device)
         storage = mark.view(dtype)
     else:
-        storage = torch.full((extent + 2 * MARGIN,), fill, dtype=dtype, device=device)
-    view = storage.as_strided(shape, strides, MARGIN)
+        storage = torch.full((extent + start + 2 * MARGIN,), fill, dtype=dtype, device=device)
+    view = storage.as_strided(shape, strides, first)
     inside = torch.zeros(storage.shape, dtype=torch.bool, device=device)
-    inside.as_strided(shape, strides, MARGIN).fill_(True)
+    inside.as_strided(shape, strides, first).fill_(True)
     return Guarded(name, view, storage, bits(storage).clone(), inside)

@@ -63,6 +63,8 @@ def make(session: Session, roofline: dict[str, Any] | None = None) -> dict[str, 
         "verdict": verdict,
         "headline": "",
         "problems": problems,
+        "notes": session.notes(),
+        "coverage": session.coverage(),
         "levels": rows,
         "obligations": [_row(result) for result in results],
         "waivers": [session.waivers[r.id].to_dict() for r in results if r.status == "WAIVED"],
@@ -93,6 +95,7 @@ def _row(result: Result) -> dict[str, Any]:
         "launches": result.launches,
         "cases": result.cases,
         "witnessed": result.witnessed,
+        "notes": result.notes,
     }
 
 
@@ -106,7 +109,9 @@ def headline(report: Mapping[str, Any], reasons: list[str]) -> str:
         named = f" ({', '.join(broken[:5])}{' …' if len(broken) > 5 else ''})" if broken else ""
         text = f"{name} does not conform: it {what}{named}" if broken else f"{name} does not conform: {what}"
     elif verdict == "INCOMPLETE":
-        text = f"{name}: nothing broken in what was run, which is not everything; this certifies nothing"
+        met = report["coverage"]
+        of_pairs = f" (quick: {met['covered']} of {met['pairs']} pairs)" if report["run"]["mode"] == "quick" else ""
+        text = f"{name}: nothing broken in what was run, which is not everything{of_pairs}; cannot certify"
     else:
         text = f"{name} conforms: {', '.join(held)}"
     untested = [row["id"] for row in report["levels"] if row["verdict"] == "UNCOVERED"]

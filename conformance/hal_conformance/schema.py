@@ -87,6 +87,8 @@ SCHEMA: Final[dict[str, Any]] = {
             "verdict": {"enum": ["PASS", "WAIVED", "FAIL", "INCOMPLETE"]},
             "headline": _TEXT,
             "problems": {"type": "array", "items": _TEXT},
+            "notes": {"type": "array", "items": _TEXT},
+            "coverage": _object({"covered": _COUNT, "pairs": _COUNT}),
             "levels": {
                 "type": "array",
                 "items": _object(
@@ -112,6 +114,7 @@ SCHEMA: Final[dict[str, Any]] = {
                         "calls": _COUNT,
                         "seconds": {"type": "number", "minimum": 0},
                         "witnessed": {"type": "array", "items": _COUNT},
+                        "notes": {"type": "array", "items": _TEXT},
                         "failures": {"type": "array", "items": {"type": "object", "required": ["reproduce", "status"]}},
                         "errors": {"type": "object"},
                         "launches": {"type": "object", "additionalProperties": _COUNT},
@@ -128,12 +131,15 @@ SCHEMA: Final[dict[str, Any]] = {
                         },
                     },
                     "witnessed",
+                    "notes",
                 ),
             },
             "waivers": {"type": "array", "items": _WAIVER},
             "roofline": {"type": ["object", "null"]},
             "certificate": {"type": ["object", "null"]},
-        }
+        },
+        "notes",
+        "coverage",
     ),
 }
 

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from hal.spec.capability import Capabilities
+from hal.spec.errors import SpecError
 from hal_conformance.context import Settings
+from hal_conformance.cover import Labels, legal_pairs, pairs_of
 from hal_conformance.process import Secluded, Worker, WorkerDied, WorkerHangs
 from hal_conformance.requirements import REQUIREMENTS
 from hal_conformance.table import BY_ID, LEVELS, OBLIGATIONS, Obligation
+from hal_conformance.totals import Totals
 from hal_conformance.waivers import Waiver
 from hal_conformance.witness import SHARE, is_judged_twice
 
@@ -53,6 +56,8 @@ class Result:
     launches : dict of str to int
     cases : list of dict
         For every case its ``index``, how many ``calls`` it made, what they launched, and seconds inside the backend.
+    notes : list of str
+        What could not be tried on this machine, and why.
     witnessed : list of int
         Cases that were judged again in a process without the backend.
     seconds : float
@@ -69,6 +74,7 @@ class Result:
     errors: dict[str, Any] = field(default_factory=dict)
     launches: dict[str, int] = field(default_factory=dict)
     cases: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     witnessed: list[int] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -76,6 +82,12 @@ class Result:
     def obligation(self) -> Obligation:
         """Its row of the table."""
         return BY_ID[self.id]
+
+
+def _require_case(obligation: Obligation, index: int, count: int, mode: str) -> None:
+    """Refuse a case that a run of this kind does not have."""
+    if not 0 <= index < count:
+        raise SpecError("--case", f"{obligation.id}@….{index}", f"0…{count - 1}: a {mode} run has no other of it")
 
 
 def fresh_seed() -> int:
@@ -128,6 +140,7 @@ class Session:
         self.started = time.time()
         self.facts: dict[str, Any] = {}
         self.capabilities: Capabilities | None = None
+        self.tried: set[Labels] = set()
 
     @property
     def filtered(self) -> bool:
@@ -178,6 +191,15 @@ class Session:
             result.message = f"{result.status}: {result.message}; waived until {waiver.expires}: {waiver.reason}"
             result.status = "WAIVED"
 
+    def coverage(self) -> dict[str, int]:
+        """How many of the legal pairs of notable values met in a call that was compared, and of how many."""
+        declared = self.capabilities.mla_dense if self.capabilities is not None else None
+        if declared is None:
+            return {"covered": 0, "pairs": 0}
+        met = set().union(*(pairs_of(row, declared) for row in self.tried))
+        legal = set(legal_pairs(declared))
+        return {"covered": len(met & legal), "pairs": len(legal)}
+
     def waiver_problems(self) -> list[str]:
         """Waivers that are expired, or that nothing needed."""
         problems = []
@@ -188,6 +210,17 @@ class Session:
             elif result is not None and result.status in ("PASS", "REFUSED", "UNCOVERED"):
                 problems.append(f"the waiver of {waiver.obligation} is not used: it is {result.status}; remove it")
         return problems
+
+    def notes(self) -> list[str]:
+        """What this run could not tell: waivers of what was not tested, and what this machine does not allow."""
+        found = []
+        for waiver in self.waivers.values():
+            result = self.results.get(waiver.obligation)
+            if waiver.expired() or (result is not None and result.status not in ("SKIPPED", "BLOCKED")):
+                continue
+            why = "left out by the filter" if result is None or result.status == "SKIPPED" else result.message
+            found.append(f"whether the waiver of {waiver.obligation} is needed could not be judged: it was {why}")
+        return found + [f"{result.id}: {text}" for result in self.results.values() for text in result.notes]
 
     def command(self) -> str:
         """The shell line that makes this run again."""
@@ -217,20 +250,22 @@ class Session:
         if capabilities is None and not obligation.gate:
             return Result(obligation.id, "BLOCKED", "the backend could not be asked what it declares")
         if capabilities is not None and not requirement.declared(capabilities):
+            _require_case(obligation, self.case or 0, 1, self.settings.mode)
             return self._cases(obligation, [0], "refusal", progress)
         if not obligation.covered:
             return Result(
                 obligation.id, "UNCOVERED", f"{requirement.title}: declared, and not tested by this suite yet"
             )
-        if self.case is not None:
-            return self._cases(obligation, [self.case], "case", progress)
         try:
             answer = self.worker.ask(self._request("count", obligation, 0), 60.0 * self.settings.patience)
         except (WorkerDied, WorkerHangs) as error:
             return self._lost(obligation, error)
         if "error" in answer:
             return Result(obligation.id, "ERROR", answer["error"])
-        return self._cases(obligation, list(range(answer["count"])), "case", progress)
+        if self.case is None:
+            return self._cases(obligation, list(range(answer["count"])), "case", progress)
+        _require_case(obligation, self.case, answer["count"], self.settings.mode)
+        return self._cases(obligation, [self.case], "case", progress)
 
     def _blocked(self, obligation: Obligation) -> str:
         """Why an obligation cannot be tested after what failed before it; empty if it can."""
@@ -255,7 +290,7 @@ class Session:
         self, obligation: Obligation, indices: list[int], operation: str, progress: Callable[[str, int, int], None]
     ) -> Result:
         result = Result(obligation.id, "PASS", planned=len(indices))
-        totals = _Totals()
+        totals = Totals()
         again = self._judged_twice(obligation, indices) if operation == "case" else set()
         for done, index in enumerate(indices):
             progress(obligation.id, done, len(indices))
@@ -283,7 +318,7 @@ class Session:
         return result
 
     def _one(
-        self, obligation: Obligation, index: int, operation: str, result: Result, totals: _Totals
+        self, obligation: Obligation, index: int, operation: str, result: Result, totals: Totals
     ) -> dict[str, Any] | None:
         """Run one case; the failure, or None."""
         result.executed += 1
@@ -304,6 +339,8 @@ class Session:
             }
         result.calls += answer["calls"]
         evidence = {"index": index, "calls": answer["calls"], "launches": answer.get("launches", {})}
+        self.tried.update(tuple(row) for row in answer.get("tried", []))
+        result.notes += [text for text in answer.get("notes", []) if text not in result.notes]
         result.cases.append(evidence | {"seconds": round(answer.get("seconds", 0.0), 6)})
         for name, count in answer.get("launches", {}).items():
             result.launches[name] = result.launches.get(name, 0) + count
@@ -358,37 +395,3 @@ class Session:
         if obligation is not None:
             request["obligation"] = obligation.id
         return request
-
-
-class _Totals:
-    """Worst values and summed histograms of many comparisons."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, dict[str, Any]] = {}
-
-    def add(self, errors: list[dict[str, Any]]) -> None:
-        """Take in the comparisons of one case."""
-        for error in errors:
-            for name, one in error.items():
-                if not one["ratio"]:
-                    continue
-                have = self._sums.setdefault(
-                    name, {"rows": 0, "worst": 0.0, "max_abs": 0.0, "max_cosine": 0.0, "ulp": [], "ratio": []}
-                )
-                have["rows"] += one["rows"]
-                for key in ("worst", "max_abs", "max_cosine"):
-                    have[key] = _larger(have[key], one[key])
-                for key in ("ulp", "ratio"):
-                    old = have[key] or [0] * len(one[key])
-                    have[key] = [a + b for a, b in zip(old, one[key], strict=True)]
-
-    def to_dict(self) -> dict[str, Any]:
-        """For the report."""
-        return self._sums
-
-
-def _larger(a: float | str, b: float | str) -> float | str:
-    """The larger of two numbers, of which either may be the name of an infinity or NaN."""
-    if isinstance(a, str) or isinstance(b, str):
-        return a if isinstance(a, str) else b
-    return max(a, b)

@@ -132,7 +132,7 @@ TABLE: Final = (
         "CAP-05",
         "L0",
         "what is declared runs",
-        "Every value and corner a backend declares is accepted: the call returns.",
+        "Every value and corner a backend declares is accepted: the call returns. (What it computes: MLA-47.)",
         "dense",
         _BY_CHECK,
     ),
@@ -288,19 +288,22 @@ TABLE: Final = (
         "MLA-26",
         "L2",
         "strided queries",
-        "q may have any strides with a last one of 1: padded rows, swapped dimensions, odd row sizes.",
+        "q may have any strides with a last one of 1 (padded rows, swapped dimensions, odd row sizes), and begin at "
+        "any element of memory.",
     ),
     Obligation(
         "MLA-27",
         "L2",
         "strided cache",
-        "kv_cache may have any strides with a last one of 1: padded rows, tokens or blocks, heads before tokens.",
+        "kv_cache may have any strides with a last one of 1 (padded rows, tokens or blocks, heads before tokens), and "
+        "begin at any element of memory.",
     ),
     Obligation(
         "MLA-28",
         "L2",
         "strided out and tables",
-        "out and block_table may have padded rows; out also swapped dimensions. Nothing between rows is written.",
+        "out and block_table may have padded rows; out also swapped dimensions. These and cache_seqlens may begin at "
+        "any element. Nothing between rows is written.",
     ),
     Obligation(
         "MLA-29",
@@ -428,6 +431,31 @@ TABLE: Final = (
         "dense",
         (2, 16, 2336),
         600.0,
+    ),
+    Obligation(
+        "MLA-46",
+        "L2",
+        "every pair of values",
+        "Any two legal values work together, not only each alone: of dtype, head_dim and head_dim_v, h_q, h_kv, "
+        "page_size, s_q, causal, ragged, the views of every tensor and where they begin, the batch, lse_base, "
+        "batch_invariant and a plan.",
+        cases=_BY_CHECK,
+    ),
+    Obligation(
+        "MLA-47",
+        "L2",
+        "what is declared is right",
+        "Every value and corner a backend declares gives the reference's result: the calls of CAP-05, compared.",
+        cases=_BY_CHECK,
+    ),
+    Obligation(
+        "MLA-48",
+        "L2",
+        "large caches",
+        "A cache may have more than 2^31 elements, and more than 2^32: every page of it is as any other. (Little of it "
+        "is used, so that on the host it takes address space and no memory. Where a device has no room for it, the "
+        "report says that it was not tried.)",
+        cases=(2, 6, 12),
     ),
     Obligation(
         "SPA-01",

@@ -12,8 +12,9 @@ import os
 import signal
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from hal import plugins
 from hal.spec.capability import Capabilities
@@ -22,8 +23,10 @@ from hal_conformance.checks import Check, load
 from hal_conformance.checks.capability import as_it_was
 from hal_conformance.context import BackendRaised, Context, Settings, Stop
 from hal_conformance.requirements import REQUIREMENTS
-from hal_conformance.table import BY_ID
+from hal_conformance.table import BY_ID, Mode
 from hal_conformance.witness import Tape, recording, witness
+
+_MODES: Final[tuple[Mode, ...]] = ("quick", "default", "full")
 
 _LAST = Tape()
 """Of the last case."""
@@ -65,6 +68,10 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         if operation == "bisect":
             from hal_conformance.bisect import bisect
 
+            contexts = (_context(replace(settings, mode=mode), request["obligation"], 0) for mode in _MODES)
+            count = max(map(_count, contexts))
+            if request["index"] >= count:
+                return {"legal": f"0…{count - 1}"}
             return bisect(_context(settings, request["obligation"], request["index"]))
         context = _context(settings, request["obligation"], request.get("index", 0))
         if operation == "count":
@@ -121,4 +128,6 @@ def _case(context: Context) -> dict[str, Any]:
         "errors": record.errors,
         "launches": record.launches,
         "seconds": record.seconds,
+        "tried": sorted(record.tried),
+        "notes": record.notes,
     }

@@ -10,7 +10,7 @@ from typing import Any
 
 from mutants.sample import Plugin
 
-_MLA = ("l0", "l1", "l2_memory", "l2_numbers", "l2_options", "fatal", "hostile")
+_MLA = ("l0", "l1", "l2_memory", "l2_numbers", "l2_options", "fatal", "hostile", "sizes")
 CATALOGUES = (*_MLA, "e1_routes", "e1_sums", "e2", "e3")
 
 CORRECT = (
@@ -26,7 +26,8 @@ class Mutant:
     """A backend with one bug.
 
     ``level`` is the one that claims to cover it; ``story`` is the bug as its author would tell it; ``cause`` is a part
-    of what the report must name as the likely cause (or several, with |), empty where no hypothesis covers it.
+    of what the report must name as the likely cause (or several, with |), empty where no hypothesis covers it. ``only``
+    is the obligation that covers it in a default run: of what it takes for it to show, a quick run has a part.
     """
 
     name: str
@@ -34,13 +35,14 @@ class Mutant:
     story: str
     entry: str
     cause: str = ""
+    only: str = ""
 
 
 MUTANTS: dict[str, Mutant] = {}
 PLUGINS: dict[str, Any] = {}
 
 
-def mutant(level: str, story: str, cause: str = "") -> Callable[[type], type]:
+def mutant(level: str, story: str, cause: str = "", only: str = "") -> Callable[[type], type]:
     """Register a backend class as a mutant under its own name."""
 
     def register(cls: type) -> type:
@@ -48,7 +50,7 @@ def mutant(level: str, story: str, cause: str = "") -> Callable[[type], type]:
         assert name not in MUTANTS, name
         PLUGINS[name] = Plugin(cls)
         attribute = name.replace("-", "_")
-        MUTANTS[name] = Mutant(name, level, story, f"mutants.entry:{attribute}", cause)
+        MUTANTS[name] = Mutant(name, level, story, f"mutants.entry:{attribute}", cause, only)
         return cls
 
     return register

@@ -17,7 +17,7 @@ from unittest import mock
 from hal_conformance.context import Settings
 from hal_conformance.process import Secluded, Worker
 from hal_conformance.session import RED, Result, Session, fresh_seed
-from hal_conformance.table import LEVEL_IDS, OBLIGATIONS
+from hal_conformance.table import BY_ID, LEVEL_IDS, OBLIGATIONS, Mode
 
 from mutants.registry import Mutant, install, load
 
@@ -80,18 +80,21 @@ def run(
     until: str = "",
     enough: int = 0,
     worker: Worker | None = None,
+    only: str = "",
 ) -> list[Result]:
     """One quick run, up to the level ``until``, or until ``enough`` obligations have failed.
 
-    A ``worker`` that is given stays, with the ranks it started.
+    With ``only``, instead that obligation as in a default run. A ``worker`` that is given stays, with the ranks it
+    started.
     """
     seed = fresh_seed() if seed is None else seed
-    session = Session(Settings(backend, seed, "quick", patience=patience), witness=WITNESS)
+    mode: Mode = "default" if only else "quick"
+    session = Session(Settings(backend, seed, mode, patience=patience), [only] if only else (), witness=WITNESS)
     session.stop_after = 1 if enough else session.stop_after
     session.worker = worker or session.worker
     results: list[Result] = []
     try:
-        for obligation in OBLIGATIONS:
+        for obligation in [BY_ID[only]] if only else OBLIGATIONS:
             failed = sum(r.status in RED for r in results)
             if (enough and failed >= enough) or (until and LEVEL_IDS.index(obligation.level) > LEVEL_IDS.index(until)):
                 break
@@ -106,7 +109,7 @@ def kill(mutant: Mutant, worker: Worker | None = None) -> Kill:
     """Run the suite against one mutant until a level fails."""
     started = time.monotonic()
     patience = 0.1 if mutant.name in _HANGS else 1.0
-    results = run(mutant.name, patience=patience, until=mutant.level, enough=3, worker=worker)
+    results = run(mutant.name, patience=patience, until=mutant.level, enough=3, worker=worker, only=mutant.only)
     red = [r for r in results if r.status in RED]
     level = red[0].obligation.level if red else ""
     causes = [f["diagnosis"]["cause"] for r in red for f in r.failures if f.get("diagnosis")]

@@ -44,7 +44,7 @@ def holds(obligation: str, count: Callable[[Context], int] | None = None) -> Cal
 
 def load() -> dict[str, Check]:
     """Every check."""
-    from hal_conformance.checks import (  # noqa: F401  # noqa: F401
+    from hal_conformance.checks import (  # noqa: F401
         basic,
         capability,
         edges,
@@ -53,9 +53,11 @@ def load() -> dict[str, Check]:
         ep_low_latency,
         ep_misuse,
         ep_normal,
+        huge,
         metamorphic,
         numbers,
         options,
+        pairs,
         sweep,
     )
 

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from hal_conformance.case import MlaCase
 from hal_conformance.checks import holds
 from hal_conformance.context import Context
 from hal_conformance.decode import plan_for
-from hal_conformance.draw import Draw, head_dims, head_pairs
+from hal_conformance.draw import (
+    LENGTHS,
+    MOST_DIM,
+    MOST_HEADS,
+    MOST_KV_HEADS,
+    MOST_PAGE,
+    MOST_QUERIES,
+    Draw,
+    head_dims,
+    head_pairs,
+    within,
+)
 
 
 @holds("MLA-01")
@@ -39,26 +51,37 @@ def natural_logarithm(context: Context) -> None:
 
 @holds("MLA-04")
 def value_columns(context: Context) -> None:
-    """Each declared pair of d and head_dim_v in turn."""
+    """Each usual pair of d and head_dim_v in turn, and every declared d with some head_dim_v."""
     draw = context.draw()
     pairs = head_dims(context.dense)
     d, d_v = pairs[context.index % len(pairs)]
     context.check(draw.base().but(d=d, d_v=d_v, data=draw.data()))
+    tiny = draw.base().but(lengths=draw.lengths(most=60, batch=(1, 2)))
+    every = [(d, draw.values_for(d, d)) for d in draw.hand("head_dim", within(context.dense.head_dim, MOST_DIM))]
+    _each(context, [tiny.but(d=d, d_v=v) for d, v in every if v in context.dense.head_dim_v])
 
 
 @holds("MLA-05")
 def grouped_heads(context: Context) -> None:
-    """Several KV heads."""
+    """Several KV heads, as many as any model has and any other number."""
     draw = context.draw()
     context.check(draw.base().but(**draw.heads((2, 3, 8, 4)), data=draw.data()))
+    every = [n for n in within(context.dense.h_kv, MOST_KV_HEADS) if n > 1]
+    tiny = draw.base().but(lengths=draw.lengths(most=60, batch=(1, 2)), data="hot")
+    _each(context, [tiny.but(h_kv=n, h_q=draw.heads_for(n, 4 * n)) for n in draw.hand("h_kv", every)])
 
 
 @holds("MLA-06")
 def paged_cache(context: Context) -> None:
-    """Shuffled pages of every declared size."""
+    """Shuffled pages of usual sizes, and of every declared size."""
     draw = context.draw()
     page = draw.page(usual=context.index % 2 == 0)
-    context.check(draw.base().but(page=page, lengths=draw.lengths(most=max(100, 4 * page)), data=draw.data()))
+    lengths = draw.lengths(most=max(100, 4 * page), page=page)
+    context.check(draw.base().but(page=page, lengths=lengths, data=draw.data()))
+    every = draw.hand("page", within(context.dense.page_size, MOST_PAGE))
+    tiny = _few_heads(draw, 4)
+    spans = [(n, draw.ordinary([draw.rng.randint(n + 1, 3 * n), draw.rng.randint(1, n)], n)) for n in every]
+    _each(context, [tiny.but(page=n, lengths=lengths) for n, lengths in spans])
 
 
 @holds("MLA-07")
@@ -68,22 +91,35 @@ def causal_alignment(context: Context) -> None:
     s_q = draw.several_queries() if context.index % 4 else draw.queries()[0]
     lengths = draw.ordinary(n + s_q for n in draw.lengths())
     if context.index % 3 == 0:
-        lengths = tuple(draw.rng.randint(s_q, s_q + 6) for _ in lengths)
+        lengths = draw.ordinary(draw.rng.randint(s_q, s_q + 6) for _ in lengths)
     context.check(draw.base().but(causal=True, s_q=s_q, lengths=lengths, data=draw.rng.choice(("needle", "hot"))))
+    # Longer rows of queries than one tile holds.
+    tiny = _few_heads(draw, 8).but(causal=True)
+    every = [
+        (n, draw.lengths(most=50, batch=(1, 2))) for n in draw.hand("s_q", within(context.dense.s_q, MOST_QUERIES))
+    ]
+    _each(context, [tiny.but(s_q=n, lengths=draw.ordinary(n + m for m in more)) for n, more in every])
 
 
 @holds("MLA-08")
 def several_queries(context: Context) -> None:
-    """Not causal, s_q above 1."""
+    """Not causal, s_q above 1, up to a few dozens."""
     draw = context.draw()
     context.check(draw.base().but(s_q=draw.several_queries(), data=draw.data()))
+    tiny = _few_heads(draw, 8).but(lengths=draw.lengths(most=60, batch=(1, 2)))
+    _each(context, [tiny.but(s_q=n) for n in draw.hand("s_q", within(context.dense.s_q, MOST_QUERIES)) if n > 1])
 
 
 @holds("MLA-09")
 def lengths_differ(context: Context) -> None:
-    """Lengths of different magnitudes in one batch."""
+    """Lengths of different magnitudes in one batch, whole tiles and splits among them; or very many sequences."""
     draw = context.draw()
-    lengths = [draw.rng.choice((1, 2, 17, 63, 100, 250, 600)) + draw.rng.randint(0, 9) for _ in range(6)]
+    if context.index % 4 == 3:
+        context.check(_few_heads(draw, 8).but(lengths=draw.large_batch()))
+        return
+    lengths = [draw.rng.choice((1, 2, 17, 63, 100, 250, 600)) + draw.rng.randint(0, 9) for _ in range(4)]
+    lengths += [*draw.hand("length", LENGTHS)[:1], 512 * draw.rng.randint(1, 5)]
+    draw.rng.shuffle(lengths)
     context.check(draw.base().but(lengths=draw.ordinary(lengths), data=draw.data()))
 
 
@@ -117,14 +153,18 @@ def given_out(context: Context) -> None:
 
 @holds("MLA-12")
 def any_heads(context: Context) -> None:
-    """Each declared number of heads in turn, each head with data of its own."""
+    """Usual numbers of heads, and every declared one, each head with data of its own."""
     draw = context.draw()
     pairs = sorted(head_pairs(context.dense))
     # Those that fill no tile come first: a short run may see no others.
     draw.rng.shuffle(pairs)
     pairs.sort(key=lambda pair: pair[0] < 16 or pair[0] % 16 == 0)
     h_q, h_kv = pairs[(context.index + context.rng.randrange(2)) % len(pairs)]
-    context.check(draw.base().but(h_q=h_q, h_kv=h_kv, lengths=draw.lengths(most=200, batch=(1, 3)), data="hot"))
+    case = draw.base().but(data="hot")
+    context.check(case.but(h_q=h_q, h_kv=h_kv, lengths=draw.lengths(most=200, batch=(1, 3))))
+    tiny = case.but(lengths=draw.lengths(most=60, batch=(1, 2)))
+    every = [(n, _dividing(draw, n)) for n in draw.hand("h_q", within(context.dense.h_q, MOST_HEADS))]
+    _each(context, [tiny.but(h_q=n, h_kv=kv) for n, kv in every if kv])
 
 
 @holds("MLA-13")
@@ -145,3 +185,22 @@ def nothing_left_behind(context: Context) -> None:
 
 def _dims(draw: Draw) -> dict[str, Any]:
     return draw.dims() if draw.index % 2 else {}
+
+
+def _few_heads(draw: Draw, most: int) -> MlaCase:
+    """A plain case of few heads, for sizes whose number costs time."""
+    case = draw.base().but(data="hot")
+    return case.but(h_q=draw.heads_for(case.h_kv, most))
+
+
+def _dividing(draw: Draw, h_q: int) -> int:
+    """The smallest declared h_kv that divides h_q, or 0."""
+    return next((n for n in within(draw.declared.h_kv, MOST_KV_HEADS) if h_q % n == 0), 0)
+
+
+def _each(context: Context, cases: list[MlaCase]) -> None:
+    """Check small cases, up to the first that is wrong: the others are most often wrong in the same way."""
+    for case in cases:
+        context.check(case)
+        if context.record.problems:
+            return

@@ -186,11 +186,13 @@ def _fields(name: str, section: Any) -> Iterable[str]:
             yield f"{name}.{field.name} is {value!r}, not True or False"
 
 
-def _corners(values: Ints, usual: tuple[int, ...], most: int) -> list[int]:
-    """Members at the ends of a declared set and the usual ones in it."""
+def _corners(values: Ints, usual: tuple[int, ...], most: int, last: int = 0) -> list[int]:
+    """Members at the ends of a declared set and the usual ones in it; its upper end also far off, up to ``last``."""
     found = {n for n in (*usual, *values.only) if n in values and n <= most}
     inside = [n for n in range(1, most + 1) if n in values]
-    return sorted(found | set(inside[:1]) | set(inside[-1:]))
+    end = 0 if values.high is None else values.high // values.multiple_of * values.multiple_of
+    far = {end} if end in values and most < end <= last else set()
+    return sorted(found | far | set(inside[:1]) | set(inside[-1:]))
 
 
 def declared_calls(context: Context) -> list[MlaCase]:
@@ -199,17 +201,17 @@ def declared_calls(context: Context) -> list[MlaCase]:
     cases = [base.but(dtype=dtype) for dtype in dense.dtypes]
     cases += [base.but(device=device) for device in context.capabilities.device_types[1:]]
     cases += [base.but(lse_base=word) for word in dense.lse_bases]
-    cases += [base.but(page=page) for page in _corners(dense.page_size, (1, 16, 32, 64, 128), 256)]
+    cases += [base.but(page=page) for page in _corners(dense.page_size, (1, 16, 32, 64, 128), 256, 4096)]
     for h_kv in _corners(dense.h_kv, (1, 2, 3, 8), 8):
         pairs = [pair for pair in head_pairs(dense, (h_kv,)) if pair[1] == h_kv]
         cases += [base.but(h_q=h_q, h_kv=h_kv) for h_q, _ in pairs[:1]]
-    for h_q in _corners(dense.h_q, (1, 3, 16, 63, 64, 128), 256):
+    for h_q in _corners(dense.h_q, (1, 3, 16, 63, 64, 128), 256, 2048):
         fitting = [pair for pair in head_pairs(dense, (1, 2, 3, 4, 8)) if h_q % pair[1] == 0]
         cases += [base.but(h_q=h_q, h_kv=fitting[0][1])] if fitting else []
     cases += [base.but(d=d, d_v=v) for d, v in head_dims(dense)]
     for d in _corners(dense.head_dim, (512, 576), 1024):
         cases += [base.but(d=d, d_v=v) for v in _corners(dense.head_dim_v, (512,), d)[-1:]]
-    cases += [base.but(s_q=s_q) for s_q in _corners(dense.s_q, (1, 2, 4), 16)]
+    cases += [base.but(s_q=s_q) for s_q in _corners(dense.s_q, (1, 2, 4), 16, 256)]
     flags: list[tuple[str, dict[str, Any]]] = [
         ("causal", {"causal": True}),
         ("ragged_q", {"q_lens": (1, min(2, max(_corners(dense.s_q, (1, 2), 2))))}),

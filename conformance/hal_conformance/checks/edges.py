@@ -38,7 +38,7 @@ def empty_sequences(context: Context) -> None:
 def queries_before_the_first_key(context: Context) -> None:
     """Fewer keys than queries, causal."""
     draw = context.draw()
-    s_q = max(draw.queries())
+    s_q = max(draw.queries()) if context.index % 2 else draw.several_queries()
     lengths = [draw.rng.randint(0, max(0, s_q - 1)) for _ in range(draw.rng.randint(1, 4))]
     lengths[0] = max(0, s_q - 1)
     lengths.append(draw.rng.randint(1, 100) + s_q)
@@ -86,10 +86,11 @@ def shared_pages(context: Context) -> None:
 
 @holds("MLA-26")
 def strided_queries(context: Context) -> None:
-    """Each layout of q in turn."""
+    """Each layout of q in turn; contiguous, but not on any alignment; and both."""
     draw = context.draw()
-    layout = ("padded", "heads_first", "odd")[context.index % 3]
-    context.check(draw.base().but(q_layout=layout, s_q=max(draw.queries()[:2]), data=draw.data()))
+    layout = ("padded", "heads_first", "odd", "contiguous")[context.index % 4]
+    starts = draw.starts("q") if context.index % 4 == 3 or (context.index >= 4 and draw.rng.random() < 0.5) else {}
+    context.check(draw.base().but(q_layout=layout, s_q=max(draw.queries()[:2]), data=draw.data(), **starts))
 
 
 @holds("MLA-27")
@@ -100,16 +101,19 @@ def strided_cache(context: Context) -> None:
     # In steps of 5, so that even a short run sees layouts of each kind.
     layout = layouts[context.index * 5 % len(layouts)]
     kv_heads = (2, 3, 4, 8) if layout in ("heads_first", "padded_row") else (1,)
-    context.check(draw.base().but(kv_layout=layout, **draw.heads(kv_heads), data=draw.data()))
+    starts = draw.starts("kv") if draw.rng.random() < 0.5 else {}
+    context.check(draw.base().but(kv_layout=layout, **draw.heads(kv_heads), data=draw.data(), **starts))
+    context.check(draw.base().but(lengths=draw.lengths(most=70), data=draw.data(), **draw.starts("kv")))
 
 
 @holds("MLA-28")
 def strided_out_and_tables(context: Context) -> None:
-    """Padded and swapped out, padded block table."""
+    """Padded and swapped out, padded block table; then both, and lengths, off their alignment."""
     draw = context.draw()
     out_layout = ("padded", "heads_first")[context.index % 2]
     case = draw.base().but(lengths=draw.lengths(batch=(2, 5)), s_q=max(draw.queries()[:2]), data=draw.data())
     context.check(case.but(out_layout=out_layout, table_layout="strided"))
+    context.check(case.but(out_layout=("contiguous", out_layout)[context.index % 2], **draw.starts("out", "table")))
 
 
 @holds("MLA-40")

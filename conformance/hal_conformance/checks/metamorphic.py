@@ -123,15 +123,19 @@ def split_context(context: Context) -> None:
 
 def _calls(context: Context) -> st.SearchStrategy[MlaCase]:
     """Any declared call of small size; what hypothesis shrinks towards is the plainest."""
-    dense, base = context.dense, context.draw().base()
+    dense, sizes = context.dense, context.draw()
+    base = sizes.base()
     pairs = [p for p in head_pairs(dense, KV_HEADS) if p[0] <= 64] or head_pairs(dense)
-    queries = sorted(members(dense.s_q, QUERIES))
+    pairs += [(h["h_q"], h["h_kv"]) for h in (sizes.heads(KV_HEADS) for _ in range(8)) if h["h_q"] <= 64]
+    dims = head_dims(dense) + [(made["d"], made["d_v"]) for made in (sizes.dims() for _ in range(8))]
+    pages = members(dense.page_size, PAGES) + [sizes.page(usual=False) for _ in range(8)]
+    queries = sorted({*members(dense.s_q, QUERIES), sizes.several_queries(24)})
 
     @st.composite
     def build_case(draw: st.DrawFn) -> MlaCase:
         lengths = draw(st.lists(st.integers(0, 150), min_size=1, max_size=4))
         h_q, h_kv = draw(st.sampled_from(sorted(pairs)))
-        d, d_v = draw(st.sampled_from(head_dims(dense)))
+        d, d_v = draw(st.sampled_from(dims))
         changes: dict[str, Any] = {
             "lengths": tuple(lengths),
             "dtype": draw(st.sampled_from(dense.dtypes)),
@@ -139,7 +143,7 @@ def _calls(context: Context) -> st.SearchStrategy[MlaCase]:
             "h_kv": h_kv,
             "d": d,
             "d_v": d_v,
-            "page": draw(st.sampled_from(members(dense.page_size, PAGES))),
+            "page": draw(st.sampled_from(pages)),
             "s_q": draw(st.sampled_from(queries)),
             "lse_base": draw(st.sampled_from(dense.lse_bases)),
             "causal": dense.causal and draw(st.booleans()),
@@ -151,6 +155,8 @@ def _calls(context: Context) -> st.SearchStrategy[MlaCase]:
             "q_layout": draw(st.sampled_from(("contiguous", "padded", "heads_first"))),
             "kv_layout": draw(st.sampled_from(("contiguous", "padded_block", "padded_token", "heads_first"))),
             "out_layout": draw(st.sampled_from(("none", "contiguous", "padded"))),
+            "q_start": draw(st.sampled_from((0, 0, 0, 1, 4, 7))),
+            "kv_start": draw(st.sampled_from((0, 0, 0, 1, 4, 7))),
             "plan": draw(st.booleans()),
         }
         if dense.ragged_q and draw(st.booleans()):

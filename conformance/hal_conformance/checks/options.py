@@ -22,15 +22,19 @@ _REPEATS = {"quick": 420, "default": 700, "full": 4000}
 
 @holds("MLA-34")
 def ragged_queries(context: Context) -> None:
-    """Every sequence its own number of queries, none and many included; causal in turn."""
+    """Every sequence its own number of queries, none and many included; causal in turn, also with fewer keys."""
     draw = context.draw()
-    most = max(draw.queries())
+    most = max(draw.queries()) if context.index % 2 else draw.several_queries()
     q_lens = [draw.rng.randint(0, most) for _ in range(draw.rng.randint(2, 6))]
     q_lens[draw.rng.randrange(len(q_lens))] = most
     if context.index % 2:
         q_lens.insert(draw.rng.randrange(len(q_lens)), 0)
     causal = context.dense.causal and context.index % 3 != 0
     lengths = [draw.rng.randint(0, 200) + (n if causal else 0) for n in q_lens]
+    if causal:
+        # The first queries of a sequence with fewer keys than queries see nothing: of the longest, always.
+        short = {q_lens.index(most), *(j for j in range(len(q_lens)) if draw.rng.random() < 0.25)}
+        lengths = [draw.rng.randint(0, max(0, q_lens[j] - 1)) if j in short else n for j, n in enumerate(lengths)]
     data = draw.rng.choice(("needle", "hot"))
     case = draw.base().but(q_lens=tuple(q_lens), lengths=tuple(lengths), causal=causal, data=data)
     context.check(case.but(plan=context.index % 2 == 1, out_layout=draw.rng.choice(("none", "contiguous"))))
