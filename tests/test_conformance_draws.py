@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from hal_conformance.case import MlaCase
 from hal_conformance.checks import load
 from hal_conformance.checks.capability import declared_calls
 from hal_conformance.checks.pairs import realise
-from hal_conformance.context import Context, Settings
+from hal_conformance.context import BackendRaised, Context, Settings
 from hal_conformance.draw import MOST_HEADS, MOST_PAGE, MOST_QUERIES, Draw, notable, within
 from hal_conformance.inputs import build
 from hal_conformance.process import Worker
@@ -202,6 +202,31 @@ def test_a_large_cache_that_was_not_tried_is_said(monkeypatch: pytest.MonkeyPatc
     load()["MLA-48"].run(one)
     assert one.record.problems == []
     assert one.record.notes == [f"no cache of more than {2**32} elements was tried: no address space"]
+
+
+def test_a_large_cache_that_a_device_refuses_is_said_and_every_other_error_is_the_backends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    error: list[Exception] = [hal.DeviceError("clCreateBuffer of 8 GiB: INVALID_BUFFER_SIZE")]
+    monkeypatch.setattr(Context, "run", _only_small(Context.run, error))
+    one = context("MLA-48", 1, hal.capabilities("cpu").mla_dense)
+    load()["MLA-48"].run(one)
+    assert (one.record.problems, one.record.notes) == (
+        [],
+        [f"no cache of more than {2**32} elements was tried: clCreateBuffer of 8 GiB: INVALID_BUFFER_SIZE"],
+    )
+    error[0] = RuntimeError("offset overflows")
+    with pytest.raises(BackendRaised, match="offset overflows"):
+        load()["MLA-48"].run(context("MLA-48", 1, hal.capabilities("cpu").mla_dense))
+
+
+def _only_small(run: Callable[..., Any], error: list[Exception]) -> Callable[..., Any]:
+    def refusing(self: Context, inputs: Any, **options: Any) -> Any:
+        if inputs.kv_cache.view.numel() > 2**31:
+            raise BackendRaised(inputs.case, error[0])
+        return run(self, inputs, **options)
+
+    return refusing
 
 
 @pytest.fixture
