@@ -418,6 +418,7 @@ class OpenClQueue:
         import pyopencl
 
         flags = pyopencl.mem_flags
+        self._held.append(tensor)
         start, size = _bytes(tensor)
         if not size:
             return self._device.empty(0)
@@ -433,6 +434,7 @@ class OpenClQueue:
         import pyopencl
 
         if self._device.unified:
+            self._held.append(tensor)
             flags = pyopencl.mem_flags.WRITE_ONLY | pyopencl.mem_flags.USE_HOST_PTR
             return self._buffer(flags, *_bytes(tensor)), tensor.stride()
         # Between the elements of the tensor may lie others', which must not be written: they come back packed.

@@ -1,0 +1,443 @@
+"""The low-latency mode on any device: packed slots, and what several nodes need of them.
+
+Every rank has two rooms for each neighbour, lent to it in turn: whoever has sent into one has to hear that its rows
+were taken out before it sends there again. Rooms are of fixed size, so that nothing is asked before rows are sent.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from hal.ep.engine import EpLowLatencyCombined, EpLowLatencyDispatched, Finish
+from hal.ep.fields import PACKED_COMBINE_FIELDS, PACKED_FIELDS
+from hal.ep.lines import Message
+from hal.ep.relay import Relayed
+from hal.portable.ep_kernels import Rows
+from hal.portable.ep_node import GRANT, Operation
+from hal.portable.ep_normal import NormalCalls
+from hal.portable.ep_routes import Routes
+from hal.portable.ep_rows import Place, chosen_of
+from hal.spec.ep import (
+    CASTS,
+    FP8,
+    SCALE_GROUP,
+    EpLowLatencyCombineArgs,
+    EpLowLatencyDispatchArgs,
+    EpLowLatencyHandle,
+)
+from hal.spec.errors import SpecError
+
+_ROOMS: Final = 2
+
+
+class PackedState:
+    """What a low-latency handle carries.
+
+    Attributes
+    ----------
+    routes : Routes
+    selected : Tensor
+        [L · slots], -1 where a slot has no row.
+    lent : Tensor or None
+        Memory lent to combine.
+    released : bool
+        Whether a combine was made.
+    """
+
+    __slots__ = ("__weakref__", "lent", "released", "routes", "selected")
+
+    def __init__(self) -> None:
+        self.routes: Any = None
+        self.selected: Any = None
+        self.lent: Tensor | None = None
+        self.released = False
+
+
+class PackedCalls(NormalCalls):
+    """The calls of the low-latency mode."""
+
+    def _opening(self) -> Message:
+        letter = super()._opening()
+        self._live: list[tuple[weakref.ref[PackedState], weakref.ref[Tensor]]] = []
+        self._free_rooms = [list(range(_ROOMS)) for _ in range(self._near.ranks)]
+        self._unread: set[int] = set()
+        self._pool: ThreadPoolExecutor | None = None
+        self._worker = 0
+        self._rooms = []
+        if "low_latency" in self._args.modes:
+            self._rooms = [self._windows.take(self._room_size()) for _ in range(_ROOMS)]
+            letter |= {"rooms": [room.number for room in self._rooms]}
+        return letter
+
+    def _open(self, device: Any, exchange: Any) -> None:
+        super()._open(device, exchange)
+        letters = self._letters[0, 0]
+        self._rooms_at = [
+            [self._window_of(self._opened, peer, number) for number in letters[peer].get("rooms", ())]
+            for peer in range(self._near.ranks)
+        ]
+
+    @property
+    def _capacity(self) -> int:
+        """Rows that one neighbour sends at most."""
+        return self._near.sources * self._args.max_tokens_per_rank
+
+    def _room_size(self) -> int:
+        args = self._args
+        words = -(-args.hidden // SCALE_GROUP) + 1 + args.topk
+        return Place.size(self._near.ranks * self._capacity, args.hidden * args.dtype.itemsize, words)
+
+    def _place(self, memory: Any, sender: int, row: int, aux: int) -> Place:
+        return Place(memory, self._near.ranks * self._capacity, row, aux, sender * self._capacity)
+
+    def low_latency_dispatch(self, args: EpLowLatencyDispatchArgs) -> EpLowLatencyDispatched:
+        """Send rows, cast where asked, to the receivers' rooms; the finish packs them."""
+        n = len(args.x)
+        positions = torch.arange(n, dtype=torch.int32, device=args.x.device)
+        with self._calling():
+            error = self._third() or self._bad_experts(args.topk_idx)
+            if error is not None:
+                raise self._refused(self._begin("low_latency_dispatch"), error)
+            made = self._slots(args)
+            tokens = Relayed([0, n], positions, torch.empty(0))
+            # A result of its own: what completes it holds the tensors, which are not to hold that.
+            return replace(
+                made, finish=self._send_packed(args, made, tokens, args.async_finish or args.return_recv_hook)
+            )
+
+    def reserve_packed(self, args: EpLowLatencyDispatchArgs) -> EpLowLatencyDispatched:
+        """Make the tensors."""
+        with self._calling():
+            error = self._third()
+            if error is not None:
+                raise error
+            return self._slots(args)
+
+    def relay_packed(self, args: EpLowLatencyDispatchArgs, reserved: EpLowLatencyDispatched, tokens: Relayed) -> Finish:
+        """Send several ranks' tokens."""
+        with self._calling():
+            return self._send_packed(args, reserved, tokens, False)
+
+    def _third(self) -> SpecError | None:
+        """What is wrong with one more result."""
+        for turn in range(2):
+            self._live = [
+                (state, rows)
+                for state, rows in self._live
+                if ((there := state()) is None and rows() is not None) or (there is not None and not there.released)
+            ]
+            if len(self._live) < _ROOMS:
+                return None
+            if not turn:
+                gc.collect()  # a result let go in a cycle is let go
+        got = f"a third result while two are live on rank {self._args.rank}"
+        return SpecError("low_latency_dispatch", got, "at most two: combine one, or let go of it, first")
+
+    def _slots(self, args: EpLowLatencyDispatchArgs) -> EpLowLatencyDispatched:
+        """Tensors that a finish fills."""
+        buffer, device = self._args, args.x.device
+        local, hidden = buffer.local_experts, buffer.hidden
+        slots, scales = buffer.num_ranks * buffer.max_tokens_per_rank, None
+        rows = torch.empty(local, slots, hidden, dtype=args.x.dtype if args.cast == "none" else FP8, device=device)
+        if args.cast != "none":
+            groups = -(-hidden // SCALE_GROUP)
+            packed = args.cast == "fp8_ue8m0"
+            words, dtype = (-(-groups // 4), torch.int32) if packed else (groups, torch.float32)
+            scales = torch.empty(local, words, slots, dtype=dtype, device=device).transpose(1, 2)
+        state = PackedState()
+        handle = EpLowLatencyHandle(
+            self._owner,
+            torch.full((local, slots), -1, dtype=torch.int32, device=device),
+            torch.zeros(local, buffer.num_ranks, dtype=torch.int64, device=device),
+            buffer.max_tokens_per_rank,
+            hidden,
+            buffer.num_experts,
+            len(args.x),
+            args.topk_idx.shape[1],
+            state,
+        )
+        self._live.append((weakref.ref(state), weakref.ref(rows)))
+        count = torch.zeros(local, dtype=torch.int32, device=device)
+        return EpLowLatencyDispatched(rows, scales, count, handle, _nothing)
+
+    def _send_packed(
+        self, args: EpLowLatencyDispatchArgs, made: EpLowLatencyDispatched, tokens: Relayed, deferred: bool
+    ) -> Finish:
+        near, idx = self._near, args.topk_idx.to(torch.int32)
+        op = self._begin("low_latency_dispatch")
+        op.record["tokens"] = len(args.x)
+        routes = Routes(self._args, near, tokens.begin, idx)
+        routes.count(self._kernels, True, True)
+        routes.number = op.number
+        _state(made.handle).routes = routes
+        self._return_rooms()
+        x, aux = self._cast(args, idx, tokens)
+        fields = [idx.shape[1], CASTS.index(args.cast)]
+        letter = {"fields": fields, "ranks": routes.ranks, "experts": routes.experts}
+        self._listen(0)
+        rooms: list[int | None] = [free.pop(0) if free else None for free in self._free_rooms]
+        self._post(op, letter, own=lambda peer: {"room": rooms[peer]})
+        if None not in rooms or not deferred:
+            self._send_rows(op, routes, x, aux, rooms)
+        else:
+            # Somebody has not emptied a room yet; the caller is not to wait for that.
+            kept = x.clone() if x is args.x else x
+            self._job = self._put_off(lambda: self._send_rows(op, routes, kept, aux, rooms))
+        return self._finish(op, self._unpacking(op, args, made, routes, x.shape[1] * x.itemsize, aux.shape[1]))
+
+    def _cast(self, args: EpLowLatencyDispatchArgs, idx: Tensor, tokens: Relayed) -> tuple[Tensor, Tensor]:
+        """Rows as they travel, and the words that go with them: scales, position, choices."""
+        words = [tokens.positions.view(-1, 1).to(torch.int32), idx]
+        if args.cast == "none":
+            return args.x, torch.cat(words, 1)
+        queue = self._kernels.device.queue()
+        x = args.x if args.x.stride(1) == 1 else args.x.contiguous()
+        rows, scales = self._kernels.cast(queue, x, args.cast)
+        queue.finish()
+        return rows, torch.cat([scales, *words], 1)
+
+    def _send_rows(self, op: Operation, routes: Routes, x: Tensor, aux: Tensor, rooms: list[int | None]) -> None:
+        """Send into the rooms; wait first for those that are not free yet."""
+        late = [peer for peer, room in enumerate(rooms) if room is None]
+        self._wait(op, "post", lambda: [peer for peer in late if not self._free_rooms[peer]], None, self._args.timeout)
+        for peer in late:
+            rooms[peer] = self._free_rooms[peer].pop(0)
+        if late:
+            for peer in late:
+                letter = {"op": op.number, "round": GRANT, "windows": [], "room": rooms[peer]}
+                if peer == self._near.here:
+                    self._heard(peer, letter, [])
+                else:
+                    self._tell(op.kind, peer, letter)
+        row, width = x.shape[1] * x.itemsize, aux.shape[1]
+        into = [
+            self._place(self._rooms_at[peer][room or 0].memory, self._near.here, row, width)
+            for peer, room in enumerate(rooms)
+        ]
+        queue = self._kernels.device.queue()
+        self._push(queue, op, routes, x, aux, into)
+        queue.finish()
+
+    def _put_off(self, job: Any) -> Future[None]:
+        def run() -> None:
+            self._worker = threading.get_ident()
+            with self._lock:
+                job()
+
+        self._pool = self._pool or ThreadPoolExecutor(1, "hal-ep-rows")
+        return self._pool.submit(run)
+
+    def _unpacking(
+        self,
+        op: Operation,
+        args: EpLowLatencyDispatchArgs,
+        made: EpLowLatencyDispatched,
+        routes: Routes,
+        row: int,
+        aux: int,
+    ) -> Any:
+        """What fills the tensors of a dispatch."""
+        near, local, topk = self._near, self._args.local_experts, args.topk_idx.shape[1]
+        state, handle, device = _state(made.handle), made.handle, args.x.device
+        slots, waits = made.recv_x.shape[1], args.dispatch_wait_recv_cost_stats
+        stats = args.cumulative_local_expert_recv_stats
+        job = self._job
+
+        def finish() -> None:
+            if job is not None:
+                job.result()
+            letters = self._await_letters(op, waits=waits)
+            try:
+                self._agreed(op, letters, PACKED_FIELDS)
+            except SpecError:
+                state.released = True
+                self._unread.add(op.number)
+                self._return_rooms()
+                raise
+            routes.all_ranks = [letters[peer]["ranks"] for peer in range(near.ranks)]
+            routes.all_experts = [letters[peer]["experts"] for peer in range(near.ranks)]
+            self._expect(op, routes)
+            for peer in range(near.ranks):
+                if op.expected[peer] > self._capacity:
+                    raise self._fail(self._lost(op, peer, "it announces more rows than there can be"))
+            self._await_flags(op, waits)
+            late = [peer for peer in range(near.ranks) if letters[peer]["room"] is None]
+            granted = self._await_letters(op, GRANT, late)
+            rooms = [granted[p]["room"] if p in late else letters[p]["room"] for p in range(near.ranks)]
+            arrived = routes.arrivals([p * self._capacity for p in range(near.ranks)], device)
+            in_room = torch.tensor(rooms, dtype=torch.int32, device=device)[(arrived // self._capacity).long()]
+            places = [self._place(room.window.memory, 0, row, aux) for room in self._rooms]
+            parts = [arrived.masked_fill(in_room != r, -1) for r in range(_ROOMS)]
+            queue = self._kernels.device.queue()
+            words = self._words(queue, places, parts)
+            width = aux - 1 - topk
+            starts = slots * torch.arange(local, dtype=torch.int32, device=device)
+            idx = self._local(words[:, width + 1 :]).contiguous()
+            selected = self._kernels.layout(queue, idx, starts, local * slots, 0, 1, local, False)[2]
+            queue.finish()
+            chosen = [chosen_of(part, selected) for part in parts]
+            self._pull(queue, made.recv_x.view(torch.uint8).flatten(0, 1), places, chosen, False)
+            queue.finish()
+            for peer, room in enumerate(rooms):
+                self._empty(op, peer, room)
+            there = selected >= 0
+            if len(words):
+                taken = words[selected.clamp(min=0).long()]
+                handle.src_info.copy_(taken[:, width].masked_fill(~there, -1).view(local, slots))
+                if made.recv_scales is not None:
+                    scales = taken[:, :width].view(local, slots, width).view(made.recv_scales.dtype)
+                    made.recv_scales.copy_(scales)
+            ranges, count = self._ranges(routes)
+            handle.layout_range.copy_(ranges)
+            made.recv_count.copy_(count)
+            state.selected = selected
+            if stats is not None:
+                stats.add_(made.recv_count)
+
+        return finish
+
+    def _ranges(self, routes: Routes) -> tuple[Tensor, Tensor]:
+        """``begin << 32 | count`` [L, R] of the rows of each rank, and rows [L]."""
+        counts = torch.tensor(routes.blocks(True), dtype=torch.int64)
+        ends = counts.cumsum(0)
+        ranges = ((ends - counts) << 32 | counts)[self._near.blocks]
+        return ranges.T, ends[-1]
+
+    def _empty(self, op: Operation, peer: int, room: int) -> None:
+        """Let a neighbour have its room again."""
+        if peer == self._near.here:
+            self._free_rooms[peer].append(room)
+        else:
+            self._tell(op.kind, peer, {"free": room})
+
+    def _heard(self, peer: int, message: Message, files: list[int]) -> None:
+        if "free" in message:
+            self._free_rooms[peer].append(int(message["free"]))
+        else:
+            super()._heard(peer, message, files)
+
+    def _return_rooms(self) -> None:
+        """Of calls that nobody will finish: what was sent to them is not read."""
+        for number in sorted(self._unread):
+            for kind in (0, GRANT):
+                for peer, letter in list(self._letters.get((number, kind), {}).items()):
+                    room = letter.pop("room", None)
+                    if room is not None:
+                        self._empty(Operation(number, "low_latency_dispatch", 0.0, {}), peer, room)
+
+    def low_latency_combine(self, args: EpLowLatencyCombineArgs) -> EpLowLatencyCombined:
+        """Stage packed rows; the finish fetches and sums."""
+        with self._calling():
+            op = self._offer_packed(args)
+
+        def finish() -> None:
+            table, place = self._fetch_packed(op, args, False)
+            queue = self._kernels.device.queue()
+            self._kernels.reduce(queue, args.out, table, place, args.topk_weights)
+            queue.finish()
+
+        return EpLowLatencyCombined(args.out, self._finish(op, finish))
+
+    def gather_packed(self, args: EpLowLatencyCombineArgs) -> Tensor:
+        """One fetch into zeros."""
+        with self._calling():
+            op = self._offer_packed(args)
+            try:
+                return self._fetch_packed(op, args, True)[0]
+            finally:
+                self._done(op)
+
+    def _offer_packed(self, args: EpLowLatencyCombineArgs) -> Operation:
+        """Stage the rows that there are."""
+        state, x = _state(args.handle), args.x
+        op = self._begin("low_latency_combine")
+        error = self._wrong(args, state)
+        if error is not None:
+            raise self._refused(op, error)
+        rows, row = x.shape[0] * x.shape[1], x.shape[2] * x.itemsize
+        lease = self._stage(op, rows * row)
+        assert lease is not None
+        every = torch.arange(rows, dtype=torch.int32, device=x.device).masked_fill(state.selected < 0, -1)
+        queue = self._kernels.device.queue()
+        place = Place(lease.window.memory, rows, row, 0)
+        source = self._kernels.rows_of(queue, x.view(rows, -1))
+        self._kernels.copy(queue, place.rows(), source, every, 0, rows, rows, False)
+        self._signal(queue, op)
+        queue.finish()
+        self._post(op, {"fields": [state.routes.number], "stage": [lease.number, lease.size, rows]})
+        state.released = True
+        return op
+
+    def _wrong(self, args: EpLowLatencyCombineArgs, state: PackedState) -> SpecError | None:
+        if state.selected is None:
+            return SpecError("handle", "one whose dispatch is not finished", "one whose hook or event was waited for")
+        if args.zero_copy:
+            lent, state.lent = state.lent, None
+            if lent is None or lent.data_ptr() != args.x.data_ptr():
+                return SpecError("x", "other memory", "with zero_copy, the tensor low_latency_combine_buffer returned")
+        if bool(((args.topk_idx != state.routes.idx) & (args.topk_idx >= 0)).any()):
+            got = f"other routes on rank {self._args.rank}"
+            return SpecError("topk_idx", got, "what the dispatch of this handle was given, or -1")
+        return None
+
+    def _fetch_packed(self, op: Operation, args: EpLowLatencyCombineArgs, zeros: bool) -> tuple[Tensor, Tensor]:
+        """Rows [n, K, H] of this rank's tokens from all neighbours, and which there are."""
+        state, x, waits = _state(args.handle), args.x, args.combine_wait_recv_cost_stats
+        letters = self._await_letters(op, waits=waits)
+        try:
+            self._agreed(op, letters, PACKED_COMBINE_FIELDS)
+        except SpecError:
+            self._unstage(op)
+            raise
+        self._await_flags(op, waits)
+        n, topk = args.topk_idx.shape
+        slots = x.shape[1]
+        starts = [[e * slots for e in range(x.shape[0])]] * self._near.ranks
+        rank, row = state.routes.places(starts)
+        row = row.masked_fill(args.topk_idx < 0, -1)
+        table = (torch.zeros if zeros else torch.empty)(n, topk, x.shape[2], dtype=x.dtype, device=x.device)
+        if n:
+            queue = self._kernels.device.queue()
+            to = Rows(queue.write(table)[0], x.shape[2] * x.itemsize)
+            for peer in range(self._near.ranks):
+                number, size, count = letters[peer]["stage"]
+                place = Place(self._window_of(op, peer, number).memory, count, to.row_bytes, 0)
+                self._checked(op, peer, count, size, to.row_bytes, 0)
+                chosen = row.masked_fill(rank != peer, -1).flatten()
+                self._kernels.copy(queue, to, place.rows(), chosen, 0, n * topk, count, False)
+            queue.finish()
+        self._read(op)
+        return table, row
+
+    def low_latency_combine_buffer(self, handle: EpLowLatencyHandle) -> Tensor:
+        """Memory for the handle's next combine."""
+        buffer, state = self._args, _state(handle)
+        if state.lent is None:
+            slots = buffer.num_ranks * buffer.max_tokens_per_rank
+            state.lent = torch.empty(
+                buffer.local_experts, slots, buffer.hidden, dtype=buffer.dtype, device=handle.src_info.device
+            )
+        return state.lent
+
+    def close(self) -> None:
+        """End what was put off, too."""
+        super().close()
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _nothing() -> None:
+    """The finish of what is only reserved."""
+
+
+def _state(handle: EpLowLatencyHandle) -> PackedState:
+    assert isinstance(handle.state, PackedState)
+    return handle.state
