@@ -7,6 +7,7 @@ by `hal.ep.nodes`.
 from __future__ import annotations
 
 from hal.ep.engine import EpEngine
+from hal.ep.nodes import NodesEngine
 from hal.portable.ep_packed import PackedCalls
 from hal.portable.runtime import SharingDevice
 from hal.spec.capability import EpCapabilities, Ints
@@ -25,10 +26,10 @@ def capabilities(transport: str) -> EpCapabilities:
         layouts=("rank", "expand"),
         dtypes=("bfloat16", "float16", "float32", "float8_e4m3fn"),
         casts=CASTS,
-        transports=(transport,),
+        transports=(transport, "torch.distributed"),
         overflow=OVERFLOW,
         ranks=Ints(1, 512),
-        nodes=Ints(1, 1),
+        nodes=Ints(1, 64),
         topk=Ints(1),
         num_experts=Ints(1),
         row_bytes=Ints(16, multiple_of=16),
@@ -37,8 +38,8 @@ def capabilities(transport: str) -> EpCapabilities:
         cached_handle=True,
         mask_ranks=False,
         zero_copy_combine=True,
-        pre_reduce=False,
-        across_nodes=(),
+        pre_reduce=True,
+        across_nodes=("normal", "low_latency", *OVERFLOW),
     )
 
 
@@ -52,4 +53,5 @@ def open_engine(args: EpBufferArgs, device: SharingDevice, backend: str) -> EpEn
     """
     if args.faults is not None:
         raise UnsupportedError(backend, "faults", "faults to inject", "None")
-    return PortableEpEngine(args, device)
+    node = PortableEpEngine(args, device)
+    return node if args.num_nodes == 1 else NodesEngine(args, node)

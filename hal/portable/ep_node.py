@@ -146,6 +146,8 @@ class NodeCalls(NodeEngine):
             self._agreed(op, self._await_letters(op), ())
         except SpecError as agreed:
             return agreed
+        finally:
+            self._done(op)
         return error
 
     def set_mask(self, rank: int, masked: bool) -> None:
@@ -294,19 +296,30 @@ class NodeCalls(NodeEngine):
         SpecError
             The same on all of them.
         """
+        wrong = self._disagreement(letters, fields)
+        if wrong is not None:
+            self._void(op)
+            raise wrong
+
+    def _disagreement(self, letters: Mapping[int, Message], fields: Fields) -> SpecError | None:
         first = self._near.first
         for peer in range(self._near.ranks):
             if "refused" in letters[peer]:
-                raise SpecError(*letters[peer]["refused"])
+                return SpecError(*letters[peer]["refused"])
         one = letters[0]
         for peer in range(1, self._near.ranks):
             other = letters[peer]
             if other["kind"] != one["kind"]:
                 got = f"{other['kind']} on rank {first + peer}"
-                raise SpecError("call", got, f"{one['kind']}, as on rank {first}")
+                return SpecError("call", got, f"{one['kind']}, as on rank {first}")
             for i, (value, wanted) in enumerate(zip(other["fields"], one["fields"], strict=True)):
                 if value != wanted:
-                    raise differing(fields, i, value, first + peer, wanted, first)
+                    return differing(fields, i, value, first + peer, wanted, first)
+        return None
+
+    def _void(self, op: Operation) -> None:
+        """Take back what was lent for a call that all ranks refuse."""
+        self._unstage(op)
 
     def _window_of(self, op: Operation, peer: int, number: int) -> Window:
         if peer == self._near.here:

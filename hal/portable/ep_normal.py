@@ -325,12 +325,8 @@ class NormalCalls(RowCalls):
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Rows [n, K, C] of this rank's tokens from all neighbours, what goes with them, and which there are."""
         routes = _routes(handle)
-        try:
-            letters = self._await_letters(op)
-            self._agreed(op, letters, COMBINE_FIELDS)
-        except SpecError:
-            self._unstage(op)
-            raise
+        letters = self._await_letters(op)
+        self._agreed(op, letters, COMBINE_FIELDS)
         self._await_flags(op)
         n, topk = routes.idx.shape
         starts = [_starts(routes, peer, handle.expand, handle.expert_alignment) for peer in range(self._near.ranks)]

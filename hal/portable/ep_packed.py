@@ -69,6 +69,7 @@ class PackedCalls(NormalCalls):
         self._live: list[tuple[weakref.ref[PackedState], weakref.ref[Tensor]]] = []
         self._free_rooms = [list(range(_ROOMS)) for _ in range(self._near.ranks)]
         self._unread: set[int] = set()
+        self._unfinished: dict[int, weakref.ref[PackedState]] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._worker = 0
         self._rooms = []
@@ -177,12 +178,14 @@ class PackedCalls(NormalCalls):
         routes = Routes(self._args, near, tokens.begin, idx)
         routes.count(self._kernels, True, True)
         routes.number = op.number
-        _state(made.handle).routes = routes
+        state = _state(made.handle)
+        state.routes = routes
+        self._unfinished[op.number] = weakref.ref(state)
+        self._listen(0)
         self._return_rooms()
         x, aux = self._cast(args, idx, tokens)
         fields = [idx.shape[1], CASTS.index(args.cast)]
         letter = {"fields": fields, "ranks": routes.ranks, "experts": routes.experts}
-        self._listen(0)
         rooms: list[int | None] = [free.pop(0) if free else None for free in self._free_rooms]
         self._post(op, letter, own=lambda peer: {"room": rooms[peer]})
         if None not in rooms or not deferred:
@@ -259,9 +262,9 @@ class PackedCalls(NormalCalls):
                 self._agreed(op, letters, PACKED_FIELDS)
             except SpecError:
                 state.released = True
-                self._unread.add(op.number)
-                self._return_rooms()
                 raise
+            finally:
+                self._unfinished.pop(op.number, None)
             routes.all_ranks = [letters[peer]["ranks"] for peer in range(near.ranks)]
             routes.all_experts = [letters[peer]["experts"] for peer in range(near.ranks)]
             self._expect(op, routes)
@@ -324,8 +327,17 @@ class PackedCalls(NormalCalls):
         else:
             super()._heard(peer, message, files)
 
+    def _void(self, op: Operation) -> None:
+        super()._void(op)
+        self._unread.add(op.number)
+        self._return_rooms()
+
     def _return_rooms(self) -> None:
         """Of calls that nobody will finish: what was sent to them is not read."""
+        for number, state in list(self._unfinished.items()):
+            if state() is None:
+                del self._unfinished[number]
+                self._unread.add(number)
         for number in sorted(self._unread):
             for kind in (0, GRANT):
                 for peer, letter in list(self._letters.get((number, kind), {}).items()):
@@ -392,11 +404,7 @@ class PackedCalls(NormalCalls):
         """Rows [n, K, H] of this rank's tokens from all neighbours, and which there are."""
         state, x, waits = _state(args.handle), args.x, args.combine_wait_recv_cost_stats
         letters = self._await_letters(op, waits=waits)
-        try:
-            self._agreed(op, letters, PACKED_COMBINE_FIELDS)
-        except SpecError:
-            self._unstage(op)
-            raise
+        self._agreed(op, letters, PACKED_COMBINE_FIELDS)
         self._await_flags(op, waits)
         n, topk = args.topk_idx.shape
         slots = x.shape[1]
