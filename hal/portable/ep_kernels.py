@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hal.portable.mla import ELEMENTS
-from hal.portable.runtime import Memory, Number, Program, Queue, SharingDevice, Source
+from hal.portable.runtime import Event, Memory, Number, Program, Queue, SharingDevice, Source
 from hal.spec.ep import FP8, SCALE_GROUP
 
 _THREADS: Final = 64
@@ -80,6 +80,13 @@ class EpKernels:
     def __init__(self, device: SharingDevice) -> None:
         self.device = device
         self._programs: dict[Source, Program] = {}
+        self._last: Event | None = None
+
+    def finish(self, queue: Queue) -> None:
+        """Wait until all that was launched is done, so that others may have the memory it used."""
+        queue.finish()
+        if self._last is not None:
+            self._last.wait()
 
     def rows_of(self, queue: Queue, tensor: Tensor) -> Rows:
         """The rows of a tensor [n, …] to read, in a copy if they do not lie where words can be read."""
@@ -205,7 +212,7 @@ class EpKernels:
     ) -> None:
         if source not in self._programs:
             self._programs[source] = self.device.build(source)
-        queue.launch(self._programs[source], kernel, groups, threads, arguments)
+        self._last = queue.launch(self._programs[source], kernel, groups, threads, arguments)
 
 
 def _word(row_bytes: int) -> int:

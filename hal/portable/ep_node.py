@@ -7,6 +7,7 @@ tells it that they are there. A rank waits for letters and flags, never for a ra
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -40,6 +41,14 @@ _SHARE: Final = 0.85
 _RECORDS: Final = 64
 MAIN, AGAIN, GRANT = range(3)
 """Rounds of letters: what the call is; fewer rows; a window that was made for it."""
+
+
+_parting: list[NodeCalls] = []
+"""Closed buffers whose windows others may still have open: a driver's IPC memory must not be freed before."""
+
+
+def _part() -> None:
+    _parting[:] = [one for one in _parting if not one._parted()]
 
 
 @dataclass(slots=True, eq=False)
@@ -86,6 +95,7 @@ class NodeCalls(NodeEngine):
     """
 
     def __init__(self, args: EpBufferArgs, device: SharingDevice) -> None:
+        _part()
         self._args = args
         self._owner = object()
         self._kernels = EpKernels(device)
@@ -172,10 +182,29 @@ class NodeCalls(NodeEngine):
             if self._closed:
                 return
             self._closed = True
+            self._windows.close_peers()
             for peer in self._peers:
-                self._lines.tell(peer, {"gone": "it closed its buffer"}, timeout=0.0)
-            self._lines.close()
-            self._windows.close()
+                self._try_to_tell(peer, {"gone": "it closed its buffer"})
+            _parting.append(self)
+            _part()
+
+    def _parted(self) -> bool:
+        """Whether nobody uses this rank's windows any more; they are freed then."""
+        if self._kernels.device.transport == "ipc":
+            for peer, message, files in self._lines.listen(0):
+                for file in files:
+                    os.close(file)
+                if "gone" in message:
+                    self._lines.gone.setdefault(peer, "")
+            if len(self._lines.gone) < self._near.ranks - 1:
+                return False
+        self._lines.close()
+        self._windows.close()
+        return True
+
+    def _try_to_tell(self, peer: int, message: Message) -> None:
+        with contextlib.suppress(RankFailure):
+            self._lines.tell(peer, message, timeout=0.0)
 
     # Calls
 
@@ -392,11 +421,7 @@ class NodeCalls(NodeEngine):
             self._failure = failure
             for peer in self._peers:
                 if self._near.first + peer != failure.rank:
-                    try:
-                        told = [failure.rank, failure.phase, failure.reason]
-                        self._lines.tell(peer, {"failure": told}, timeout=0.0)
-                    except RankFailure:
-                        continue
+                    self._try_to_tell(peer, {"failure": [failure.rank, failure.phase, failure.reason]})
         return self._failure
 
     # Staged rows

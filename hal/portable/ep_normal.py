@@ -201,7 +201,7 @@ class NormalCalls(RowCalls):
                 selected = torch.arange(rows, dtype=torch.int32, device=device)
                 selected = selected.masked_fill(selected >= len(words), -1)
             self._pull(queue, recv_x.view(torch.uint8), [whole], [chosen_of(arrived, selected)], True)
-            queue.finish()
+            self._kernels.finish(queue)
             self._windows.give_back(lease)
             there = selected >= 0
             words, idx = _picked(words, selected), _picked(idx, selected).masked_fill(~there[:, None], -1)
@@ -348,7 +348,7 @@ class NormalCalls(RowCalls):
                 self._kernels.copy(queue, to, place.rows(), chosen, 0, n * topk, count, False)
                 if words_to is not None:
                     self._kernels.copy(queue, words_to, place.words(), chosen, 0, n * topk, count, False)
-            queue.finish()
+            self._kernels.finish(queue)
         self._read(op)
         return table, columns, row
 

@@ -25,6 +25,7 @@ from hal.portable.ep_node import GRANT, Operation
 from hal.portable.ep_normal import NormalCalls
 from hal.portable.ep_routes import Routes
 from hal.portable.ep_rows import Place, chosen_of
+from hal.portable.runtime import Memory
 from hal.spec.ep import (
     CASTS,
     FP8,
@@ -74,7 +75,7 @@ class PackedCalls(NormalCalls):
         self._worker = 0
         self._rooms = []
         if "low_latency" in self._args.modes:
-            self._rooms = [self._windows.take(self._room_size()) for _ in range(_ROOMS)]
+            self._rooms = [self._windows.take(self._near.ranks * self._room_size) for _ in range(_ROOMS)]
             letter |= {"rooms": [room.number for room in self._rooms]}
         return letter
 
@@ -91,13 +92,15 @@ class PackedCalls(NormalCalls):
         """Rows that one neighbour sends at most."""
         return self._near.sources * self._args.max_tokens_per_rank
 
+    @property
     def _room_size(self) -> int:
+        """Bytes for one neighbour, whatever it sends: calls that differ are to end in an error and nothing worse."""
         args = self._args
         words = -(-args.hidden // SCALE_GROUP) + 1 + args.topk
-        return Place.size(self._near.ranks * self._capacity, args.hidden * args.dtype.itemsize, words)
+        return Place.size(self._capacity, args.hidden * args.dtype.itemsize, words)
 
-    def _place(self, memory: Any, sender: int, row: int, aux: int) -> Place:
-        return Place(memory, self._near.ranks * self._capacity, row, aux, sender * self._capacity)
+    def _place(self, memory: Memory, sender: int, row: int, aux: int) -> Place:
+        return Place(memory, self._capacity, row, aux, at=sender * self._room_size)
 
     def low_latency_dispatch(self, args: EpLowLatencyDispatchArgs) -> EpLowLatencyDispatched:
         """Send rows, cast where asked, to the receivers' rooms; the finish packs them."""
@@ -276,9 +279,9 @@ class PackedCalls(NormalCalls):
             granted = self._await_letters(op, GRANT, late)
             rooms = [granted[p]["room"] if p in late else letters[p]["room"] for p in range(near.ranks)]
             arrived = routes.arrivals([p * self._capacity for p in range(near.ranks)], device)
-            in_room = torch.tensor(rooms, dtype=torch.int32, device=device)[(arrived // self._capacity).long()]
-            places = [self._place(room.window.memory, 0, row, aux) for room in self._rooms]
-            parts = [arrived.masked_fill(in_room != r, -1) for r in range(_ROOMS)]
+            sender, at = arrived // self._capacity, arrived % self._capacity
+            places = [self._place(self._rooms[rooms[p]].window.memory, p, row, aux) for p in range(near.ranks)]
+            parts = [at.masked_fill(sender != p, -1) for p in range(near.ranks)]
             queue = self._kernels.device.queue()
             words = self._words(queue, places, parts)
             width = aux - 1 - topk
@@ -288,7 +291,7 @@ class PackedCalls(NormalCalls):
             queue.finish()
             chosen = [chosen_of(part, selected) for part in parts]
             self._pull(queue, made.recv_x.view(torch.uint8).flatten(0, 1), places, chosen, False)
-            queue.finish()
+            self._kernels.finish(queue)
             for peer, room in enumerate(rooms):
                 self._empty(op, peer, room)
             there = selected >= 0
@@ -421,7 +424,7 @@ class PackedCalls(NormalCalls):
                 self._checked(op, peer, count, size, to.row_bytes, 0)
                 chosen = row.masked_fill(rank != peer, -1).flatten()
                 self._kernels.copy(queue, to, place.rows(), chosen, 0, n * topk, count, False)
-            queue.finish()
+            self._kernels.finish(queue)
         self._read(op)
         return table, row
 

@@ -24,6 +24,8 @@ class Place:
     capacity, row, aux : int
     first : int
         The row from which on this rank may write.
+    at : int
+        The byte where it begins.
     """
 
     memory: Memory
@@ -31,19 +33,21 @@ class Place:
     row: int
     aux: int
     first: int = 0
+    at: int = 0
 
     @staticmethod
     def size(capacity: int, row: int, aux: int) -> int:
         """Bytes of the whole; no row takes none."""
-        return _up16(capacity * row) + 4 * capacity * aux
+        return _up16(capacity * row) + _up16(4 * capacity * aux)
 
     def rows(self, begin: int = 0) -> Rows:
         """The rows from one on."""
-        return Rows(self.memory, self.row, (self.first + begin) * self.row)
+        return Rows(self.memory, self.row, self.at + (self.first + begin) * self.row)
 
     def words(self, begin: int = 0) -> Rows:
         """What goes with them."""
-        return Rows(self.memory, 4 * self.aux, _up16(self.capacity * self.row) + (self.first + begin) * 4 * self.aux)
+        after = self.at + _up16(self.capacity * self.row)
+        return Rows(self.memory, 4 * self.aux, after + (self.first + begin) * 4 * self.aux)
 
 
 class RowCalls(NodeCalls):

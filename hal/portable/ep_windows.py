@@ -50,11 +50,6 @@ class Windows:
             lease = min(fitting, key=lambda one: one.size)
             self._free.remove(lease)
         else:
-            # What has become too small is not asked for again.
-            for small in self._free:
-                self._sizes.pop(small.number)
-                small.window.close()
-            self._free.clear()
             whole = max(_LEAST, 1 << (size - 1).bit_length())
             lease = Lease(self._count, whole, self._device.window(whole))
             self._sizes[self._count] = whole
@@ -109,11 +104,17 @@ class Windows:
         """How much there is, and how much of it is lent."""
         return {"window": sum(self._sizes.values()), "in_use": sum(one.size for one in self._leased.values())}
 
-    def close(self) -> None:
-        """Forget all."""
-        for window in (*self._peers.values(), *(one.window for one in (*self._free, *self._leased.values()))):
+    def close_peers(self) -> None:
+        """Forget what is others'."""
+        for window in self._peers.values():
             window.close()
         self._peers.clear()
+
+    def close(self) -> None:
+        """Forget all; peers should have done so before."""
+        self.close_peers()
+        for lease in (*self._free, *self._leased.values()):
+            lease.window.close()
         self._free.clear()
         self._leased.clear()
         self._sizes.clear()

@@ -132,7 +132,7 @@ class MusaBackend(Backend):
         """Dense decode of plain caches; expert parallelism where processes can share the device's memory."""
         from hal.portable import ep
 
-        where, transport = ("cpu", "shm") if self._driver_is_out else ("musa", "")
+        where, transport = ("cpu", "shm") if self._driver_is_out else ("musa", "ipc")
         if transport == "shm" and not self.opencl.unified:
             transport = ""
         communicates = ep.capabilities(transport) if transport else None
