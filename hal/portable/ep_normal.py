@@ -15,13 +15,13 @@ from hal.ep.lines import Message
 from hal.ep.relay import Relayed
 from hal.ep.sums import spread, summed
 from hal.portable.ep_kernels import Rows
-from hal.portable.ep_node import AGAIN, GRANT, Operation
+from hal.portable.ep_post import AGAIN, GRANT, Operation
 from hal.portable.ep_routes import Routes, Sources
 from hal.portable.ep_rows import Place, RowCalls, chosen_of
 from hal.portable.ep_windows import Lease
 from hal.portable.runtime import Memory
 from hal.spec.ep import FP8, PLAIN_DTYPES, EpCombineArgs, EpDispatchArgs, EpHandle
-from hal.spec.errors import SpecError
+from hal.spec.errors import DeviceError, SpecError
 
 _DTYPES: Final = (*PLAIN_DTYPES, FP8)
 _PLAIN, _WEIGHTED, _PARTIAL, _GATHERED = range(4)
@@ -154,11 +154,17 @@ class NormalCalls(RowCalls):
         numbers = [number for number, _ in self._offers]
         if near.here in larger:
             self._windows.give_back(offer)
-            offer = self._windows.take(sizes[near.here])
-            self._post(op, {"offer": _named(offer)}, GRANT)
+            try:
+                offer = self._windows.take(sizes[near.here])
+                self._post(op, {"offer": _named(offer)}, GRANT)
+            except DeviceError as error:
+                got = f"{routes.total(near.here)} rows, for which rank {self._args.rank} lacks memory ({error})"
+                self._post(op, {"refused": ["max_recv_tokens", got, "what fits in memory"]}, GRANT)
         if larger:
             granted = self._await_letters(op, GRANT, larger)
             for peer in larger:
+                if "refused" in granted[peer]:
+                    raise SpecError(*granted[peer]["refused"])
                 numbers[peer] = granted[peer]["offer"][0]
         into = []
         for peer, size in enumerate(sizes):

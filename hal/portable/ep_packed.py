@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Final
@@ -21,8 +22,8 @@ from hal.ep.fields import PACKED_COMBINE_FIELDS, PACKED_FIELDS
 from hal.ep.lines import Message
 from hal.ep.relay import Relayed
 from hal.portable.ep_kernels import Rows
-from hal.portable.ep_node import GRANT, Operation
 from hal.portable.ep_normal import NormalCalls
+from hal.portable.ep_post import GRANT, Operation
 from hal.portable.ep_routes import Routes
 from hal.portable.ep_rows import Place, chosen_of
 from hal.portable.runtime import Memory
@@ -65,26 +66,21 @@ class PackedState:
 class PackedCalls(NormalCalls):
     """The calls of the low-latency mode."""
 
-    def _opening(self) -> Message:
-        letter = super()._opening()
+    def _made(self) -> Message:
         self._live: list[tuple[weakref.ref[PackedState], weakref.ref[Tensor]]] = []
         self._free_rooms = [list(range(_ROOMS)) for _ in range(self._near.ranks)]
         self._unread: set[int] = set()
         self._unfinished: dict[int, weakref.ref[PackedState]] = {}
         self._pool: ThreadPoolExecutor | None = None
-        self._worker = 0
         self._rooms = []
         if "low_latency" in self._args.modes:
             self._rooms = [self._windows.take(self._near.ranks * self._room_size) for _ in range(_ROOMS)]
-            letter |= {"rooms": [room.number for room in self._rooms]}
-        return letter
+        return super()._made() | {"rooms": [room.number for room in self._rooms]}
 
-    def _open(self, device: Any, exchange: Any) -> None:
-        super()._open(device, exchange)
-        letters = self._letters[0, 0]
+    def _learned(self, op: Operation, letters: Mapping[int, Message]) -> None:
+        super()._learned(op, letters)
         self._rooms_at = [
-            [self._window_of(self._opened, peer, number) for number in letters[peer].get("rooms", ())]
-            for peer in range(self._near.ranks)
+            [self._window_of(op, peer, number) for number in letters[peer]["rooms"]] for peer in range(self._near.ranks)
         ]
 
     @property

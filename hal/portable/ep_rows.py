@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hal.portable.ep_kernels import Rows
-from hal.portable.ep_node import NodeCalls, Operation
+from hal.portable.ep_node import NodeCalls
+from hal.portable.ep_post import Operation
 from hal.portable.ep_routes import Routes
 from hal.portable.runtime import Memory, Queue
 
