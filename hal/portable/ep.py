@@ -6,12 +6,14 @@ by `hal.ep.nodes`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hal.ep.engine import EpEngine
 from hal.ep.nodes import NodesEngine
 from hal.portable.ep_packed import PackedCalls
 from hal.portable.runtime import SharingDevice
-from hal.spec.capability import EpCapabilities, Ints
-from hal.spec.ep import CASTS, OVERFLOW, EpBufferArgs
+from hal.spec.capability import EpCapabilities
+from hal.spec.ep import EpBufferArgs, whole_ep
 from hal.spec.errors import UnsupportedError
 
 
@@ -21,26 +23,9 @@ class PortableEpEngine(PackedCalls):
 
 def capabilities(transport: str) -> EpCapabilities:
     """What may be declared of a device whose windows are shared so."""
-    return EpCapabilities(
-        modes=("normal", "low_latency"),
-        layouts=("rank", "expand"),
-        dtypes=("bfloat16", "float16", "float32", "float8_e4m3fn"),
-        casts=CASTS,
-        transports=(transport, "torch.distributed"),
-        overflow=OVERFLOW,
-        ranks=Ints(1, 512),
-        nodes=Ints(1, 64),
-        topk=Ints(1),
-        num_experts=Ints(1),
-        row_bytes=Ints(16, multiple_of=16),
-        recv_hook=True,
-        async_finish=True,
-        cached_handle=True,
-        mask_ranks=False,
-        zero_copy_combine=True,
-        pre_reduce=True,
-        across_nodes=("normal", "low_latency", *OVERFLOW),
-    )
+    whole = whole_ep(transport, "torch.distributed")
+    across = tuple(one for one in whole.across_nodes if one != "mask_ranks")
+    return replace(whole, mask_ranks=False, across_nodes=across)
 
 
 def open_engine(args: EpBufferArgs, device: SharingDevice, backend: str) -> EpEngine:

@@ -1,34 +1,31 @@
-"""The normal mode on any device: dispatch and combine, and what several nodes need of them."""
+"""Dispatch in the normal mode, on any device, and what several nodes need of it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import accumulate, pairwise
-from typing import Any, Final
+from itertools import pairwise
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from hal.ep.engine import EpCombined, EpDispatched
-from hal.ep.fields import COMBINE_FIELDS, DISPATCH_FIELDS
+from hal.ep.engine import EpDispatched
+from hal.ep.fields import DISPATCH_FIELDS
 from hal.ep.lines import Message
 from hal.ep.relay import Relayed
-from hal.ep.sums import spread, summed
-from hal.portable.ep_kernels import Rows
+from hal.portable.ep_combine import CombineCalls, named, routes_of, starts_of
 from hal.portable.ep_post import AGAIN, GRANT, Operation
 from hal.portable.ep_routes import Routes, Sources
-from hal.portable.ep_rows import Place, RowCalls, chosen_of
+from hal.portable.ep_rows import Place, chosen_of
 from hal.portable.ep_windows import Lease
 from hal.portable.runtime import Memory
-from hal.spec.ep import FP8, PLAIN_DTYPES, EpCombineArgs, EpDispatchArgs, EpHandle
+from hal.spec.ep import FP8, PLAIN_DTYPES, EpDispatchArgs, EpHandle
 from hal.spec.errors import DeviceError, SpecError
 
 _DTYPES: Final = (*PLAIN_DTYPES, FP8)
-_PLAIN, _WEIGHTED, _PARTIAL, _GATHERED = range(4)
-"""Kinds of combine, as `COMBINE_FIELDS` names them."""
 
 
-class NormalCalls(RowCalls):
+class NormalCalls(CombineCalls):
     """The calls of the normal mode."""
 
     def dispatch(self, args: EpDispatchArgs) -> EpDispatched:
@@ -75,7 +72,7 @@ class NormalCalls(RowCalls):
             routes = Routes(self._args, self._near, tokens.begin, args.topk_idx.to(torch.int32))
             routes.count(self._kernels, args.expand, False)
         else:
-            routes = _routes(cached).again()
+            routes = routes_of(cached).again()
         routes.number = op.number
         fields = [
             args.topk_weights is not None,
@@ -86,9 +83,9 @@ class NormalCalls(RowCalls):
             args.expand,
             args.expert_alignment,
             args.num_worst_tokens,
-            0 if cached is None else _routes(cached).number,
+            0 if cached is None else routes_of(cached).number,
         ]
-        letter: Message = {"fields": [int(one) for one in fields], "offer": _named(offer)}
+        letter: Message = {"fields": [int(one) for one in fields], "offer": named(offer)}
         if cached is None:
             sent = tokens.sent.tolist() if len(tokens.sent) else routes.ranks
             letter |= {"ranks": routes.ranks, "experts": routes.experts, "sent": sent}
@@ -124,7 +121,7 @@ class NormalCalls(RowCalls):
             _learn(fewer, self._await_letters(op, AGAIN))
             routes = fewer
         for peer in ranks:
-            rows = _starts(routes, peer, args.expand, args.expert_alignment)[-1]
+            rows = starts_of(routes, peer, args.expand, args.expert_alignment)[-1]
             if 0 < args.num_worst_tokens < rows:
                 got = f"{args.num_worst_tokens}, while rank {self._near.first + peer} would receive {rows} rows"
                 raise SpecError("num_worst_tokens", got, "room for what is sent")
@@ -156,7 +153,7 @@ class NormalCalls(RowCalls):
             self._windows.give_back(offer)
             try:
                 offer = self._windows.take(sizes[near.here])
-                self._post(op, {"offer": _named(offer)}, GRANT)
+                self._post(op, {"offer": named(offer)}, GRANT)
             except DeviceError as error:
                 got = f"{routes.total(near.here)} rows, for which rank {self._args.rank} lacks memory ({error})"
                 self._post(op, {"refused": ["max_recv_tokens", got, "what fits in memory"]}, GRANT)
@@ -164,6 +161,7 @@ class NormalCalls(RowCalls):
             granted = self._await_letters(op, GRANT, larger)
             for peer in larger:
                 if "refused" in granted[peer]:
+                    self._windows.give_back(offer)
                     raise SpecError(*granted[peer]["refused"])
                 numbers[peer] = granted[peer]["offer"][0]
         into = []
@@ -181,7 +179,7 @@ class NormalCalls(RowCalls):
         """The tensors of a dispatch, and what fills them."""
         near, x, scales, topk = self._near, args.x, args.scales, args.topk_idx.shape[1]
         device, local = x.device, self._args.local_experts
-        starts = _starts(routes, near.here, args.expand, args.expert_alignment)
+        starts = starts_of(routes, near.here, args.expand, args.expert_alignment)
         routes.rows = rows = args.num_worst_tokens or starts[-1]
         recv_x = torch.empty(rows, x.shape[1], dtype=x.dtype, device=device)
         recv_scales = None if scales is None else scales.new_empty(rows, scales.shape[1])
@@ -254,115 +252,6 @@ class NormalCalls(RowCalls):
         )
         return EpDispatched(recv_x, recv_scales, recv_idx, recv_weights, handle, self._finish(op, finish))
 
-    def combine(self, args: EpCombineArgs) -> EpCombined:
-        """Stage the rows where peers can read them; the finish fetches and sums."""
-        handle, weights = args.handle, args.topk_weights
-        out = torch.empty(handle.num_tokens, self._args.hidden, dtype=args.x.dtype, device=args.x.device)
-        sums = None
-        if weights is not None:
-            sums = torch.empty(handle.num_tokens, handle.topk, dtype=torch.float32, device=args.x.device)
-        with self._calling():
-            op = self._begin("combine")
-            aux = self._offer(op, handle, args.x, weights, _PLAIN if weights is None else _WEIGHTED)
-
-        def finish() -> None:
-            table, columns, place = self._fetch(op, handle, args.x, aux, False)
-            queue = self._kernels.device.queue()
-            biases = [one if one.stride(1) == 1 else one.contiguous() for one in args.bias]
-            self._kernels.reduce(queue, out, table, place, None, biases)
-            queue.finish()
-            if sums is not None and columns is not None:
-                first = place >= 0
-                if handle.expand:
-                    sums.copy_(spread(columns[:, :, 0], _routes(handle).idx, first))
-                else:
-                    sums.copy_(summed(columns, first))
-
-        return EpCombined(out, sums, self._finish(op, finish))
-
-    def gather(self, x: Tensor, handle: EpHandle) -> Tensor:
-        """One fetch into zeros."""
-        with self._calling():
-            op = self._begin("combine")
-            self._offer(op, handle, x, None, _GATHERED)
-            try:
-                return self._fetch(op, handle, x, 0, True)[0]
-            finally:
-                self._done(op)
-
-    def partial(self, x: Tensor, handle: EpHandle) -> Tensor:
-        """The sum of `combine`, left in float32."""
-        out = torch.empty(handle.num_tokens, x.shape[1], dtype=torch.float32, device=x.device)
-        with self._calling():
-            op = self._begin("combine")
-            self._offer(op, handle, x, None, _PARTIAL)
-            try:
-                table, _, place = self._fetch(op, handle, x, 0, False)
-            finally:
-                self._done(op)
-            queue = self._kernels.device.queue()
-            self._kernels.reduce(queue, out, table, place)
-            queue.finish()
-        return out
-
-    def _offer(self, op: Operation, handle: EpHandle, x: Tensor, weights: Tensor | None, kind: int) -> int:
-        """Stage rows, and the weights that go back with them, and tell everybody where."""
-        row = x.shape[1] * x.itemsize
-        aux = 0 if weights is None else 1 if handle.expand else handle.topk
-        count = len(x)
-        lease = self._stage(op, Place.size(count, row, aux))
-        op.record["tokens"] = count
-        queue = self._kernels.device.queue()
-        if lease is not None:
-            place = Place(lease.window.memory, count, row, aux)
-            every = torch.arange(count, dtype=torch.int32, device=x.device)
-            self._kernels.copy(queue, place.rows(), self._kernels.rows_of(queue, x), every, 0, count, count, False)
-            if weights is not None:
-                words = self._kernels.rows_of(queue, weights.view(count, aux))
-                self._kernels.copy(queue, place.words(), words, every, 0, count, count, False)
-        self._signal(queue, op)
-        queue.finish()
-        fields = [kind, _routes(handle).number]
-        self._post(op, {"fields": fields, "stage": [*_named(lease), count]})
-        return aux
-
-    def _fetch(
-        self, op: Operation, handle: EpHandle, x: Tensor, aux: int, zeros: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Rows [n, K, C] of this rank's tokens from all neighbours, what goes with them, and which there are."""
-        routes = _routes(handle)
-        letters = self._await_letters(op)
-        self._agreed(op, letters, COMBINE_FIELDS)
-        self._await_flags(op)
-        n, topk = routes.idx.shape
-        starts = [_starts(routes, peer, handle.expand, handle.expert_alignment) for peer in range(self._near.ranks)]
-        rank, row = routes.places(starts)
-        make = torch.zeros if zeros else torch.empty
-        table = make(n, topk, x.shape[1], dtype=x.dtype, device=x.device)
-        columns = torch.zeros(n, topk, aux, dtype=torch.float32, device=x.device) if aux else None
-        if n:
-            queue = self._kernels.device.queue()
-            to = Rows(queue.write(table)[0], x.shape[1] * x.itemsize)
-            words_to = None if columns is None else Rows(queue.write(columns)[0], 4 * aux)
-            for peer in range(self._near.ranks):
-                number, size, count = letters[peer]["stage"]
-                if not count:
-                    continue
-                chosen = row.masked_fill(rank != peer, -1).flatten()
-                memory = self._window_of(op, peer, number).memory
-                place = Place(memory, self._checked(op, peer, count, size, to.row_bytes, aux), to.row_bytes, aux)
-                self._kernels.copy(queue, to, place.rows(), chosen, 0, n * topk, count, False)
-                if words_to is not None:
-                    self._kernels.copy(queue, words_to, place.words(), chosen, 0, n * topk, count, False)
-            self._kernels.finish(queue)
-        self._read(op)
-        return table, columns, row
-
-    def _checked(self, op: Operation, peer: int, count: int, size: int, row: int, aux: int) -> int:
-        if Place.size(count, row, aux) > size:
-            raise self._fail(self._lost(op, peer, "its rows lie outside its window"))
-        return count
-
 
 def _aux(args: EpDispatchArgs, tokens: Relayed) -> Tensor:
     """What goes with a row: scales, position, choices, weights, as 32-bit words."""
@@ -381,20 +270,9 @@ def _widths(args: EpDispatchArgs) -> tuple[int, int]:
     return args.x.shape[1] * args.x.itemsize, scales + 1 + topk * (1 if args.topk_weights is None else 2)
 
 
-def _starts(routes: Routes, peer: int, expand: bool, alignment: int) -> list[int]:
-    """Where a neighbour's rows begin, of every expert or altogether, and their end."""
-    if not expand:
-        return [0, routes.total(peer)]
-    return [0, *accumulate(-(-count // alignment) * alignment for count in routes.per_expert(peer))]
-
-
 def _learn(routes: Routes, letters: Mapping[int, Message]) -> None:
     routes.all_ranks = [letters[peer]["ranks"] for peer in sorted(letters)]
     routes.all_experts = [letters[peer]["experts"] for peer in sorted(letters)]
-
-
-def _named(lease: Lease | None) -> list[int]:
-    return [0, 0] if lease is None else [lease.number, lease.size]
 
 
 def _picked(table: Tensor, selected: Tensor) -> Tensor:
@@ -402,9 +280,3 @@ def _picked(table: Tensor, selected: Tensor) -> Tensor:
     if not len(table):
         return table.new_zeros(len(selected), *table.shape[1:])
     return table[selected.clamp(min=0).long()]
-
-
-def _routes(handle: EpHandle) -> Routes:
-    state: Any = handle.state
-    assert isinstance(state, Routes)
-    return state
