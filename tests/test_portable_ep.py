@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ep_cases
 import portable_backends
@@ -20,6 +21,7 @@ from ep_ranks import run_ranks
 
 from hal import EpFault, EpFaults, RankFailure, SpecError, UnsupportedError, plugins
 from hal.portable import ep_node
+from hal.spec.errors import DeviceError
 
 FIBRES = Case(backend=portable_backends.name(32))
 # Few kernels: each takes a second to compile, and test_portable_ep_kernels has them all.
@@ -118,6 +120,39 @@ def gone(rank: int, how: int) -> list[int]:
     buffer.close()
     assert not ep_node._parting
     return named
+
+
+def test_memory_that_is_lacking_on_one_rank_is_an_error_on_all(before: partial[None]) -> None:
+    run_ranks(2, lacking, limit=60, before=before)
+
+
+def lacking(rank: int) -> None:
+    """Rank 1 gets no window for what comes, then none for what goes back; later it does."""
+    case = replace(FIBRES, tokens=(300, 300), hidden=256, routing="distinct")
+    mine = case.inputs()[rank]
+    device: Any = plugins.select(case.backend).backend.device  # type: ignore[attr-defined]
+
+    def none(size: int) -> None:
+        raise DeviceError(f"no {size} bytes")
+
+    with case.buffer(modes=("normal",)) as buffer:
+        with pytest.MonkeyPatch.context() as patch:
+            if rank:
+                patch.setattr(device, "window", none)
+            with pytest.raises(SpecError, match="which rank 1 lacks memory"):
+                buffer.dispatch(mine.x, mine.topk_idx)
+        got = buffer.dispatch(mine.x, mine.topk_idx)
+        more = buffer.dispatch(mine.x, mine.topk_idx, async_finish=True)
+        with pytest.MonkeyPatch.context() as patch:
+            if rank:
+                patch.setattr(device, "window", none)
+            with pytest.raises(SpecError, match="bytes to stage on rank 1"):
+                buffer.combine(got.recv_x, got.handle)
+        more.event.wait()
+        back = buffer.combine(got.recv_x, got.handle)
+        here = torch.stack([mine.topk_idx // 4 == r for r in range(2)]).any(2).sum(0)
+        assert torch.equal(back.combined_x, (mine.x.float() * here[:, None]).to(mine.x.dtype))
+    dist.barrier()
 
 
 def test_faults_to_inject_are_refused(before: partial[None]) -> None:

@@ -41,6 +41,7 @@ class Lines:
         self._ends = {peer: socket.socket(fileno=file) for peer, (file, _) in found.items()}
         self._processes = {process: peer for peer, (_, process) in found.items() if process >= 0}
         self.gone: dict[int, str] = {}
+        self._over = False
         self._poll = select.poll()
         self._poll.register(self._mine, select.POLLIN)
         for process in self._processes:
@@ -55,7 +56,8 @@ class Lines:
         Raises
         ------
         RankFailure
-            The peer, by its number among the neighbours, has not read what came before within ``timeout`` seconds.
+            The peer, by its number among the neighbours, has not read what came before within ``timeout`` seconds, or
+            the message is too long.
         """
         data = json.dumps([self._rank, message]).encode()
         sent = array.array("i", files).tobytes()
@@ -71,6 +73,8 @@ class Lines:
                 select.select([], [self._ends[peer]], [], 0.05)
             except (BrokenPipeError, ConnectionResetError):
                 return
+            except OSError as error:
+                raise RankFailure(peer, "message", f"{len(data)} bytes for it cannot be sent ({error})") from error
 
     def listen(self, seconds: float) -> list[tuple[int, Message, list[int]]]:
         """What has come, or comes first within some time: from whom, what, and files that are the caller's to close."""
@@ -86,6 +90,8 @@ class Lines:
         return found
 
     def _next(self) -> tuple[int, Message, list[int]] | None:
+        if self._over:
+            return None
         try:
             data, ancillary, _, _ = self._mine.recvmsg(_LARGEST, socket.CMSG_SPACE(4 * _MOST_FILES))
         except BlockingIOError:
@@ -95,6 +101,11 @@ class Lines:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 files.frombytes(content[: len(content) - len(content) % files.itemsize])
         if not data:
+            # Nobody holds the other end any more.
+            self._poll.unregister(self._mine)
+            self._over = True
+            for peer in self._ends:
+                self.gone.setdefault(peer, "it hung up")
             return None
         rank, message = json.loads(data)
         return rank, message, list(files)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Final
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ _THREADS: Final = 64
 _FEW_GROUPS: Final = 4096
 _TURNS: Final = 2000
 """How often a kernel looks at a flag before it ends, whatever it saw."""
+
+_built: WeakKeyDictionary[SharingDevice, dict[Source, Program]] = WeakKeyDictionary()
+"""What was compiled, by device: buffers come and go."""
 
 LAYOUT: Final = Source(("ep.h", "ep_layout.h"), (("THREADS", _THREADS),))
 FLAGS: Final = Source(("ep_flags.h",), ())
@@ -79,7 +83,7 @@ class EpKernels:
 
     def __init__(self, device: SharingDevice) -> None:
         self.device = device
-        self._programs: dict[Source, Program] = {}
+        self._programs = _built.setdefault(device, {})
         self._last: Event | None = None
 
     def finish(self, queue: Queue) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import portable_backends
 import pytest
 import torch
+import torch.distributed as dist
 from ep_cases import Case
 from ep_ranks import run_ranks
 from hal_musa import backend as musa
@@ -27,7 +28,7 @@ import hal.portable
 from hal import plugins
 from hal.backend import Backend
 from hal.plugins import hookimpl
-from hal.portable import host
+from hal.portable import ep_node, host
 from hal.portable.mla import PortableMla
 from hal.portable.runtime import Handle
 from hal.spec.errors import BackendUnavailable, CompileError, DeviceError
@@ -178,3 +179,19 @@ def test_expert_parallelism_over_ipc_memory(toolkit: Toolkit) -> None:
     run_ranks(2, ep_cases.normal, cases, limit=90, before=before)
     three = replace(case, ranks=3, tokens=(5, 0, 9), experts=10)
     run_ranks(3, ep_cases.packed, [(three, "none")], limit=90, before=before)
+    run_ranks(2, parting, limit=60, before=before)
+
+
+def parting(rank: int) -> None:
+    """Memory that others may have open is kept until they have closed it."""
+    buffer = Case(backend="libmusa").buffer()
+    if rank:
+        dist.barrier()
+    buffer.close()
+    ep_node._part()
+    assert len(ep_node._parting) == 1 - rank
+    if not rank:
+        dist.barrier()
+    dist.barrier()
+    ep_node._part()
+    assert not ep_node._parting
