@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
 
@@ -11,10 +12,9 @@ from torch import Tensor
 from hal.ep.engine import EpCombined
 from hal.ep.fields import COMBINE_FIELDS
 from hal.ep.sums import spread, summed
-from hal.portable.ep_kernels import Rows
 from hal.portable.ep_post import Operation
 from hal.portable.ep_routes import Routes
-from hal.portable.ep_rows import Place, RowCalls
+from hal.portable.ep_rows import Fetched, Place, RowCalls
 from hal.portable.ep_windows import Lease
 from hal.spec.ep import EpCombineArgs, EpHandle
 
@@ -37,17 +37,15 @@ class CombineCalls(RowCalls):
             aux = self._offer(op, handle, args.x, weights, _PLAIN if weights is None else _WEIGHTED)
 
         def finish() -> None:
-            table, columns, place = self._fetch(op, handle, args.x, aux, False)
-            queue = self._kernels.device.queue()
-            biases = [one if one.stride(1) == 1 else one.contiguous() for one in args.bias]
-            self._kernels.reduce(queue, out, table, place, None, biases)
-            queue.finish()
-            if sums is not None and columns is not None:
-                first = place >= 0
-                if handle.expand:
-                    sums.copy_(spread(columns[:, :, 0], routes_of(handle).idx, first))
-                else:
-                    sums.copy_(summed(columns, first))
+            idx, biases = routes_of(handle).idx, [one if one.stride(1) == 1 else one.contiguous() for one in args.bias]
+            for part, table, columns, place in self._fetch(op, handle, args.x, aux):
+                queue = self._kernels.device.queue()
+                self._kernels.reduce(queue, out[part], table, place, None, [one[part] for one in biases])
+                queue.finish()
+                if sums is not None and handle.expand:
+                    sums[part] = spread(columns[:, :, 0], idx[part], place >= 0)
+                elif sums is not None:
+                    sums[part] = summed(columns, place >= 0)
 
         return EpCombined(out, sums, self._finish(op, finish))
 
@@ -57,9 +55,10 @@ class CombineCalls(RowCalls):
             op = self._begin("combine")
             self._offer(op, handle, x, None, _GATHERED)
             try:
-                return self._fetch(op, handle, x, 0, True)[0]
+                tables = [table for _, table, _, _ in self._fetch(op, handle, x, 0)]
             finally:
                 self._done(op)
+            return torch.cat([x.new_zeros(0, handle.topk, x.shape[1]), *tables])
 
     def partial(self, x: Tensor, handle: EpHandle) -> Tensor:
         """The sum of `combine`, left in float32."""
@@ -68,12 +67,12 @@ class CombineCalls(RowCalls):
             op = self._begin("combine")
             self._offer(op, handle, x, None, _PARTIAL)
             try:
-                table, _, place = self._fetch(op, handle, x, 0, False)
+                for part, table, _, place in self._fetch(op, handle, x, 0):
+                    queue = self._kernels.device.queue()
+                    self._kernels.reduce(queue, out[part], table, place)
+                    queue.finish()
             finally:
                 self._done(op)
-            queue = self._kernels.device.queue()
-            self._kernels.reduce(queue, out, table, place)
-            queue.finish()
         return out
 
     def _offer(self, op: Operation, handle: EpHandle, x: Tensor, weights: Tensor | None, kind: int) -> int:
@@ -97,42 +96,15 @@ class CombineCalls(RowCalls):
         self._post(op, {"fields": fields, "stage": [*named(lease), count]})
         return aux
 
-    def _fetch(
-        self, op: Operation, handle: EpHandle, x: Tensor, aux: int, zeros: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Rows [n, K, C] of this rank's tokens from all neighbours, what goes with them, and which there are."""
+    def _fetch(self, op: Operation, handle: EpHandle, x: Tensor, aux: int) -> Iterator[Fetched]:
+        """Once all neighbours have staged theirs, what `_fetched` brings."""
         routes = routes_of(handle)
         letters = self._await_letters(op)
         self._agreed(op, letters, COMBINE_FIELDS)
         self._await_flags(op)
-        n, topk = routes.idx.shape
-        starts = [starts_of(routes, peer, handle.expand, handle.expert_alignment) for peer in range(self._near.ranks)]
-        rank, row = routes.places(starts)
-        make = torch.zeros if zeros else torch.empty
-        table = make(n, topk, x.shape[1], dtype=x.dtype, device=x.device)
-        columns = torch.zeros(n, topk, aux, dtype=torch.float32, device=x.device) if aux else None
-        if n:
-            queue = self._kernels.device.queue()
-            to = Rows(queue.write(table)[0], x.shape[1] * x.itemsize)
-            words_to = None if columns is None else Rows(queue.write(columns)[0], 4 * aux)
-            for peer in range(self._near.ranks):
-                number, size, count = letters[peer]["stage"]
-                if not count:
-                    continue
-                chosen = row.masked_fill(rank != peer, -1).flatten()
-                memory = self._window_of(op, peer, number).memory
-                place = Place(memory, self._checked(op, peer, count, size, to.row_bytes, aux), to.row_bytes, aux)
-                self._kernels.copy(queue, to, place.rows(), chosen, 0, n * topk, count, False)
-                if words_to is not None:
-                    self._kernels.copy(queue, words_to, place.words(), chosen, 0, n * topk, count, False)
-            self._kernels.finish(queue)
-        self._read(op)
-        return table, columns, row
-
-    def _checked(self, op: Operation, peer: int, count: int, size: int, row: int, aux: int) -> int:
-        if Place.size(count, row, aux) > size:
-            raise self._fail(self._lost(op, peer, "its rows lie outside its window"))
-        return count
+        order = range(self._near.ranks)
+        rank, row = routes.places([starts_of(routes, peer, handle.expand, handle.expert_alignment) for peer in order])
+        return self._fetched(op, letters, x, rank, row, aux)
 
 
 def starts_of(routes: Routes, peer: int, expand: bool, alignment: int) -> list[int]:

@@ -89,6 +89,10 @@ class EpKernels:
     def finish(self, queue: Queue) -> None:
         """Wait until all that was launched is done, so that others may have the memory it used."""
         queue.finish()
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait for what was launched last, and so for all before it."""
         if self._last is not None:
             self._last.wait()
 

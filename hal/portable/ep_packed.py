@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +14,10 @@ from torch import Tensor
 from hal.ep.engine import EpLowLatencyCombined, EpLowLatencyDispatched, Finish
 from hal.ep.fields import PACKED_COMBINE_FIELDS, PACKED_FIELDS
 from hal.ep.relay import Relayed
-from hal.portable.ep_kernels import Rows
 from hal.portable.ep_post import GRANT, Operation
 from hal.portable.ep_rooms import ROOMS, Rooms
 from hal.portable.ep_routes import Routes
-from hal.portable.ep_rows import Place, chosen_of
+from hal.portable.ep_rows import Fetched, Place, chosen_of
 from hal.portable.runtime import SharingDevice
 from hal.spec.ep import (
     CASTS,
@@ -155,6 +155,7 @@ class PackedCalls(Rooms):
         else:
             # Somebody has not emptied a room yet; the caller is not to wait for that.
             kept = x.clone() if x is args.x else x
+            self._kernels.settle()
             self._job = self._put_off(lambda: self._send_rows(op, routes, kept, aux, rooms))
         return self._finish(op, self._unpacking(op, args, made, routes, x.shape[1] * x.itemsize, aux.shape[1]))
 
@@ -251,10 +252,10 @@ class PackedCalls(Rooms):
             op = self._offer_packed(args)
 
         def finish() -> None:
-            table, place = self._fetch_packed(op, args, False)
-            queue = self._kernels.device.queue()
-            self._kernels.reduce(queue, args.out, table, place, args.topk_weights)
-            queue.finish()
+            for part, table, _, place in self._fetch_packed(op, args):
+                queue = self._kernels.device.queue()
+                self._kernels.reduce(queue, args.out[part], table, place, args.topk_weights[part])
+                queue.finish()
 
         return EpLowLatencyCombined(args.out, self._finish(op, finish))
 
@@ -263,9 +264,10 @@ class PackedCalls(Rooms):
         with self._calling():
             op = self._offer_packed(args)
             try:
-                return self._fetch_packed(op, args, True)[0]
+                tables = [table for _, table, _, _ in self._fetch_packed(op, args)]
             finally:
                 self._done(op)
+            return torch.cat([args.x.new_zeros(0, args.topk_idx.shape[1], args.x.shape[2]), *tables])
 
     def _offer_packed(self, args: EpLowLatencyCombineArgs) -> Operation:
         """Stage the rows that there are."""
@@ -300,30 +302,15 @@ class PackedCalls(Rooms):
             return SpecError("topk_idx", got, "what the dispatch of this handle was given, or -1")
         return None
 
-    def _fetch_packed(self, op: Operation, args: EpLowLatencyCombineArgs, zeros: bool) -> tuple[Tensor, Tensor]:
-        """Rows [n, K, H] of this rank's tokens from all neighbours, and which there are."""
-        state, x, waits = _state(args.handle), args.x, args.combine_wait_recv_cost_stats
+    def _fetch_packed(self, op: Operation, args: EpLowLatencyCombineArgs) -> Iterator[Fetched]:
+        """Once all neighbours have staged theirs, what `_fetched` brings."""
+        x, waits = args.x, args.combine_wait_recv_cost_stats
         letters = self._await_letters(op, waits=waits)
         self._agreed(op, letters, PACKED_COMBINE_FIELDS)
         self._await_flags(op, waits)
-        n, topk = args.topk_idx.shape
-        slots = x.shape[1]
-        starts = [[e * slots for e in range(x.shape[0])]] * self._near.ranks
-        rank, row = state.routes.places(starts)
-        row = row.masked_fill(args.topk_idx < 0, -1)
-        table = (torch.zeros if zeros else torch.empty)(n, topk, x.shape[2], dtype=x.dtype, device=x.device)
-        if n:
-            queue = self._kernels.device.queue()
-            to = Rows(queue.write(table)[0], x.shape[2] * x.itemsize)
-            for peer in range(self._near.ranks):
-                number, size, count = letters[peer]["stage"]
-                place = Place(self._window_of(op, peer, number).memory, count, to.row_bytes, 0)
-                self._checked(op, peer, count, size, to.row_bytes, 0)
-                chosen = row.masked_fill(rank != peer, -1).flatten()
-                self._kernels.copy(queue, to, place.rows(), chosen, 0, n * topk, count, False)
-            self._kernels.finish(queue)
-        self._read(op)
-        return table, row
+        starts = [[e * x.shape[1] for e in range(x.shape[0])]] * self._near.ranks
+        rank, row = _state(args.handle).routes.places(starts)
+        return self._fetched(op, letters, x, rank, row.masked_fill(args.topk_idx < 0, -1))
 
     def low_latency_combine_buffer(self, handle: EpLowLatencyHandle) -> Tensor:
         """Memory for the handle's next combine."""

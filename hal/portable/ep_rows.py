@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
 
+from hal.ep.lines import Message
 from hal.portable.ep_kernels import Rows
 from hal.portable.ep_node import NodeCalls
 from hal.portable.ep_post import Operation
 from hal.portable.ep_routes import Routes
 from hal.portable.runtime import Memory, Queue
+
+_TABLE: Final = 64 << 20
+"""Bytes of rows that are fetched before they are summed."""
+
+Fetched = tuple[slice, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +103,41 @@ class RowCalls(NodeCalls):
         for place, chosen in zip(places, rows, strict=True):
             self._kernels.copy(queue, to, place.rows(), chosen, 0, count, place.capacity, clear)
             clear = False
+
+    def _fetched(
+        self, op: Operation, letters: Mapping[int, Message], x: Tensor, rank: Tensor, row: Tensor, aux: int = 0
+    ) -> Iterator[Fetched]:
+        """Rows of this rank's tokens from where the neighbours ``rank`` [n, K] have staged them, at ``row`` [n, K].
+
+        Some tokens at a time, so that memory does not grow with them: which, their rows [m, K, C] like those of x, the
+        words that go with these, and their part of ``row``. After the last all neighbours are told.
+        """
+        topk, width = row.shape[1], x.shape[-1]
+        size = width * x.itemsize
+        places = []
+        for peer in range(self._near.ranks):
+            number, there, count = letters[peer]["stage"]
+            if Place.size(count, size, aux) > there:
+                raise self._fail(self._lost(op, peer, "its rows lie outside its window"))
+            if count:
+                places.append((peer, Place(self._window_of(op, peer, number).memory, count, size, aux)))
+        step = max(1, _TABLE // (topk * size))
+        for begin in range(0, len(row), step):
+            part = slice(begin, begin + step)
+            place = row[part].contiguous()
+            table = torch.zeros(len(place), topk, width, dtype=x.dtype, device=x.device)
+            words = torch.zeros(len(place), topk, aux, dtype=torch.float32, device=x.device)
+            queue = self._kernels.device.queue()
+            to = Rows(queue.write(table)[0], size)
+            words_to = Rows(queue.write(words)[0], 4 * aux) if aux else None
+            for peer, staged in places:
+                chosen = place.masked_fill(rank[part] != peer, -1).flatten()
+                self._kernels.copy(queue, to, staged.rows(), chosen, 0, len(chosen), staged.capacity, False)
+                if words_to is not None:
+                    self._kernels.copy(queue, words_to, staged.words(), chosen, 0, len(chosen), staged.capacity, False)
+            self._kernels.finish(queue)
+            yield part, table, words, place
+        self._read(op)
 
     def _local(self, idx: Tensor) -> Tensor:
         """Of experts of the group those of this rank, by their numbers here; -1 for others."""
