@@ -21,6 +21,8 @@ from ep_ranks import run_ranks
 
 from hal import EpFault, EpFaults, RankFailure, SpecError, UnsupportedError, plugins
 from hal.portable import ep_node
+from hal.portable.ep_kernels import EpKernels, Rows
+from hal.portable.runtime import Handle
 from hal.spec.errors import DeviceError
 
 FIBRES = Case(backend=portable_backends.name(32))
@@ -127,7 +129,7 @@ def test_memory_that_is_lacking_on_one_rank_is_an_error_on_all(before: partial[N
 
 
 def lacking(rank: int) -> None:
-    """Rank 1 gets no window for what comes, then none for what goes back; later it does."""
+    """Rank 1 gets no window to begin with, then none for what comes, then none for what goes back; later it does."""
     case = replace(FIBRES, tokens=(300, 300), hidden=256, routing="distinct")
     mine = case.inputs()[rank]
     device: Any = plugins.select(case.backend).backend.device  # type: ignore[attr-defined]
@@ -135,6 +137,11 @@ def lacking(rank: int) -> None:
     def none(size: int) -> None:
         raise DeviceError(f"no {size} bytes")
 
+    with pytest.MonkeyPatch.context() as patch:
+        if rank:
+            patch.setattr(device, "window", none)
+        with pytest.raises(SpecError, match="device: got no"):
+            case.buffer()
     with case.buffer(modes=("normal",)) as buffer:
         with pytest.MonkeyPatch.context() as patch:
             if rank:
@@ -152,6 +159,40 @@ def lacking(rank: int) -> None:
         back = buffer.combine(got.recv_x, got.handle)
         here = torch.stack([mine.topk_idx // 4 == r for r in range(2)]).any(2).sum(0)
         assert torch.equal(back.combined_x, (mine.x.float() * here[:, None]).to(mine.x.dtype))
+    dist.barrier()
+
+
+def test_a_flag_is_not_seen_before_what_it_tells_of(before: partial[None]) -> None:
+    run_ranks(2, ordered, limit=60, before=before)
+
+
+def ordered(rank: int) -> None:
+    """Rows and a flag after them, many times over in the same place: whoever sees the flag sees all of the rows."""
+    device: Any = plugins.select(FIBRES.backend).backend.device  # type: ignore[attr-defined]
+    kernels, rows, row = EpKernels(device), 8, 256
+    mine = device.window(rows * row + 4096)
+    with Path(f"/proc/{os.getpid()}/fd/{mine.handle.files[0]}").open("rb+") as file:
+        told: list[Any] = [None, None]
+        dist.all_gather_object(told, (os.getpid(), file.fileno(), mine.handle.size))
+        process, number, size = told[1 - rank]
+        there = os.open(f"/proc/{process}/fd/{number}", os.O_RDWR)
+        dist.barrier()
+    theirs = device.peer(Handle(size, files=(there,)))
+    os.close(there)
+    every = torch.arange(rows, dtype=torch.int32)
+    for turn in range(1, 40):
+        queue = device.queue()
+        if turn % 2 == rank:
+            content = torch.full((rows, row // 4), turn, dtype=torch.int32)
+            to = Rows(theirs.memory, row)
+            kernels.copy(queue, to, kernels.rows_of(queue, content), every, 0, rows, rows, False)
+            kernels.signal(queue, theirs.memory, rows * row // 4, turn)
+            queue.finish()
+        else:
+            flags = mine.memory[rows * row :]
+            while kernels.seen(flags, 1, 1, turn, torch.device("cpu")) < [turn]:
+                pass
+            assert (mine.memory[: rows * row].view(torch.int32) == turn).all()
     dist.barrier()
 
 

@@ -20,7 +20,7 @@ from hal.portable.ep_post import FLAG, Operation, Posting
 from hal.portable.ep_windows import Lease
 from hal.portable.runtime import SharingDevice
 from hal.spec.ep import EpBufferArgs, EpLayout
-from hal.spec.errors import DeviceError, RankFailure, SpecError, UnsupportedError
+from hal.spec.errors import DeviceError, HalError, RankFailure, SpecError, UnsupportedError
 
 _parting: list[NodeCalls] = []
 """Closed buffers whose windows others may still have open: a driver's IPC memory must not be freed before."""
@@ -57,13 +57,18 @@ class NodeCalls(Posting):
         self._closed = False
         with introduced(args, self._near) as met:
             self._lines = Lines(self._near.here, met.trade)
-            with _by_all(met.exchange):
-                mine = self._made()
-            with _by_all(met.exchange):
-                op = self._begin("open")
-                self._post(op, mine)
-                self._learned(op, self._await_letters(op))
-                self._done(op)
+            try:
+                with _by_all(met.exchange):
+                    mine = self._made()
+                with _by_all(met.exchange):
+                    op = self._begin("open")
+                    self._post(op, mine)
+                    self._learned(op, self._await_letters(op))
+                    self._done(op)
+            except HalError:
+                self._lines.close()
+                self._windows.close()
+                raise
 
     def _made(self) -> Message:
         """Make what calls need; what peers must know of it."""

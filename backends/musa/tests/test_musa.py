@@ -20,7 +20,8 @@ from hal_musa import driver
 from seeds import SEED
 
 from hal import plugins
-from hal.portable import cache, opencl
+from hal.portable import cache, ep, opencl
+from hal.portable.ep_kernels import EpKernels
 from hal.portable.mla import PortableMla
 from hal.portable.runtime import Source
 from hal.reference.mla import mla_decode
@@ -323,3 +324,23 @@ def test_it_is_ten_times_as_fast_as_a_thread_a_score(chosen: opencl.Platform) ->
     times = [(seconds(fast), seconds(slow)) for _ in range(7)][1:]
     assert (args.out[0, 0].float() - naive).abs().max() < 8e-4
     assert min(slow for _, slow in times) > 10 * min(fast for fast, _ in times)
+
+
+def test_windows_take_memory_of_the_host(chosen: opencl.Platform, discrete: opencl.OpenClDevice) -> None:
+    device = opencl.OpenClDevice(chosen)
+    mine = device.window(4096)
+    theirs = device.peer(mine.handle)
+    kernels, queue = EpKernels(device), device.queue()
+    kernels.signal(queue, theirs.memory, 5, 7)
+    queue.finish()
+    assert kernels.seen(mine.memory, 8, 1, 1, torch.device("cpu")) == [0, 0, 0, 0, 0, 7, 0, 0]
+    theirs.close()
+    mine.close()
+    with pytest.raises(DeviceError, match="memory of its own, which OpenCL cannot share"):
+        discrete.window(4096)
+
+
+def test_no_expert_parallelism_without_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert musa.MusaBackend().capabilities().ep == ep.capabilities("shm")
+    monkeypatch.setattr(opencl.OpenClDevice, "unified", False)
+    assert musa.MusaBackend().capabilities().ep is None
