@@ -65,6 +65,7 @@ class NodeCalls(Posting):
                     self._post(op, mine)
                     self._learned(op, self._await_letters(op))
                     self._done(op)
+                self._records.clear()
             except HalError:
                 self._lines.close()
                 self._windows.close()
