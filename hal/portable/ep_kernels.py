@@ -43,15 +43,15 @@ def casts(dtype: torch.dtype, powers: bool, packed: bool) -> Source:
     return Source(("elements.h", "ep_cast.h"), flags)
 
 
-def every() -> list[Source]:
-    """All there is to compile."""
+def every(*dtypes: torch.dtype) -> list[Source]:
+    """All there is to compile, for rows of some dtypes or any."""
     casting = ((False, False), (True, False), (True, True))
     return [
         LAYOUT,
         FLAGS,
         *map(copies, (16, 4)),
-        *(sums(dtype, partial) for dtype in ELEMENTS for partial in (False, True)),
-        *(casts(dtype, *how) for dtype in ELEMENTS for how in casting),
+        *(sums(dtype, partial) for dtype in dtypes or ELEMENTS for partial in (False, True)),
+        *(casts(dtype, *how) for dtype in dtypes or ELEMENTS for how in casting),
     ]
 
 
