@@ -39,6 +39,7 @@ class Case:
     per_node: int | None = None
     pre_reduce: bool = False
     seed: int = 0
+    backend: str = "cpu"
 
     def inputs(self) -> list[RankInput]:
         """Every rank's inputs."""
@@ -72,7 +73,7 @@ class Case:
             "ranks_per_node": self.per_node,
             "pre_reduce": self.pre_reduce,
             "timeout": 10.0,
-            "backend": "cpu",
+            "backend": self.backend,
         }
         return hal.EpBuffer(**{**given, **more})
 

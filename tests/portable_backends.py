@@ -9,10 +9,11 @@ from typing import Any
 from hal import plugins
 from hal.backend import Backend, Probe
 from hal.plugins import hookimpl
+from hal.portable import ep
 from hal.portable.host import HostDevice
 from hal.portable.mla import PortableMla
+from hal.portable.runtime import SharingDevice
 from hal.spec.capability import Capabilities, plain_dense
-from hal.spec.errors import UnsupportedError
 
 WIDTHS = (1, 32, 64, 128)
 
@@ -21,14 +22,15 @@ class OnFibres(Backend):
     spec_version = "1.0"
     priority = -10
 
-    def __init__(self, subgroup: int) -> None:
-        self.mla = PortableMla(HostDevice(subgroup))
+    def __init__(self, device: SharingDevice) -> None:
+        self.device = device
+        self.mla = PortableMla(device)
 
     def probe(self) -> Probe:
         return Probe(True, "fibres", evidence="simulation")
 
     def capabilities(self) -> Capabilities:
-        return Capabilities(("cpu",), plain_dense(), None, None)
+        return Capabilities(("cpu",), plain_dense(), None, ep.capabilities(self.device.transport))
 
     def mla_plan(self, args: Any) -> object:
         return self.mla.plan(args)
@@ -37,7 +39,7 @@ class OnFibres(Backend):
         self.mla.decode(args, args.schedule)
 
     def ep_buffer(self, args: Any) -> Any:
-        raise UnsupportedError("fibres", "group", "a group", "no expert-parallel communication")
+        return ep.open_engine(args, self.device, "fibres")
 
     def launches(self) -> Mapping[str, int]:
         return self.mla.device.launches()
@@ -49,7 +51,7 @@ class _Plugin:
 
     @hookimpl
     def hal_backend(self) -> Backend:
-        return OnFibres(self.subgroup)
+        return OnFibres(HostDevice(self.subgroup))
 
 
 def name(subgroup: int) -> str:

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from hal_conformance.checks import ep_misuse
 from hal_conformance.context import Record, Settings
+from hal_conformance.ep import Step
 from hal_conformance.ep_case import ROUTINGS, EpCase
 from hal_conformance.ep_judge import differ, padded, received
 from hal_conformance.parcel import pack, unpack
@@ -141,3 +143,9 @@ def test_as_many_rows_as_the_worst_case_are_judged(spare: int) -> None:
     assert received(context, case, inputs, 0, got, want)
     got["recv_topk_idx"][-1] = 7
     assert not received(context, case, inputs, 0, got, want)
+
+
+def test_a_row_too_few_is_wrong_also_where_no_row_came() -> None:
+    for rows in (3, 1, 0):
+        step = Step("combine", "combine", {"x": torch.ones(rows, 8)})
+        assert len(ep_misuse._short(step).args["x"]) == abs(rows - 1)

@@ -137,6 +137,13 @@ def test_quick_filtered_editable_and_failing_runs_have_no_certificate() -> None:
     assert certificate.issue(compiled) is None
 
 
+def test_a_headline_says_why_nothing_is_certified() -> None:
+    one = made()
+    assert "certified" not in report.headline(one, [])
+    one["backend"]["distribution"]["editable"] = True
+    assert "; not certified: the backend is an editable install" in report.headline(one, [])
+
+
 def test_a_waiver_stands_in_headline_and_certificate_and_ends_with_its_day() -> None:
     last = datetime.date.today() + datetime.timedelta(days=3)
     one = made(Waiver("MLA-32", "due in 2.1", last), MLA_32="FAIL")

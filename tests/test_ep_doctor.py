@@ -111,6 +111,8 @@ def test_a_failure_leaves_a_dump_that_is_read(tmp_path: Path) -> None:
     assert shown.exit_code == 1
     assert "rank 1 failed in dispatch" in shown.output
     assert "#2 dispatch unfinished" in shown.output
+    more = CliRunner().invoke(app, ["ep", "doctor", str(files[0]), "--last", "3"], env={"COLUMNS": "240"})
+    assert "#1 dispatch" in more.output
 
 
 def test_what_is_no_dump_is_refused(tmp_path: Path) -> None:

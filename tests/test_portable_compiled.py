@@ -9,6 +9,7 @@ import pytest
 import torch
 from rtc import Rtc
 
+from hal.portable import ep_kernels
 from hal.portable.mla import Tile
 from hal.portable.runtime import Facts, Source
 from hal.spec.mla import MlaGeometry
@@ -33,7 +34,8 @@ def hiprtc() -> Rtc:
 @pytest.mark.parametrize("name", GEOMETRIES)
 @pytest.mark.parametrize("arch", ["gfx90a", "gfx906"])
 def test_hiprtc(arch: str, name: str, hiprtc: Rtc) -> None:
-    for source in sources("hip", 64 << 10, 64, GEOMETRIES[name]):
+    communicating = ep_kernels.every(torch.bfloat16) if name == "usual" else []
+    for source in sources("hip", 64 << 10, 64, GEOMETRIES[name]) + communicating:
         code = hiprtc.compile(source.text("hip"), f"--gpu-architecture={arch}", "-std=c++17")
         assert code[:4] == b"\x7fELF"
         # Of each kernel, in the notes of the code object: a small number is a byte of its own.
@@ -58,3 +60,9 @@ def nvrtc() -> Rtc:
 def test_nvrtc_for_a_chip_without_bf16(nvrtc: Rtc) -> None:
     for source in sources("cuda", 48 << 10, 32, USUAL):
         assert nvrtc.compile(source.text("cuda"), "-arch=sm_70", "-std=c++17")[:4] == b"\x7fELF"
+
+
+def test_nvrtc_for_expert_parallelism(nvrtc: Rtc) -> None:
+    for arch, sources in (("sm_70", ep_kernels.every(torch.bfloat16)), ("sm_90", ep_kernels.every())):
+        for source in sources:
+            assert nvrtc.compile(source.text("cuda"), f"-arch={arch}", "-std=c++17")[:4] == b"\x7fELF"

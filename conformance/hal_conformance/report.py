@@ -119,8 +119,8 @@ def headline(report: Mapping[str, Any], reasons: list[str]) -> str:
         text += f"; declared, and not tested by this suite: {', '.join(untested)}"
     if report["waivers"]:
         text += f", with {len(report['waivers'])} waived: {', '.join(w['obligation'] for w in report['waivers'])}"
-    elif verdict == "PASS" and obstacles(dict(report)):
-        text += "; not certified"
+    elif verdict == "PASS" and (found := obstacles(dict(report))):
+        text += f"; not certified: {'; '.join(found)}"
     return text
 
 

@@ -93,7 +93,7 @@ def _table(found: Finding, last: int) -> Table:
     for state in found.states:
         wait = waits.get(state.rank)
         process = state.process if not state.pid else f"{state.pid} {state.process}"
-        recent = state.records[len(state.records) - last :] if last else []
+        recent = state.records[-last:] if last else []
         history = ", ".join(_operation(record) for record in recent)
         if wait is None:
             now = state.records[-1] if state.records else None

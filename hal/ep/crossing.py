@@ -211,11 +211,6 @@ class Crossing:
         earlier = (key[:, :, None] == key[:, None, :]).tril(-1).any(2)
         return (idx >= 0) & ~earlier
 
-    def spread(self, values: Tensor, idx: Tensor, first: Tensor) -> Tensor:
-        """Give every choice of an expert the value of the first one."""
-        same = (idx[:, :, None] == idx[:, None, :]) & first[:, None, :]
-        return torch.where(idx >= 0, (same * values[:, None, :]).sum(2), 0.0)
-
     def _gate_of(self, idx: Tensor) -> Tensor:
         """The rank to which each choice is sent, -1 for none."""
         gate = torch.tensor(self._gate, device=idx.device)

@@ -28,6 +28,7 @@ from hal.ep.engine import (
 from hal.ep.layout import count_layout
 from hal.ep.relay import NodeEngine, Relayed
 from hal.ep.rendezvous import connected
+from hal.ep.sums import spread, summed
 from hal.ep.wire import Wire
 from hal.spec.ep import (
     CASTS,
@@ -141,12 +142,7 @@ class NodesEngine(EpEngine):
         sums = None
         if weights is not None:
             table = self._rows(weights[:, None] if handle.expand else weights, state, handle.expand)
-            if handle.expand:
-                sums = self._crossing.spread(table[:, :, 0], idx, first)
-            else:
-                sums = torch.zeros(n, topk, dtype=torch.float32, device=args.x.device)
-                for k in range(topk):
-                    sums += table[:, k].where(first[:, k, None], 0.0)
+            sums = spread(table[:, :, 0], idx, first) if handle.expand else summed(table, first)
         return EpCombined(total.to(args.x.dtype), sums, lambda: None)
 
     def _rows(self, x: Tensor, state: Crossed, expand: bool) -> Tensor:

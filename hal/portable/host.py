@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from hal.portable import cache
-from hal.portable.runtime import Argument, Facts, InPlace, Program, Source
+from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source
+from hal.portable.shared import SharedMemory
 from hal.spec.errors import BackendUnavailable, CompileError, DeviceError
 
 _FLAGS: Final = ("-std=c++17", "-O1", "-g0", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off")
@@ -75,6 +76,8 @@ class HostDevice(InPlace):
     local_bytes : int
     """
 
+    transport: Final = "shm"
+
     def __init__(self, subgroup: int = 1, processors: int = 2, local_bytes: int = 48 << 10) -> None:
         self._shape = (subgroup, processors, local_bytes)
         self._launches: Counter[str] = Counter()
@@ -89,6 +92,14 @@ class HostDevice(InPlace):
     def empty(self, size: int) -> Any:
         """See `runtime.Allocator`. What was never written is NaN wherever a float is read."""
         return torch.full((max(size // 4, 4),), float("nan"))
+
+    def window(self, size: int) -> SharedMemory:
+        """See `runtime.SharingDevice`."""
+        return SharedMemory.make(size)
+
+    def peer(self, handle: Handle) -> SharedMemory:
+        """See `runtime.SharingDevice`."""
+        return SharedMemory.open(handle)
 
     def build(self, source: Source) -> HostProgram:
         """See `runtime.Device`."""

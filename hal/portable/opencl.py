@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from hal.portable import cache
-from hal.portable.runtime import Argument, Facts, Program, Source
+from hal.portable.runtime import Argument, Facts, Handle, Program, Source
+from hal.portable.shared import SharedMemory
 from hal.spec.errors import BackendUnavailable, CompileError, DeviceError, SpecError
 
 PLATFORM_ENV: Final = "HAL_OPENCL_PLATFORM"
@@ -200,6 +201,8 @@ class OpenClDevice:
         Whether device and host share memory; by default what the device says.
     """
 
+    transport: Final = "shm"
+
     def __init__(self, platform: Platform, unified: bool | None = None) -> None:
         self.platform = platform
         self.adopted: dict[int, Adopted] = {}
@@ -275,6 +278,14 @@ class OpenClDevice:
 
         flags = pyopencl.mem_flags.READ_WRITE
         return checked(f"clCreateBuffer of {size} bytes", pyopencl.Buffer, self.context, flags, max(size, 16))
+
+    def window(self, size: int) -> OpenClWindow:
+        """See `runtime.SharingDevice`."""
+        return OpenClWindow(self, SharedMemory.make(size))
+
+    def peer(self, handle: Handle) -> OpenClWindow:
+        """See `runtime.SharingDevice`."""
+        return OpenClWindow(self, SharedMemory.open(handle))
 
     def adopt(self, tensor: Tensor) -> Adopted | None:
         """Give a tensor a copy on the device that stays there; None where the device reads the host's memory anyway.
@@ -363,6 +374,37 @@ class OpenClDevice:
         return started
 
 
+class OpenClWindow:
+    """See `runtime.Window`: memory of the host that the device works in, which it must share.
+
+    Raises
+    ------
+    DeviceError
+        The device has memory of its own: nothing would be seen by other processes.
+    """
+
+    def __init__(self, device: OpenClDevice, shared: SharedMemory) -> None:
+        import pyopencl
+
+        if not device.unified:
+            raise DeviceError(f"{device.facts.name} has memory of its own, which OpenCL cannot share with processes")
+        flags = pyopencl.mem_flags.READ_WRITE | pyopencl.mem_flags.USE_HOST_PTR
+        start, size = _bytes(shared.memory)
+        name = f"clCreateBuffer of {size} bytes"
+        self.memory: Any = checked(name, pyopencl.Buffer, device.context, flags, hostbuf=_host(start, size))
+        self._shared = shared
+
+    @property
+    def handle(self) -> Handle:
+        """See `runtime.Window`."""
+        return self._shared.handle
+
+    def close(self) -> None:
+        """See `runtime.Window`."""
+        self.memory = None
+        self._shared.close()
+
+
 class OpenClQueue:
     """See `runtime.Queue`: the device's own queue, and what this call gave it to hold."""
 
@@ -376,6 +418,7 @@ class OpenClQueue:
         import pyopencl
 
         flags = pyopencl.mem_flags
+        self._held.append(tensor)
         start, size = _bytes(tensor)
         if not size:
             return self._device.empty(0)
@@ -391,6 +434,7 @@ class OpenClQueue:
         import pyopencl
 
         if self._device.unified:
+            self._held.append(tensor)
             flags = pyopencl.mem_flags.WRITE_ONLY | pyopencl.mem_flags.USE_HOST_PTR
             return self._buffer(flags, *_bytes(tensor)), tensor.stride()
         # Between the elements of the tensor may lie others', which must not be written: they come back packed.

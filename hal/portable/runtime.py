@@ -1,7 +1,7 @@
 """What a driver is to the portable kernels: a device that builds programs, holds memory and does work in order.
 
-A driver implements `Device`, `Allocator`, `Program`, `Queue` and `Event` in one module. The host side of an operation
-(`hal.portable.mla`) knows nothing else of it.
+A driver implements `Device`, `Allocator`, `Program`, `Queue` and `Event` in one module; with `Window` it is a
+`SharingDevice`. The host side of an operation (`hal.portable.mla`, `hal.portable.ep`) knows nothing else of it.
 """
 
 from __future__ import annotations
@@ -183,6 +183,65 @@ class Device(Protocol):
 
     def launches(self) -> Mapping[str, int]:
         """How often each kernel was launched, by ``driver:kernel@device``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Handle:
+    """What a window is opened with elsewhere on the machine.
+
+    Attributes
+    ----------
+    size : int
+    data : bytes
+        The driver's own.
+    files : tuple of int
+        Descriptors, which only a socket can hand to another process.
+    """
+
+    size: int
+    data: bytes = b""
+    files: tuple[int, ...] = ()
+
+
+class Window(Protocol):
+    """Memory of one process that others of its machine can address too."""
+
+    @property
+    def memory(self) -> Memory:
+        """What kernels are given."""
+
+    @property
+    def handle(self) -> Handle:
+        """To be sent to others, by whoever made it; its files belong to the window."""
+
+    def close(self) -> None:
+        """Forget it, on this side; nothing that uses it may be under way. Idempotent."""
+
+
+class SharingDevice(Device, Protocol):
+    """A device whose memory several processes can address, each through a device of its own."""
+
+    @property
+    def transport(self) -> str:
+        """How, as capabilities name it: ``"shm"`` or ``"ipc"``."""
+
+    def window(self, size: int) -> Window:
+        """Make a window of so many bytes, all zero.
+
+        Raises
+        ------
+        DeviceError
+            There is not so much.
+        """
+
+    def peer(self, handle: Handle) -> Window:
+        """Open the window of another process; the files of the handle stay the caller's.
+
+        Raises
+        ------
+        DeviceError
+            It is none, or not of that size.
+        """
 
 
 class InPlace:

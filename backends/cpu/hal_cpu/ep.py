@@ -10,38 +10,14 @@ from hal.ep.engine import (
     EpEngine,
 )
 from hal.ep.nodes import NodesEngine
-from hal.spec.capability import EpCapabilities, Ints
-from hal.spec.ep import (
-    CASTS,
-    OVERFLOW,
-    EpBufferArgs,
-)
+from hal.spec.ep import EpBufferArgs, whole_ep
 from hal_cpu.ep_normal import NormalCalls
 from hal_cpu.ep_packed import PackedCalls
 from hal_cpu.ep_parts import (
     launches,
 )
 
-CAPABILITIES: Final = EpCapabilities(
-    modes=("normal", "low_latency"),
-    layouts=("rank", "expand"),
-    dtypes=("bfloat16", "float16", "float32", "float8_e4m3fn"),
-    casts=CASTS,
-    transports=("shm", "torch.distributed"),
-    overflow=OVERFLOW,
-    ranks=Ints(1, 512),
-    nodes=Ints(1, 64),
-    topk=Ints(1),
-    num_experts=Ints(1),
-    row_bytes=Ints(16, multiple_of=16),
-    recv_hook=True,
-    async_finish=True,
-    cached_handle=True,
-    mask_ranks=True,
-    zero_copy_combine=True,
-    pre_reduce=True,
-    across_nodes=("normal", "low_latency", "error", "drop", "grow", "mask_ranks"),
-)
+CAPABILITIES: Final = whole_ep("shm", "torch.distributed")
 
 
 class CpuEpEngine(NormalCalls, PackedCalls):

@@ -12,6 +12,7 @@ from hal.ep.engine import (
     EpCombined,
     EpDispatched,
 )
+from hal.ep.fields import COMBINE_FIELDS, DISPATCH_FIELDS
 from hal.ep.relay import Relayed
 from hal.spec.ep import (
     FP8,
@@ -21,8 +22,6 @@ from hal.spec.ep import (
 )
 from hal_cpu.ep_parts import (
     BYTES,
-    COMBINE_FIELDS,
-    DISPATCH_FIELDS,
     INT32,
     TYPES,
     Sources,

@@ -14,6 +14,7 @@ from hal.ep.engine import (
     EpLowLatencyDispatched,
     Finish,
 )
+from hal.ep.fields import PACKED_COMBINE_FIELDS, PACKED_FIELDS
 from hal.ep.relay import Relayed
 from hal.spec.ep import (
     CASTS,
@@ -27,8 +28,6 @@ from hal.spec.errors import SpecError
 from hal_cpu.ep_parts import (
     BYTES,
     INT32,
-    PACKED_COMBINE_FIELDS,
-    PACKED_FIELDS,
     TYPES,
     PackedState,
     launches,

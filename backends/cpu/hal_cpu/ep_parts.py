@@ -1,4 +1,4 @@
-"""Parts of the CPU's expert-parallel engine that need no engine: what must agree, errors, handles, the recorder."""
+"""Parts of the CPU's expert-parallel engine that need no engine: errors, handles, the recorder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from hal.spec.ep import CASTS, EpBufferArgs
+from hal.ep.fields import OPERATIONS, Fields, differing
+from hal.spec.ep import EpBufferArgs
 from hal.spec.errors import RankFailure, SpecError
 
 # Element types as the compiled engine numbers them.
@@ -18,28 +19,6 @@ BYTES, INT32 = 3, 4
 
 launches: Counter[str] = Counter()
 """Calls of this process, by name and instruction set."""
-
-OPERATIONS: Final = ("", "dispatch", "combine", "low_latency_dispatch", "low_latency_combine")
-Fields = Sequence[tuple[str, Callable[[int], str]]]
-
-# The values of a call that all ranks must share, in the order in which they are posted.
-DISPATCH_FIELDS: Final = (
-    ("topk_weights", ("None", "a tensor").__getitem__),
-    ("topk_idx", "K = {}".format),
-    ("x", ("bfloat16", "float16", "float32", "float8_e4m3fn").__getitem__),
-    ("x", "scales of {} bytes a row".format),
-    ("x", ("float32 scales", "int32 scales").__getitem__),
-    ("expand", ("False", "True").__getitem__),
-    ("expert_alignment", str),
-    ("num_worst_tokens", str),
-    ("handle", lambda seq: f"the one of operation {seq}" if seq else "None"),
-)
-COMBINE_FIELDS: Final = (
-    ("topk_weights", ("None", "a tensor", "a sum", "rows").__getitem__),
-    ("handle", "the one of operation {}".format),
-)
-PACKED_FIELDS: Final = (("topk_idx", "K = {}".format), ("use_fp8", lambda i: f"cast {CASTS[i]!r}"))
-PACKED_COMBINE_FIELDS: Final = (("handle", "the one of operation {}".format),)
 
 
 def translated(native: Any, first: int, error: Exception, fields: Fields) -> Exception:
@@ -64,8 +43,7 @@ def refusal(first: int, error: Exception, fields: Fields) -> SpecError:
     argument, got, legal, field, rank, against, value, other = error.args
     if field < 0:
         return SpecError(argument, got, legal)
-    name, show = fields[field] if field < len(fields) else ("call", str)
-    return SpecError(name, f"{show(value)} on rank {first + rank}", f"{show(other)}, as on rank {first + against}")
+    return differing(fields, field, value, first + rank, other, first + against)
 
 
 class PackedState:

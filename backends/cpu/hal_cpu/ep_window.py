@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hal.ep.engine import (
     Finish,
 )
 from hal.ep.faults import KINDS, PHASES, EpFaults
+from hal.ep.fields import OPERATIONS, Fields
 from hal.ep.layout import count_layout
+from hal.ep.neighbours import Neighbours, introduced
 from hal.ep.relay import NodeEngine
-from hal.ep.rendezvous import Doorbell, agree, exchange_over, host_identity
-from hal.ep.topology import Topology
+from hal.ep.rendezvous import agree
 from hal.spec.ep import (
     OVERFLOW,
     EpBufferArgs,
     EpLayout,
 )
-from hal.spec.errors import RankFailure, SpecError
+from hal.spec.errors import SpecError
 from hal_cpu.ep_parts import (
-    OPERATIONS,
-    Fields,
     record_of,
     refusal,
     translated,
@@ -49,70 +46,38 @@ class WindowEngine(NodeEngine):
 
         self._native = _ep
         self._args = args
-        exchange = exchange_over(args.group, args.timeout)
-        topology = Topology(args.num_ranks, args.ranks_per_node, args.mask_ranks)
-        peers = topology.ranks(topology.node(args.rank))
-        self._first = first = peers[0]
-        self._ranks = ranks = len(peers)
-        here = args.rank - first
-        blocks = [topology.sources(peer) for peer in peers]
-        self._sources = len(blocks[0])
-        # The rank whose tokens each block carries, -1 for none: block s * ranks + i is what peer i sends for source s.
-        self._origins = torch.tensor(
-            [-1 if block[s] is None else block[s] for s in range(self._sources) for block in blocks], dtype=torch.int32
-        )
-        # The block through which the tokens of each rank of the group come here: its own, or what this rank speaks for.
-        origins = self._origins.view(self._sources, ranks).tolist()
-        self._blocks = torch.tensor([_block_of(origins, rank, here) for rank in range(args.num_ranks)])
-        crowded = ranks > len(os.sched_getaffinity(0))
-        # One rank's secret serves the group; every rank brings one, so that none needs to be asked first.
-        doorbell = Doorbell(args.num_ranks)
-        try:
-            everyone = exchange((host_identity(), doorbell.name, secrets.token_bytes(32)))
-            for rank, (host, _, _) in enumerate(everyone):
-                head = rank // args.ranks_per_node * args.ranks_per_node
-                if host != everyone[head][0]:
-                    legal = f"ranks {head} and {rank} on one machine and in one network namespace"
-                    raise SpecError("ranks_per_node", args.ranks_per_node, legal)
-            token = everyone[first][2]
+        near = Neighbours(args)
+        self._first, self._ranks, self._sources = near.first, near.ranks, near.sources
+        self._origins, self._blocks = near.origins, near.blocks
+        crowded = near.ranks > len(os.sched_getaffinity(0))
+        with introduced(args, near) as met:
             self._engine = _ep.Engine(
-                here,
-                ranks,
-                self._sources,
+                near.here,
+                near.ranks,
+                near.sources,
                 args.local_experts,
-                first * args.local_experts,
-                first,
+                near.first * args.local_experts,
+                near.first,
                 args.timeout,
                 args.mask_ranks,
                 args.max_recv_tokens,
                 OVERFLOW.index(args.overflow),
                 crowded,
                 args.num_ranks,
-                token,
+                met.token,
             )
             failure: dict[str, Any] = {}
-            try:
-                names = [name for _, name, _ in everyone[first : first + ranks]]
-                found = doorbell.trade(self._engine.fd(), here, names, token, args.timeout)
-                for peer, (window, pidfd) in found.items():
-                    try:
-                        self._engine.attach(peer, window, pidfd)
-                    except ValueError as error:
-                        raise SpecError(
-                            "group", f"a window of rank {first + peer} where {error}", "a peer's window"
-                        ) from None
-                    finally:
-                        os.close(window)
-                        if pidfd >= 0:
-                            os.close(pidfd)
-            except SpecError as error:
-                failure = {"group": error}
-            except RankFailure as error:
-                exchange.leave(error)
-                raise
-            agree(exchange, failure)
-        finally:
-            doorbell.close()
+            for peer, (window, pidfd) in met.trade(self._engine.fd()).items():
+                try:
+                    self._engine.attach(peer, window, pidfd)
+                except ValueError as error:
+                    what = f"a window of rank {near.first + peer} where {error}"
+                    failure = failure or {"group": SpecError("group", what, "a peer's window")}
+                finally:
+                    os.close(window)
+                    if pidfd >= 0:
+                        os.close(pidfd)
+            agree(met.exchange, failure)
         if isinstance(args.faults, EpFaults):
             self._engine.set_faults(
                 [
@@ -185,10 +150,3 @@ class WindowEngine(NodeEngine):
 
     def _refusal(self, error: Exception) -> SpecError:
         return refusal(self._first, error, ())
-
-
-def _block_of(origins: list[list[int]], rank: int, here: int) -> int:
-    """The block of a rank's tokens: the one of peer ``here``, if several peers speak for it."""
-    peers = len(origins[0])
-    found = [s * peers + peer for s, block in enumerate(origins) for peer, one in enumerate(block) if one == rank]
-    return next((block for block in found if block % peers == here), found[0])

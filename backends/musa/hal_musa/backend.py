@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from hal.backend import Backend, Probe
 from hal.spec.capability import Capabilities, plain_dense
-from hal.spec.errors import BackendUnavailable, HalError, SpecError, UnsupportedError
+from hal.spec.errors import BackendUnavailable, HalError, SpecError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hal.ep.engine import EpEngine
     from hal.portable.mla import OnEachDevice, Schedule
     from hal.portable.opencl import Adopted, OpenClDevice
+    from hal.portable.runtime import SharingDevice
     from hal.spec.ep import EpBufferArgs
     from hal.spec.mla import MlaDecodeArgs
     from hal.spec.plan import MlaPlanArgs
@@ -128,9 +129,14 @@ class MusaBackend(Backend):
         return Probe(True, f"simulated on {platform}, {facts.name}", evidence="simulation", details=details)
 
     def capabilities(self) -> Capabilities:
-        """Dense decode of plain caches. Packed caches, chosen tokens and expert parallelism are not written yet."""
-        where = "cpu" if self._driver_is_out else "musa"
-        return Capabilities(device_types=(where,), mla_dense=plain_dense(), mla_sparse=None, ep=None)
+        """Dense decode of plain caches; expert parallelism where processes can share the device's memory."""
+        from hal.portable import ep
+
+        where, transport = ("cpu", "shm") if self._driver_is_out else ("musa", "ipc")
+        if transport == "shm" and not self.opencl.unified:
+            transport = ""
+        communicates = ep.capabilities(transport) if transport else None
+        return Capabilities(device_types=(where,), mla_dense=plain_dense(), mla_sparse=None, ep=communicates)
 
     def mla_plan(self, args: MlaPlanArgs) -> Schedule:
         """See `PortableMla.plan`."""
@@ -141,8 +147,13 @@ class MusaBackend(Backend):
         self._kernels.on(args.q.device.index or 0).decode(args, args.schedule)  # type: ignore[arg-type]
 
     def ep_buffer(self, args: EpBufferArgs) -> EpEngine:
-        """Not written yet, and not declared."""
-        raise UnsupportedError("musa", "group", "an expert-parallel group", "no expert parallelism yet")
+        """Open windows to the other ranks: shared memory under OpenCL, IPC memory under the driver."""
+        from hal.portable import ep
+
+        return ep.open_engine(args, self._device(args.device.index or 0), "musa")
+
+    def _device(self, index: int) -> SharingDevice:
+        return self._kernels.on(index).device  # type: ignore[return-value]
 
     def adopt(self, tensor: Tensor) -> Adopted | None:
         """Keep a copy of a KV cache on the device; None where the device reads the tensor's memory as it is.

@@ -11,18 +11,19 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
 
 from hal.portable import cache
-from hal.portable.runtime import Argument, Facts, InPlace, Program, Source
+from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source
 from hal.spec.errors import BackendUnavailable, CompileError, DeviceError, HalError
 
 LIBRARY_ENV: Final = "HAL_MUSA_LIBRARY"
@@ -32,6 +33,8 @@ HOME_ENV: Final = "MUSA_HOME"
 
 _SHARED_PER_BLOCK, _WARP_SIZE, _PROCESSORS, _MAJOR, _MINOR = 8, 10, 16, 75, 76
 """Numbers of device attributes."""
+_LAZY_PEER_ACCESS: Final = 1
+"""How memory of another process is opened: of another device only where the two reach each other."""
 _FLAGS: Final = ("-std=c++17", "-O2", "-x", "musa", "--cuda-device-only")
 _GROUPS: Final = 3
 
@@ -160,6 +163,47 @@ class MusaEvent:
             self._library("muEventDestroy_v2", event)
 
 
+class _IpcHandle(ctypes.Structure):
+    """What the driver makes of memory for other processes; given to it by value."""
+
+    _fields_: ClassVar = [("reserved", ctypes.c_ubyte * 64)]
+
+
+class MusaWindow:
+    """See `runtime.Window`: memory of this process, or another's that was opened here.
+
+    Attributes
+    ----------
+    memory : MusaWindow
+        Itself: an address is all that kernels need.
+    """
+
+    def __init__(self, library: Library, address: ctypes.c_void_p, size: int, free: str) -> None:
+        self._library, self._address, self._size, self._free = library, address, size, free
+
+    @property
+    def memory(self) -> MusaWindow:
+        """See `runtime.Window`."""
+        return self
+
+    def data_ptr(self) -> int:
+        """Where it begins."""
+        return self._address.value or 0
+
+    @property
+    def handle(self) -> Handle:
+        """See `runtime.Window`."""
+        made = _IpcHandle()
+        self._library("muIpcGetMemHandle", ctypes.byref(made), self._address)
+        return Handle(self._size, bytes(made.reserved))
+
+    def close(self) -> None:
+        """See `runtime.Window`."""
+        if self._address:
+            address, self._address = self._address, ctypes.c_void_p()
+            self._library(self._free, address)
+
+
 class MusaDevice(InPlace):
     """See `runtime.Device`; its queue is torch_musa's current stream, so that nothing here waits.
 
@@ -172,6 +216,8 @@ class MusaDevice(InPlace):
         Whether launches can be asked how long they took, which costs two more calls each.
     """
 
+    transport: Final = "ipc"
+
     def __init__(self, index: int, memory: str = "musa", timed: bool = False) -> None:
         self.index = index
         self._timed = timed
@@ -179,10 +225,18 @@ class MusaDevice(InPlace):
         self._launches: Counter[str] = Counter()
 
     @cached_property
-    def library(self) -> Library:
-        """The driver, with torch_musa's context current."""
+    def _entered(self) -> tuple[Library, ctypes.c_void_p, threading.local]:
         library = Library()
-        library("muCtxSetCurrent", library.handle("muDevicePrimaryCtxRetain", self._number(library)))
+        context = library.handle("muDevicePrimaryCtxRetain", self._number(library))
+        return library, context, threading.local()
+
+    @property
+    def library(self) -> Library:
+        """The driver, with torch_musa's context current: every thread has its own."""
+        library, context, seen = self._entered
+        if not hasattr(seen, "context"):
+            library("muCtxSetCurrent", context)
+            seen.context = context
         return library
 
     def _number(self, library: Library) -> int:
@@ -213,6 +267,30 @@ class MusaDevice(InPlace):
             return torch.empty(max(size, 16), dtype=torch.uint8, device=self._memory)
         except RuntimeError as error:
             raise DeviceError(f"muMemAlloc of {size} bytes: {str(error).splitlines()[0]}") from error
+
+    def window(self, size: int) -> MusaWindow:
+        """See `runtime.SharingDevice`."""
+        library, address = self.library, ctypes.c_void_p()
+        library("muMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size))
+        made = MusaWindow(library, address, size, "muMemFree_v2")
+        library("muMemsetD8_v2", address, ctypes.c_ubyte(0), ctypes.c_size_t(size))
+        library("muStreamSynchronize", ctypes.c_void_p())
+        return made
+
+    def peer(self, handle: Handle) -> MusaWindow:
+        """See `runtime.SharingDevice`; the driver knows the size."""
+        if len(handle.data) != ctypes.sizeof(_IpcHandle):
+            raise DeviceError(f"a window with {len(handle.data)} bytes of handle, not {ctypes.sizeof(_IpcHandle)}")
+        library, address = self.library, ctypes.c_void_p()
+        given = _IpcHandle.from_buffer_copy(handle.data)
+        library("muIpcOpenMemHandle_v2", ctypes.byref(address), given, ctypes.c_uint(_LAZY_PEER_ACCESS))
+        base, size = ctypes.c_void_p(), ctypes.c_size_t()
+        library("muMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), address)
+        opened = MusaWindow(library, address, handle.size, "muIpcCloseMemHandle")
+        if size.value < handle.size:
+            opened.close()
+            raise DeviceError(f"a window of {handle.size} bytes: there are {size.value}")
+        return opened
 
     def build(self, source: Source) -> MusaProgram:
         """See `runtime.Device`."""
@@ -252,7 +330,7 @@ class MusaDevice(InPlace):
 
 def _cell(argument: Any) -> Any:
     """Memory that holds an argument."""
-    if isinstance(argument, Tensor):
+    if isinstance(argument, (Tensor, MusaWindow)):
         return ctypes.c_void_p(argument.data_ptr())
     return ctypes.create_string_buffer(argument.tobytes())
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
+import ep_cases
 import torch
+import torch.distributed as dist
+from ep_cases import Case
 from hal_conformance.case import MlaCase
 from hal_conformance.decode import call, expect, judge
 from hal_conformance.inputs import build
 
+from hal import plugins
 from hal.portable import opencl
+from hal.portable.ep_kernels import EpKernels
 from hal.portable.runtime import Source
 from hal.spec.limits import DENSE_LSE, DENSE_OUT
 
@@ -42,6 +48,25 @@ def decode() -> None:
     print(f"{len(CASES)} right")
 
 
+def communicate() -> None:
+    """Both modes among ranks of one, so that one process does all that several would."""
+    opencl.OpenClDevice.unified = True  # it works in memory it is given, but does not say so
+    folder = tempfile.mkdtemp()
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
+    case = Case(ranks=1, tokens=(70,), experts=5, backend="musa")
+    expanded = replace(case, expand=True, alignment=4, fp8="fp8", hidden=144, bias=2, tokens=(9,))
+    ep_cases.normal(0, [replace(case, bias=1), expanded, replace(case, room=6, overflow="drop", hidden=8)])
+    small = replace(case, tokens=(7,), hidden=272)
+    ep_cases.packed(0, [(small, cast) for cast in ("none", "fp8", "fp8_ue8m0")])
+    device = plugins.select("musa").backend._kernels.on(0).device
+    kernels = EpKernels(device)
+    x, queue = torch.randn(3, 200).to(torch.float8_e4m3fn), device.queue()
+    got = kernels.dequantise(queue, x, torch.ones(3, 2), torch.float32)
+    queue.finish()
+    assert torch.equal(got, x.float())
+    print("right")
+
+
 def race() -> None:
     device = opencl.OpenClDevice(opencl.choose())
     with tempfile.TemporaryDirectory() as folder:
@@ -53,4 +78,4 @@ def race() -> None:
 
 
 if __name__ == "__main__":
-    {"decode": decode, "race": race}[sys.argv[1]]()
+    {"decode": decode, "communicate": communicate, "race": race}[sys.argv[1]]()

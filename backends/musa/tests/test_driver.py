@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
+import ep_cases
 import numpy as np
+import portable_backends
 import pytest
 import torch
+import torch.distributed as dist
+from ep_cases import Case
+from ep_ranks import run_ranks
 from hal_musa import backend as musa
 from hal_musa import driver
 from test_musa import agrees, cached, decode_args, source
 
 import hal.portable
-from hal.portable import host
+from hal import plugins
+from hal.backend import Backend
+from hal.plugins import hookimpl
+from hal.portable import ep_node, host
 from hal.portable.mla import PortableMla
+from hal.portable.runtime import Handle
 from hal.spec.errors import BackendUnavailable, CompileError, DeviceError
 
 SIMULATED = Path(__file__).parent / "simulated"
 
 
+Toolkit = Mapping[str, str]
+
+
 @pytest.fixture(scope="module", autouse=True)
-def toolkit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def toolkit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Toolkit]:
     """A machine with a MUSA driver and toolkit."""
     folder = tmp_path_factory.mktemp("musa")
     (folder / "bin").mkdir()
@@ -32,12 +48,16 @@ def toolkit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     library = folder / "libmusa.so"
     made = [host.compiler(), "-std=c++17", "-O1", "-fPIC", "-shared", "-o", str(library)]
     subprocess.run([*made, str(SIMULATED / "libmusa.cpp")], check=True)
+    variables = {
+        driver.LIBRARY_ENV: str(library),
+        driver.HOME_ENV: str(folder),
+        "HAL_SIMULATOR": str(Path(hal.portable.__file__).parent / "dialects" / "host.cpp"),
+        "HAL_KERNEL_CACHE": str(folder),
+    }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(driver.LIBRARY_ENV, str(library))
-        patch.setenv(driver.HOME_ENV, str(folder))
-        patch.setenv("HAL_SIMULATOR", str(Path(hal.portable.__file__).parent / "dialects" / "host.cpp"))
-        patch.setenv("HAL_KERNEL_CACHE", str(folder))
-        yield
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        yield variables
 
 
 @pytest.mark.parametrize(("arch", "subgroup"), [("21", 128), ("31", 32)])
@@ -119,3 +139,59 @@ def test_the_backend_takes_the_driver_where_all_is_there(monkeypatch: pytest.Mon
     backend.mla_decode(args)
     assert agrees(args)
     assert backend.launches()["musa:mla_decode@mp_31"] == 1
+
+
+def test_windows_of_other_processes() -> None:
+    device = driver.MusaDevice(0, memory="cpu")
+    mine = device.window(4096)
+    assert mine.handle.size == 4096 and len(mine.handle.data) == 64
+    with pytest.raises(DeviceError, match="muIpcOpenMemHandle_v2: MUSA_ERROR_INVALID_VALUE"):
+        device.peer(mine.handle)  # this process has it already
+    with pytest.raises(DeviceError, match="0 bytes of handle"):
+        device.peer(Handle(4096))
+    mine.close()
+    mine.close()
+    with pytest.raises(DeviceError, match="muIpcGetMemHandle"):
+        _ = mine.handle
+
+
+class OnLibmusa:
+    """The plugin of a backend whose device is MUSA's driver and whose tensors are the host's."""
+
+    @hookimpl
+    def hal_backend(self) -> Backend:
+        return portable_backends.OnFibres(driver.MusaDevice(0, memory="cpu"))
+
+
+on_libmusa = OnLibmusa()
+
+
+def opened(variables: Toolkit, rank: int) -> None:
+    os.environ |= variables
+    plugins._registry = plugins.Registry([EntryPoint("libmusa", "test_driver:on_libmusa", plugins.GROUP)])
+
+
+@pytest.mark.long(4)
+def test_expert_parallelism_over_ipc_memory(toolkit: Toolkit) -> None:
+    case = Case(backend="libmusa")
+    before = partial(opened, toolkit)
+    cases = [replace(case, bias=1), replace(case, expand=True, tokens=(0, 9))]
+    run_ranks(2, ep_cases.normal, cases, limit=90, before=before)
+    three = replace(case, ranks=3, tokens=(5, 0, 9), experts=10)
+    run_ranks(3, ep_cases.packed, [(three, "none")], limit=90, before=before)
+    run_ranks(2, parting, limit=60, before=before)
+
+
+def parting(rank: int) -> None:
+    """Memory that others may have open is kept until they have closed it."""
+    buffer = Case(backend="libmusa").buffer()
+    if rank:
+        dist.barrier()
+    buffer.close()
+    ep_node._part()
+    assert len(ep_node._parting) == 1 - rank
+    if not rank:
+        dist.barrier()
+    dist.barrier()
+    ep_node._part()
+    assert not ep_node._parting

@@ -20,7 +20,8 @@ from hal_musa import driver
 from seeds import SEED
 
 from hal import plugins
-from hal.portable import cache, opencl
+from hal.portable import cache, ep, opencl
+from hal.portable.ep_kernels import EpKernels
 from hal.portable.mla import PortableMla
 from hal.portable.runtime import Source
 from hal.reference.mla import mla_decode
@@ -32,6 +33,7 @@ pytest.importorskip("pyopencl", reason="pyopencl is not installed")
 POCL = "Portable Computing Language"
 # Those whose many sizes take long to compile are left to `hal conform`; what they are about is in the ones kept here.
 CHOSEN = ("CAP-01", "CAP-02", "CAP-03", "CAP-04", "CAP-07", "MLA-01", "MLA-07", "MLA-20", "MLA-22", "MLA-24", "MLA-40")
+CHOSEN += ("EPN-01", "EPN-07", "EPL-05", "EPX-10")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -322,3 +324,23 @@ def test_it_is_ten_times_as_fast_as_a_thread_a_score(chosen: opencl.Platform) ->
     times = [(seconds(fast), seconds(slow)) for _ in range(7)][1:]
     assert (args.out[0, 0].float() - naive).abs().max() < 8e-4
     assert min(slow for _, slow in times) > 10 * min(fast for fast, _ in times)
+
+
+def test_windows_take_memory_of_the_host(chosen: opencl.Platform, discrete: opencl.OpenClDevice) -> None:
+    device = opencl.OpenClDevice(chosen)
+    mine = device.window(4096)
+    theirs = device.peer(mine.handle)
+    kernels, queue = EpKernels(device), device.queue()
+    kernels.signal(queue, theirs.memory, 5, 7)
+    queue.finish()
+    assert kernels.seen(mine.memory, 8, 1, 1, torch.device("cpu")) == [0, 0, 0, 0, 0, 7, 0, 0]
+    theirs.close()
+    mine.close()
+    with pytest.raises(DeviceError, match="memory of its own, which OpenCL cannot share"):
+        discrete.window(4096)
+
+
+def test_no_expert_parallelism_without_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert musa.MusaBackend().capabilities().ep == ep.capabilities("shm")
+    monkeypatch.setattr(opencl.OpenClDevice, "unified", False)
+    assert musa.MusaBackend().capabilities().ep is None

@@ -29,6 +29,7 @@ def run(what: str, folder: Path) -> tuple[str, set[str], str]:
         "HAL_OPENCL_PLATFORM": "Oclgrind",
         "HAL_MUSA_SIMULATE": "1",
         "HAL_KERNEL_CACHE": str(folder / "kernels"),
+        "PYTHONPATH": str(Path(__file__).parents[3] / "tests"),
     }
     line = [sys.executable, str(Path(__file__).parent / "in_oclgrind.py"), what]
     done = subprocess.run(line, env=os.environ | added, capture_output=True, text=True, timeout=280, check=False)
@@ -42,6 +43,14 @@ def run(what: str, folder: Path) -> tuple[str, set[str], str]:
 def test_it_finds_nothing(tmp_path: Path) -> None:
     printed, wrong, log = run("decode", tmp_path)
     assert printed == "7 right\n"
+    assert wrong <= OF_PYOPENCL
+    assert log == ""
+
+
+@pytest.mark.long(5)
+def test_it_finds_nothing_in_expert_parallelism(tmp_path: Path) -> None:
+    printed, wrong, log = run("communicate", tmp_path)
+    assert printed == "right\n"
     assert wrong <= OF_PYOPENCL
     assert log == ""
 

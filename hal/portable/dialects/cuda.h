@@ -6,6 +6,16 @@
 #define HAL_AS_U32(x) __float_as_uint(x)
 #define HAL_AS_FLOAT(x) __uint_as_float(x)
 
+/* A product rounded for itself; stores and loads that order other memory for every device and the host. */
+#define HAL_MUL(x, y) __fmul_rn(x, y)
+#define HAL_STORE_RELEASE(p, x) asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory")
+#define HAL_LOAD_ACQUIRE(p) hal_load_acquire(p)
+HAL_INLINE unsigned int hal_load_acquire(const unsigned int *p) {
+  unsigned int found;
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(found) : "l"(p) : "memory");
+  return found;
+}
+
 HAL_INLINE float hal_half_to_float(unsigned short bits) {
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));

@@ -1,5 +1,6 @@
 /* What the C++ dialects have in common: eight floats as a struct whose loops the compiler unrolls into registers. */
 typedef long long hal_long;
+typedef unsigned char hal_u8;
 typedef unsigned short hal_u16;
 typedef unsigned int hal_u32;
 
@@ -9,6 +10,7 @@ typedef unsigned int hal_u32;
 struct alignas(16) hal_words {
   hal_u32 word[4];
 };
+#define HAL_NO_WORDS {{0, 0, 0, 0}}
 struct hal_f8 {
   float at[8];
 };

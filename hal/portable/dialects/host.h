@@ -26,6 +26,10 @@ float hal_host_shuffle_xor(float value, int offset, int width, int line);
 #define HAL_FMAX(x, y) fmaxf(x, y)
 #define HAL_FMA(x, y, z) ((x) * (y) + (z))
 
+#define HAL_MUL(x, y) ((x) * (y))
+#define HAL_STORE_RELEASE(p, x) __atomic_store_n(p, x, __ATOMIC_RELEASE)
+#define HAL_LOAD_ACQUIRE(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)
+
 static inline unsigned int hal_as_u32(float x) {
   unsigned int bits;
   memcpy(&bits, &x, 4);

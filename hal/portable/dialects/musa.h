@@ -5,6 +5,15 @@
 #define HAL_ALL_LANES 0xffffffffu
 #define HAL_AS_U32(x) __float_as_uint(x)
 #define HAL_AS_FLOAT(x) __uint_as_float(x)
+/* A product rounded for itself; stores and loads that order other memory for every device and the host. */
+#define HAL_MUL(x, y) __fmul_rn(x, y)
+#define HAL_STORE_RELEASE(p, x) (__threadfence_system(), (void)(*(volatile hal_u32 *)(p) = (x)))
+#define HAL_LOAD_ACQUIRE(p) hal_load_acquire(p)
+HAL_INLINE unsigned int hal_load_acquire(const unsigned int *p) {
+  unsigned int found = *(const volatile unsigned int *)p;
+  __threadfence_system();
+  return found;
+}
 /* Half precision is converted with integers, by kernels/elements.h. */
 
 #include "cxx.h"

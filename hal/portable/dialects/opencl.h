@@ -1,8 +1,11 @@
 /* OpenCL C 1.2. Its vector types do what dialects/cxx.h does for C++. */
 typedef long hal_long;
+typedef uchar hal_u8;
 typedef ushort hal_u16;
 typedef uint hal_u32;
+typedef uint4 hal_words;
 typedef float8 hal_f8;
+#define HAL_NO_WORDS ((uint4)(0))
 
 #define HAL_KERNEL(threads) __kernel __attribute__((reqd_work_group_size(threads, 1, 1)))
 #define HAL_INLINE static inline
@@ -20,6 +23,20 @@ typedef float8 hal_f8;
 #define HAL_EXP2(x) exp2(x)
 #define HAL_LOG2(x) log2(x)
 #define HAL_FMAX(x, y) fmax(x, y)
+/* A product rounded for itself, whatever is done with it. */
+#define HAL_MUL(x, y) hal_mul(x, y)
+HAL_INLINE float hal_mul(float x, float y) {
+#pragma OPENCL FP_CONTRACT OFF
+  return x * y;
+}
+/* OpenCL C 1.2 promises other processes nothing. Where device and host share memory its atomics are the processor's. */
+#define HAL_STORE_RELEASE(p, x) (mem_fence(CLK_GLOBAL_MEM_FENCE), (void)atomic_xchg(p, x))
+#define HAL_LOAD_ACQUIRE(p) hal_load_acquire(p)
+HAL_INLINE uint hal_load_acquire(volatile __global uint *p) {
+  uint found = atomic_or(p, 0u);
+  mem_fence(CLK_GLOBAL_MEM_FENCE);
+  return found;
+}
 #define HAL_AS_U32(x) as_uint(x)
 #define HAL_AS_FLOAT(x) as_float(x)
 

@@ -42,6 +42,16 @@ HAL_INLINE hal_u16 hal_to_bf16(float value) {
   return (hal_u16)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
+HAL_INLINE float hal_to_float(hal_element value) {
+#if ELEMENT == FLOAT32
+  return value;
+#elif ELEMENT == BF16
+  return HAL_AS_FLOAT((hal_u32)value << 16);
+#else
+  return HAL_HALF_TO_FLOAT(value);
+#endif
+}
+
 HAL_INLINE hal_element hal_from_float(float value) {
 #if ELEMENT == FLOAT32
   return value;

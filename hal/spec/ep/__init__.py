@@ -18,7 +18,7 @@ from hal.spec.ep.arguments import (
     EpLowLatencyCombineArgs,
     EpLowLatencyDispatchArgs,
 )
-from hal.spec.ep.declared import require_ep_call_declared, require_ep_declared
+from hal.spec.ep.declared import require_ep_call_declared, require_ep_declared, whole_ep
 from hal.spec.ep.geometry import check_buffer
 from hal.spec.ep.handles import EpHandle, EpLayout, EpLowLatencyHandle, EpSources
 from hal.spec.ep.low_latency import check_low_latency_combine, check_low_latency_dispatch
@@ -52,4 +52,5 @@ __all__ = [
     "check_low_latency_dispatch",
     "require_ep_call_declared",
     "require_ep_declared",
+    "whole_ep",
 ]

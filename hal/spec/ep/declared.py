@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hal.spec.capability import EpCapabilities
+from hal.spec.capability import EpCapabilities, Ints
 from hal.spec.ep.arguments import (
     EpBufferArgs,
     EpCallArgs,
@@ -10,9 +10,33 @@ from hal.spec.ep.arguments import (
     EpLowLatencyCombineArgs,
     EpLowLatencyDispatchArgs,
 )
-from hal.spec.ep.terms import FP8
+from hal.spec.ep.terms import CASTS, FP8, MODES, OVERFLOW, PLAIN_DTYPES, ROW_ALIGNMENT
 from hal.spec.errors import UnsupportedError
 from hal.spec.tensors import dtype_name
+
+
+def whole_ep(*transports: str) -> EpCapabilities:
+    """All of expert-parallel communication, in groups of up to 512 ranks on 64 nodes."""
+    return EpCapabilities(
+        modes=MODES,
+        layouts=("rank", "expand"),
+        dtypes=tuple(map(dtype_name, (*PLAIN_DTYPES, FP8))),
+        casts=CASTS,
+        transports=transports,
+        overflow=OVERFLOW,
+        ranks=Ints(1, 512),
+        nodes=Ints(1, 64),
+        topk=Ints(1),
+        num_experts=Ints(1),
+        row_bytes=Ints(ROW_ALIGNMENT, multiple_of=ROW_ALIGNMENT),
+        recv_hook=True,
+        async_finish=True,
+        cached_handle=True,
+        mask_ranks=True,
+        zero_copy_combine=True,
+        pre_reduce=True,
+        across_nodes=(*MODES, *OVERFLOW, "mask_ranks"),
+    )
 
 
 def require_ep_declared(args: EpBufferArgs, declared: EpCapabilities | None, backend: str) -> None:

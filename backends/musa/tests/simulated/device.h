@@ -21,6 +21,8 @@ struct Index {
 #define __syncthreads() hal_host_barrier(__LINE__)
 #define __shfl_xor_sync(mask, value, offset, width) hal_host_shuffle_xor(value, offset, width, __LINE__)
 
+#define __threadfence_system() __atomic_thread_fence(__ATOMIC_SEQ_CST)
+static inline float __fmul_rn(float x, float y) { return x * y; }
 static inline unsigned __float_as_uint(float x) {
   unsigned bits;
   memcpy(&bits, &x, 4);

@@ -5,17 +5,22 @@
  */
 #include <dlfcn.h>
 #include <elf.h>
+#include <fcntl.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <stdio.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
+#include <map>
 #include <set>
 #include <string>
 
 namespace {
-enum { SUCCESS, INVALID_VALUE = 1, NOT_INITIALIZED = 3, INVALID_DEVICE = 101, INVALID_IMAGE = 200, INVALID_CONTEXT = 201 };
+enum { SUCCESS, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, INVALID_DEVICE = 101, INVALID_IMAGE = 200, INVALID_CONTEXT = 201 };
 enum { INVALID_HANDLE = 400, NOT_FOUND = 500, LAUNCH_FAILED = 719 };
 
 struct Function {
@@ -25,6 +30,22 @@ struct Function {
 struct Event {
   double at;
 };
+
+/* Memory is a file without a name, which another process finds among those of the process that made it. */
+struct Memory {
+  int file; /* -1: of another process */
+  size_t size;
+};
+struct Shared {
+  char magic[8];
+  int process, file;
+  uint64_t size, inode;
+  char rest[32];
+};
+static_assert(sizeof(Shared) == 64);
+const char MAGIC[8] = {'M', 'U', 'S', 'A', 'I', 'P', 'C', 0};
+
+std::map<char *, Memory> memories;
 
 bool initialized;
 int context, *current;
@@ -51,6 +72,7 @@ int muInit(unsigned flags) {
 int muGetErrorName(int code, const char **name) {
   switch (code) {
     case INVALID_VALUE: *name = "MUSA_ERROR_INVALID_VALUE"; break;
+    case OUT_OF_MEMORY: *name = "MUSA_ERROR_OUT_OF_MEMORY"; break;
     case NOT_INITIALIZED: *name = "MUSA_ERROR_NOT_INITIALIZED"; break;
     case INVALID_DEVICE: *name = "MUSA_ERROR_INVALID_DEVICE"; break;
     case INVALID_IMAGE: *name = "MUSA_ERROR_INVALID_IMAGE"; break;
@@ -129,6 +151,75 @@ int muLaunchKernel(Function *function, unsigned grid, unsigned grid_y, unsigned 
   if (shared || extra || stream) return INVALID_VALUE;
   int parted[2];
   return function->run(function->call, arguments, grid, block, subgroup(), parted) ? LAUNCH_FAILED : SUCCESS;
+}
+
+int muMemAlloc_v2(char **made, size_t size) {
+  if (refusal()) return refusal();
+  if (!size) return INVALID_VALUE;
+  int file = memfd_create("simulated-musa", MFD_CLOEXEC);
+  if (file < 0 || ftruncate(file, (off_t)size)) return OUT_OF_MEMORY;
+  void *at = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+  if (at == MAP_FAILED) return OUT_OF_MEMORY;
+  memories[*made = (char *)at] = {file, size};
+  memset(at, 0x5a, size); /* whoever counts on zeros is to notice */
+  return SUCCESS;
+}
+
+int muMemFree_v2(char *at) {
+  auto found = memories.find(at);
+  if (found == memories.end() || found->second.file < 0) return INVALID_VALUE;
+  munmap(at, found->second.size);
+  close(found->second.file);
+  memories.erase(found);
+  return SUCCESS;
+}
+
+int muMemsetD8_v2(char *at, unsigned char value, size_t size) {
+  auto found = memories.find(at);
+  if (found == memories.end() || size > found->second.size) return INVALID_VALUE;
+  memset(at, value, size);
+  return SUCCESS;
+}
+
+int muMemGetAddressRange_v2(char **base, size_t *size, char *at) {
+  auto found = memories.find(at);
+  if (found == memories.end()) return INVALID_VALUE;
+  *base = at;
+  *size = found->second.size;
+  return SUCCESS;
+}
+
+int muIpcGetMemHandle(Shared *made, char *at) {
+  auto found = memories.find(at);
+  struct stat known;
+  if (found == memories.end() || found->second.file < 0 || fstat(found->second.file, &known)) return INVALID_VALUE;
+  *made = {{}, getpid(), found->second.file, found->second.size, known.st_ino, {}};
+  memcpy(made->magic, MAGIC, sizeof MAGIC);
+  return SUCCESS;
+}
+
+/* As of a real driver: not in the process that made the memory, and only while that lives. */
+int muIpcOpenMemHandle_v2(char **opened, Shared handle, unsigned flags) {
+  if (refusal()) return refusal();
+  if (memcmp(handle.magic, MAGIC, sizeof MAGIC) || flags != 1 || handle.process == getpid()) return INVALID_VALUE;
+  char path[64];
+  snprintf(path, sizeof path, "/proc/%d/fd/%d", handle.process, handle.file);
+  int file = open(path, O_RDWR | O_CLOEXEC);
+  struct stat known;
+  bool same = file >= 0 && !fstat(file, &known) && known.st_ino == handle.inode && (uint64_t)known.st_size == handle.size;
+  void *at = same ? mmap(nullptr, handle.size, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0) : MAP_FAILED;
+  if (file >= 0) close(file);
+  if (at == MAP_FAILED) return INVALID_HANDLE;
+  memories[*opened = (char *)at] = {-1, handle.size};
+  return SUCCESS;
+}
+
+int muIpcCloseMemHandle(char *at) {
+  auto found = memories.find(at);
+  if (found == memories.end() || found->second.file >= 0) return INVALID_VALUE;
+  munmap(at, found->second.size);
+  memories.erase(found);
+  return SUCCESS;
 }
 
 int muStreamSynchronize(void *stream) { return refusal() ? refusal() : stream ? INVALID_HANDLE : SUCCESS; }

@@ -1,0 +1,224 @@
+"""The portable engine over the host's driver, ranks as processes: the cases of the CPU's engine, bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ep_cases
+import portable_backends
+import pytest
+import torch
+import torch.distributed as dist
+from ep_cases import Case
+from ep_ranks import run_ranks
+
+from hal import EpFault, EpFaults, RankFailure, SpecError, UnsupportedError, plugins
+from hal.portable import ep_node
+from hal.portable.ep_kernels import EpKernels, Rows
+from hal.portable.runtime import Handle
+from hal.spec.errors import DeviceError
+
+FIBRES = Case(backend=portable_backends.name(32))
+# Few kernels: each takes a second to compile, and test_portable_ep_kernels has them all.
+NORMAL = [
+    replace(FIBRES, tokens=(0, 9), bias=2, experts=7, topk=7, routing="distinct"),
+    replace(FIBRES, fp8="fp8_ue8m0", hidden=1024, routing="zipf", worst=64),
+    replace(FIBRES, expand=True, alignment=4, hidden=72, bias=1),
+    replace(FIBRES, room=6, overflow="drop", expand=True, hidden=8),
+    replace(FIBRES, routing="none", weights=False),
+]
+PACKED = [
+    (replace(FIBRES, hidden=1024, routing="distinct", tokens=(0, 9)), "fp8_ue8m0"),
+    (replace(FIBRES, routing="one", topk=2), "none"),
+]
+
+
+def registered(folder: str, rank: int) -> None:
+    """The backends of `portable_backends` in this process."""
+    os.environ["HAL_KERNEL_CACHE"] = folder
+    plugins._registry = portable_backends.registry()
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory: pytest.TempPathFactory) -> partial[None]:
+    return partial(registered, str(tmp_path_factory.mktemp("kernels")))
+
+
+@pytest.mark.long(4)
+def test_both_modes_are_the_oracle(before: partial[None]) -> None:
+    run_ranks(2, ep_cases.normal, NORMAL, limit=90, before=before)
+    run_ranks(2, ep_cases.packed, PACKED, limit=90, before=before)
+
+
+def test_other_group_sizes(before: partial[None]) -> None:
+    run_ranks(1, ep_cases.normal, [replace(FIBRES, ranks=1, tokens=(5,))], limit=60, before=before)
+    three = replace(FIBRES, ranks=3, tokens=(5, 0, 9), experts=10, topk=4, room=7, overflow="drop")
+    run_ranks(3, ep_cases.normal, [three], limit=60, before=before)
+    run_ranks(3, ep_cases.packed, [(replace(three, room=None, overflow="error"), "none")], limit=60, before=before)
+
+
+def test_nodes(before: partial[None]) -> None:
+    four = replace(FIBRES, ranks=4, tokens=(5, 0, 9, 3), experts=10, topk=4, per_node=2)
+    cases = [replace(four, expand=True, alignment=4), replace(four, pre_reduce=True)]
+    run_ranks(4, ep_cases.normal, cases, limit=90, before=before)
+    run_ranks(4, ep_cases.packed, [(four, "none")], limit=90, before=before)
+
+
+def test_two_results_and_no_third(before: partial[None]) -> None:
+    run_ranks(2, let_go, limit=60, before=before)
+
+
+def let_go(rank: int) -> None:
+    """Results let go without ever running their hooks give their rooms back, and a third is refused."""
+    mine = FIBRES.inputs()[rank]
+    with FIBRES.buffer() as buffer:
+        for _ in range(5):
+            buffer.low_latency_dispatch(mine.x, mine.topk_idx, use_fp8=False, return_recv_hook=True)
+        held = [buffer.low_latency_dispatch(mine.x, mine.topk_idx, use_fp8=False) for _ in range(2)]
+        with pytest.raises(SpecError, match="a third result"):
+            buffer.low_latency_dispatch(mine.x, mine.topk_idx, use_fp8=False)
+        del held
+        got = buffer.low_latency_dispatch(mine.x, mine.topk_idx, use_fp8=False)
+        back = buffer.low_latency_combine(got.recv_x, mine.topk_idx, mine.topk_weights, got.handle)
+        times = torch.where(mine.topk_idx >= 0, mine.topk_weights, 0.0).sum(1, keepdim=True)
+        assert torch.allclose(back.combined_x.float(), mine.x.float() * times, rtol=0.02, atol=0.02)
+    dist.barrier()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_is_gone_is_named_within_the_timeout(how: signal.Signals, before: partial[None]) -> None:
+    outcomes = run_ranks(3, gone, int(how), limit=60, check=False, before=before)
+    for rank, outcome in enumerate(outcomes[:2]):
+        assert outcome.error is None, f"rank {rank}: {outcome.error}"
+        assert outcome.value == [2, 2]
+
+
+def gone(rank: int, how: int) -> list[int]:
+    """Rank 2 ends or stops before the second dispatch: whom the others blame, at once and later."""
+    timeout = 2.0
+    case = replace(FIBRES, ranks=3, tokens=(5, 7, 6))
+    mine, named = case.inputs()[rank], []
+    buffer = case.buffer(timeout=timeout)
+    buffer.dispatch(mine.x, mine.topk_idx)
+    processes: list[int] = [0] * 3
+    dist.all_gather_object(processes, os.getpid())
+    if rank == 2:
+        os.kill(os.getpid(), how)
+    for _ in range(2):
+        begin = time.monotonic()
+        with pytest.raises(RankFailure) as caught:
+            buffer.dispatch(mine.x, mine.topk_idx)
+        assert time.monotonic() - begin < timeout
+        named.append(caught.value.rank)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(processes[2], signal.SIGKILL)
+    buffer.close()
+    assert not ep_node._parting
+    return named
+
+
+def test_memory_that_is_lacking_on_one_rank_is_an_error_on_all(before: partial[None]) -> None:
+    run_ranks(2, lacking, limit=60, before=before)
+
+
+def lacking(rank: int) -> None:
+    """Rank 1 gets no window to begin with, then none for what comes, then none for what goes back; later it does."""
+    case = replace(FIBRES, tokens=(300, 300), hidden=256, routing="distinct")
+    mine = case.inputs()[rank]
+    device: Any = plugins.select(case.backend).backend.device  # type: ignore[attr-defined]
+
+    def none(size: int) -> None:
+        raise DeviceError(f"no {size} bytes")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank:
+            patch.setattr(device, "window", none)
+        with pytest.raises(SpecError, match="device: got no"):
+            case.buffer()
+    with case.buffer(modes=("normal",)) as buffer:
+        with pytest.MonkeyPatch.context() as patch:
+            if rank:
+                patch.setattr(device, "window", none)
+            with pytest.raises(SpecError, match="which rank 1 lacks memory"):
+                buffer.dispatch(mine.x, mine.topk_idx)
+        got = buffer.dispatch(mine.x, mine.topk_idx)
+        more = buffer.dispatch(mine.x, mine.topk_idx, async_finish=True)
+        with pytest.MonkeyPatch.context() as patch:
+            if rank:
+                patch.setattr(device, "window", none)
+            with pytest.raises(SpecError, match="bytes to stage on rank 1"):
+                buffer.combine(got.recv_x, got.handle)
+        more.event.wait()
+        back = buffer.combine(got.recv_x, got.handle)
+        here = torch.stack([mine.topk_idx // 4 == r for r in range(2)]).any(2).sum(0)
+        assert torch.equal(back.combined_x, (mine.x.float() * here[:, None]).to(mine.x.dtype))
+    dist.barrier()
+
+
+def test_a_flag_is_not_seen_before_what_it_tells_of(before: partial[None]) -> None:
+    run_ranks(2, ordered, limit=60, before=before)
+
+
+def ordered(rank: int) -> None:
+    """Rows and a flag after them, many times over in the same place: whoever sees the flag sees all of the rows."""
+    device: Any = plugins.select(FIBRES.backend).backend.device  # type: ignore[attr-defined]
+    kernels, rows, row = EpKernels(device), 8, 256
+    mine = device.window(rows * row + 4096)
+    with Path(f"/proc/{os.getpid()}/fd/{mine.handle.files[0]}").open("rb+") as file:
+        told: list[Any] = [None, None]
+        dist.all_gather_object(told, (os.getpid(), file.fileno(), mine.handle.size))
+        process, number, size = told[1 - rank]
+        there = os.open(f"/proc/{process}/fd/{number}", os.O_RDWR)
+        dist.barrier()
+    theirs = device.peer(Handle(size, files=(there,)))
+    os.close(there)
+    every = torch.arange(rows, dtype=torch.int32)
+    for turn in range(1, 40):
+        queue = device.queue()
+        if turn % 2 == rank:
+            content = torch.full((rows, row // 4), turn, dtype=torch.int32)
+            to = Rows(theirs.memory, row)
+            kernels.copy(queue, to, kernels.rows_of(queue, content), every, 0, rows, rows, False)
+            kernels.signal(queue, theirs.memory, rows * row // 4, turn)
+            queue.finish()
+        else:
+            flags = mine.memory[rows * row :]
+            while kernels.seen(flags, 1, 1, turn, torch.device("cpu")) < [turn]:
+                pass
+            assert (mine.memory[: rows * row].view(torch.int32) == turn).all()
+    dist.barrier()
+
+
+def test_faults_to_inject_are_refused(before: partial[None]) -> None:
+    run_ranks(1, no_faults, limit=60, before=before)
+
+
+def no_faults(rank: int) -> None:
+    with pytest.raises(UnsupportedError, match="faults"):
+        replace(FIBRES, ranks=1, tokens=(5,)).buffer(faults=EpFaults(EpFault("kill")))
+
+
+def test_what_is_closed_is_given_back(before: partial[None]) -> None:
+    run_ranks(2, descriptors, limit=60, before=before)
+
+
+def descriptors(rank: int) -> None:
+    """Buffers opened and closed again and again leave no open file behind."""
+    mine = FIBRES.inputs()[rank]
+    counts = []
+    for _ in range(3):
+        with FIBRES.buffer() as buffer:
+            got = buffer.dispatch(mine.x, mine.topk_idx)
+            buffer.combine(got.recv_x, got.handle)
+            assert buffer.memory()["window"] > 0
+        del got
+        dist.barrier()
+        counts.append(len(list(Path("/proc/self/fd").iterdir())))
+    assert counts[0] == counts[-1], counts
