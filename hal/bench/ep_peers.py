@@ -115,6 +115,6 @@ def _tensors(result: Any) -> list[Tensor]:
     if hasattr(result, "recv_topk_idx"):
         x = result.recv_x if isinstance(result.recv_x, tuple) else (result.recv_x,)
         result = (x[0], result.recv_topk_idx, result.recv_topk_weights, *x[1:])
-    given = result if isinstance(result, tuple) else (getattr(result, "x", result),)
+    given = result if isinstance(result, tuple) else (result,)
     found = [one for one in given if isinstance(one, Tensor)]
     return [one.float() if one.dtype == torch.float8_e4m3fn else one for one in found]
