@@ -33,7 +33,7 @@ pytest.importorskip("pyopencl", reason="pyopencl is not installed")
 POCL = "Portable Computing Language"
 # Those whose many sizes take long to compile are left to `hal conform`; what they are about is in the ones kept here.
 CHOSEN = ("CAP-01", "CAP-02", "CAP-03", "CAP-04", "CAP-07", "MLA-01", "MLA-07", "MLA-20", "MLA-22", "MLA-24", "MLA-40")
-CHOSEN += ("EPN-01", "EPN-07", "EPL-05", "EPX-10")
+CHOSEN += ("EPN-01", "EPL-01")
 
 
 @pytest.fixture(scope="module", autouse=True)
