@@ -1,0 +1,89 @@
+"""The device simulator: a vendor's runtime by its C names, with the host for a device.
+
+``HAL_SIM=runtime:chip`` asks for it, where the runtime is one of `dialects` and the chip one of those it lists. The
+library is built when first asked for, by the C++ compiler that also compiles the kernels. ``docs/simulator.md`` tells
+what it looks at and how to put another runtime behind it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from hal.portable import cache
+from hal.portable.host import compiler
+from hal.spec.errors import BackendUnavailable, CompileError
+
+ENV: Final = "HAL_SIM"
+"""``runtime:chip``, for instance of the runtime whose C names are in ``dialects/runtime.cpp``."""
+CHECK_ENV: Final = "HAL_SIM_CHECK"
+"""What is looked at: ``memory``, ``races``, ``uninitialised``, ``order``, ``streams``, with commas between, or ``all``."""
+
+_HERE: Final = Path(__file__).parent
+_FLAGS: Final = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-pthread", f'-DHAL_SIM_FOLDER="{_HERE}"')
+
+
+def asked(runtime: str) -> str:
+    """The chip that is asked for under this runtime; empty if none is."""
+    name, _, chip = (os.environ.get(ENV) or "").partition(":")
+    return chip if name == runtime else ""
+
+
+def version() -> str:
+    """What compiled kernels depend on besides their source: the simulator, the compiler, the processor, the checks."""
+    checks = ",".join(sorted(filter(None, (os.environ.get(CHECK_ENV) or "").split(","))))
+    return f"simulator {_digest()} of {checks or 'nothing'}"
+
+
+def library(runtime: str) -> Path:
+    """The library with the C names of this runtime, built if it is not there.
+
+    Raises
+    ------
+    BackendUnavailable
+        There is no C++ compiler, or no folder to keep the library in.
+    CompileError
+    """
+    return _built(f"lib{runtime}-{_digest()}.so", runtime, "-shared")
+
+
+def program(name: str) -> Path:
+    """As `library`, for a program that stands for one of a vendor's: a compiler, usually.
+
+    Raises
+    ------
+    BackendUnavailable, CompileError
+    """
+    return _built(f"{name}-{_digest()}", name)
+
+
+def _built(name: str, dialect: str, *flags: str) -> Path:
+    folder = cache.private_folder("simulator")
+    if folder is None:
+        raise BackendUnavailable(f"{ENV}: no private folder to build the simulator in: set {cache.ENV}")
+    made = folder / name
+    if not made.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            output = Path(work, name)
+            sources = [*sorted(_HERE.glob("*.cpp")), _HERE / "dialects" / f"{dialect}.cpp"]
+            line = [compiler(), *_FLAGS, *flags, "-o", str(output), *map(str, sources), "-ldl"]
+            done = subprocess.run(line, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise CompileError("the simulator does not build", log=done.stderr, source_path=str(sources[-1]))
+            output.replace(made)
+    return made
+
+
+def _digest() -> str:
+    files = [path.read_text() for path in sorted(_HERE.rglob("*")) if path.suffix in (".cpp", ".h")]
+    known = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=False).stdout
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return cache.key(*files, *_FLAGS, known, platform.machine(), processor)[:16]
