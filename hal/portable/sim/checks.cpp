@@ -60,9 +60,20 @@ struct Spot {
   }
 };
 
+Stamp stamp(const Where &where, uint32_t op) {
+  unsigned wave = where.item / where.launch->chip->wavefront;
+  return {op, where.group, where.epoch, (uint16_t)where.item, where.phases[wave], (uint16_t)wave, 0, 0, 0};
+}
+
 std::string other_item(const Stamp &stamp, bool same_group) {
+  if (stamp.items) return same_group ? "several work-items" : "work-items of group " + std::to_string(stamp.group);
   std::string text = "work-item " + std::to_string(stamp.item);
   return same_group ? text : text + " of group " + std::to_string(stamp.group);
+}
+
+/* What was read before a shuffle was read before whatever comes after it in the same wavefront. */
+bool shuffled(const Stamp &read, const Stamp &mine) {
+  return !read.waves && read.wave == mine.wave && read.phase != mine.phase;
 }
 
 /* What an access to a byte is at odds with; null if with nothing. `mine` is who accesses now. */
@@ -76,7 +87,8 @@ const char *conflict(const Cell &cell, const Stamp &mine, bool writes, bool atom
   if (writes && r.op == mine.op) {
     *with = &r;
     if (across && (r.group != mine.group || r.groups)) return "read";
-    if (r.group == mine.group && r.epoch == mine.epoch && (r.item != mine.item || r.items)) return "read";
+    if (r.group == mine.group && r.epoch == mine.epoch && (r.item != mine.item || r.items) && !shuffled(r, mine))
+      return "read";
   }
   return nullptr;
 }
@@ -88,8 +100,9 @@ void note(Cell &cell, const Stamp &mine, int kind) {
   }
   Stamp &r = cell.read;
   bool same_op = r.op == mine.op, groups = same_op && (r.groups || r.group != mine.group);
-  bool items = same_op && r.group == mine.group && r.epoch == mine.epoch && (r.items || r.item != mine.item);
-  r = mine, r.groups = groups, r.items = items;
+  bool since = same_op && r.group == mine.group && r.epoch == mine.epoch && !shuffled(r, mine);
+  bool items = since && (r.items || r.item != mine.item), waves = since && (r.waves || r.wave != mine.wave);
+  r = mine, r.groups = groups, r.items = items, r.waves = waves;
 }
 
 std::string local(const Where &where, size_t at, const Spot &spot) {
@@ -113,7 +126,7 @@ std::string local(const Where &where, size_t at, const Spot &spot) {
   if (at < nearest->offset || at + spot.size > nearest->offset + nearest->size)
     return asked.memory ? spot.wrong(name, "out of bounds, there are " + bytes(nearest->size)) : "";
 
-  Stamp mine{where.serial, where.group, where.epoch, (uint16_t)where.item, 0, 0};
+  Stamp mine = stamp(where, where.serial);
   for (size_t i = at; i < at + spot.size; i++) {
     Cell &cell = (*where.local_cells)[i];
     if (asked.uninitialised && spot.kind != HAL_SIM_WRITE && cell.write.op != where.serial)
@@ -170,7 +183,7 @@ std::string access(const Where &where, const void *address, size_t size, int kin
   Cell *cell = cells(*buffer);
   if (!cell) return "";
   cell += at - buffer->base;
-  Stamp mine{where.launch->op->number, where.group, where.epoch, (uint16_t)where.item, 0, 0};
+  Stamp mine = stamp(where, where.launch->op->number);
   bool writes = kind != HAL_SIM_READ;
   for (size_t i = 0; i < size; i++, cell++) {
     if (asked.uninitialised && kind != HAL_SIM_WRITE && !cell->write.op)
@@ -200,7 +213,8 @@ std::string copy(const Op &op, const void *address, size_t size, int kind) {
   Cell *cell = cells(*buffer);
   if (!cell) return "";
   cell += (const char *)address - buffer->base;
-  Stamp mine{op.number, 0, 0, 0, 0, 0};
+  Stamp mine = {};
+  mine.op = op.number;
   for (size_t i = 0; i < size; i++, cell++) {
     const Stamp *early = asked.streams ? unordered(*cell, op, kind != HAL_SIM_READ) : nullptr;
     if (early)

@@ -81,6 +81,7 @@ struct Worker {
   char *stacks = nullptr;
   size_t stack_count = 0;
   std::vector<Cell> local_cells;
+  std::vector<uint16_t> phases; /* of the wavefronts: shuffles so far */
   std::mt19937 random;
   std::string failure;
 
@@ -214,6 +215,7 @@ std::string next_turn(Worker &w) {
     }
     std::string wrong = exchange(w, first, end);
     if (!wrong.empty()) return wrong;
+    w.phases[first / wavefront]++;
     for (unsigned i = first; i < end; i++) w.turn.push_back(i);
   }
   if (w.turn.empty()) {
@@ -272,7 +274,8 @@ std::unique_ptr<Worker> take(Launch &launch) {
   Module &module = *launch.function.module;
   char *local = (char *)module.here() - module.anchor;
   if (launch.checks.accesses() && w->local_cells.size() < module.local_size) w->local_cells.resize(module.local_size);
-  w->where = {&launch, 0, 0, 0, 0, local, w->stacks, w->stacks + w->stack_count * STACK, &w->local_cells};
+  w->phases.assign(launch.threads / launch.chip->wavefront + 1, 0);
+  w->where = {&launch, 0, 0, 0, 0, w->phases.data(), local, w->stacks, w->stacks + w->stack_count * STACK, &w->local_cells};
   w->random.seed(launch.checks.seed);
   return w;
 }

@@ -55,11 +55,11 @@ struct Checks {
 };
 Checks checks();
 
-/* Who touched a byte last. */
+/* Who touched a byte last; `phase` counts the shuffles of his wavefront. */
 struct Stamp {
   uint32_t op, group, epoch;
-  uint16_t item;
-  uint8_t items, groups; /* whether several did since then: of the group, groups of the launch */
+  uint16_t item, phase, wave;
+  uint8_t items, waves, groups; /* whether several did: items and wavefronts since the last barrier, groups ever */
 };
 struct Cell {
   Stamp write, read;
@@ -153,6 +153,7 @@ struct Where {
   const Launch *launch;
   unsigned group, item;
   uint32_t epoch, serial; /* barriers passed by the group; groups run so far */
+  const uint16_t *phases; /* shuffles of each wavefront */
   char *local;            /* the block of local memory of this thread */
   const char *stacks_begin, *stacks_end;
   std::vector<Cell> *local_cells;
