@@ -56,7 +56,7 @@ struct Spot {
 
   std::string wrong(const std::string &what, const std::string &how) const {
     std::string text = work_item(where) + done(kind) + bytes(size) + " at " + what + ": " + how;
-    return text + " (" + modules::place(*where.launch->function.module, from, 0) + ")";
+    return text + " (" + modules::place(*where.launch->function.module, from) + ")";
   }
 };
 

@@ -9,8 +9,9 @@ enum { HAL_SIM_XOR, HAL_SIM_DOWN, HAL_SIM_UP, HAL_SIM_LANE };
 /* Given by the engine to every module it loads. */
 struct hal_sim_engine {
   unsigned (*index)(int which); /* 0 thread, 1 group, 2 groups, 3 threads, 4 width of a wavefront */
-  void (*barrier)(int line, int place);
-  unsigned long long (*shuffle)(unsigned long long value, int how, int operand, int width, int line, int place);
+  void (*barrier)(const char *file, int line, int place);
+  unsigned long long (*shuffle)(unsigned long long value, int how, int operand, int width, const char *file,
+                                int line, int place);
   void (*access)(const void *address, unsigned long size, int kind, const void *from);
 };
 

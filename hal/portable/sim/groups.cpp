@@ -64,8 +64,8 @@ enum State { RUNS, BARRIER, SHUFFLE, OVER };
 struct Item {
   void *stack;
   State state;
+  const char *file;
   int line, place, how, operand, width;
-  const void *from;
   unsigned long long value;
 };
 }  // namespace
@@ -112,9 +112,9 @@ void go_on(Worker &w) {
   __builtin_unreachable();
 }
 
-void wait(Worker &w, State state, int line, int place, const void *from) {
+void wait(Worker &w, State state, const char *file, int line, int place) {
   Item &mine = w.item();
-  mine.state = state, mine.line = line, mine.place = place, mine.from = from;
+  mine.state = state, mine.file = file, mine.line = line, mine.place = place;
   char here;
   if (&here < w.stacks + (w.turn[w.at] * STACK) + STACK_LEFT)
     fail(w, check::work_item(w.where) + " needs more than " + std::to_string(STACK >> 10) + " KiB of stack");
@@ -125,7 +125,6 @@ void begin() {
   Worker &w = *worker;
   w.launch->function.kernel->call(w.launch->given.data());
   w.item().state = OVER;
-  w.item().line = 0;
   go_on(w);
 }
 
@@ -140,13 +139,14 @@ unsigned index(int which) {
   }
 }
 
-void barrier(int line, int place) { wait(*worker, BARRIER, line, place, __builtin_return_address(0)); }
+void barrier(const char *file, int line, int place) { wait(*worker, BARRIER, file, line, place); }
 
-unsigned long long shuffle(unsigned long long value, int how, int operand, int width, int line, int place) {
+unsigned long long shuffle(unsigned long long value, int how, int operand, int width, const char *file, int line,
+                           int place) {
   Worker &w = *worker;
   Item &mine = w.item();
   mine.value = value, mine.how = how, mine.operand = operand, mine.width = width;
-  wait(w, SHUFFLE, line, place, __builtin_return_address(0));
+  wait(w, SHUFFLE, file, line, place);
   return mine.value;
 }
 
@@ -159,16 +159,21 @@ void access(const void *address, unsigned long size, int kind, const void *from)
 
 const hal_sim_engine engine = {index, barrier, shuffle, access};
 
+std::string place(const Item &item) {
+  const char *name = strrchr(item.file, '/');
+  return std::string(name ? name + 1 : item.file) + ":" + std::to_string(item.line);
+}
+
 std::string waits(const Worker &w, unsigned number) {
   const Item &item = w.items[number];
   std::string who = "work-item " + std::to_string(number);
   if (item.state == OVER) return who + " has ended";
   return who + " waits at the " + (item.state == BARRIER ? "barrier" : "shuffle") + " of " +
-         modules::place(*w.launch->function.module, item.from, item.line);
+         place(item);
 }
 
 std::string parted(const Worker &w, const char *whose, unsigned one, unsigned other) {
-  return w.launch->function.kernel->name + std::string(": work-items of ") + whose + " of group " +
+  return w.launch->function.kernel->name + std::string(": work-items of ") + whose + "group " +
          std::to_string(w.where.group) + " wait at different places: " + waits(w, one) + ", " + waits(w, other);
 }
 
@@ -183,7 +188,7 @@ std::string exchange(Worker &w, unsigned first, unsigned end) {
     auto wrong = [&](const std::string &what) {
       return w.launch->function.kernel->name + std::string(": work-item ") + std::to_string(i) + " of group " +
              std::to_string(w.where.group) + " " + what + " at " +
-             modules::place(*w.launch->function.module, item.from, item.line);
+             place(item);
     };
     if (width < 1 || width > wavefront || width & (width - 1))
       return wrong("shuffles " + std::to_string(item.width) + " lanes of a wavefront of " + std::to_string(wavefront));
@@ -211,7 +216,7 @@ std::string next_turn(Worker &w) {
     if (!shuffling) continue;
     for (unsigned i = first; i < end; i++) {
       const Item &one = w.items[first], &other = w.items[i];
-      if (one.state != other.state || one.place != other.place) return parted(w, "a wavefront", first, i);
+      if (one.state != other.state || one.place != other.place) return parted(w, "a wavefront of ", first, i);
     }
     std::string wrong = exchange(w, first, end);
     if (!wrong.empty()) return wrong;
@@ -222,7 +227,7 @@ std::string next_turn(Worker &w) {
     for (unsigned i = 0; i < count; i++) {
       const Item &one = w.items[0], &other = w.items[i];
       if (one.state != other.state || (one.state == BARRIER && one.place != other.place))
-        return parted(w, "the group", 0, i);
+        return parted(w, "", 0, i);
     }
     if (w.items[0].state == OVER) return "";
     w.where.epoch++;

@@ -148,7 +148,7 @@ Compiled compile(const std::string &text, const std::string &name, const std::ve
   std::string before = std::string(looks ? "#define HAL_SIM_CHECKED\n" : "") + "#include \"words.h\"\n#line 1 \"" + name + "\"\n";
   /* -march=native: a library is only ever run by who compiled it. */
   std::vector<std::string> line = {compiler(), "-std=c++17", "-x", "c++", "-I" HAL_SIM_FOLDER, "-fPIC", "-march=native"};
-  line.insert(line.end(), {"-fno-strict-aliasing", "-fno-exceptions", "-fno-math-errno", "-Wno-attributes", "-Wno-unknown-attributes"});
+  line.insert(line.end(), {"-fno-strict-aliasing", "-fno-exceptions", "-fno-math-errno", "-w"});
   line.insert(line.end(), options.begin(), options.end());
   Compiled made{false, "", ""};
   std::vector<std::string> scan = line;
@@ -241,7 +241,7 @@ size_t local_bytes(const Function &function) {
   return size;
 }
 
-std::string place(const Module &module, const void *address, int line) {
+std::string place(const Module &module, const void *address) {
   std::string command = "addr2line -e /proc/" + std::to_string(getpid()) + "/fd/" + std::to_string(module.file);
   char offset[32], answer[4096] = "";
   snprintf(offset, sizeof offset, " 0x%zx", (size_t)((uintptr_t)address - 1 - module.begin));
@@ -252,7 +252,6 @@ std::string place(const Module &module, const void *address, int line) {
   std::string found = answer;
   found = found.substr(0, found.find_first_of(" \n"));
   found = found.substr(found.rfind('/') + 1);
-  if (!found.empty() && found[0] != '?') return found;
-  return line ? "line " + std::to_string(line) : "an unknown line";
+  return found.empty() || found[0] == '?' ? "an unknown line" : found;
 }
 }  // namespace sim::modules

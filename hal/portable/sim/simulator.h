@@ -127,8 +127,8 @@ Error unload(Module *module);
 Error function(Function **made, Module *module, const char *name);
 bool known(Function *function);
 size_t image_size(const void *image);
-/* `file:line` of an address within a module, or `line`. */
-std::string place(const Module &module, const void *address, int line);
+/* `file:line` of an address within a module. */
+std::string place(const Module &module, const void *address);
 size_t local_bytes(const Function &function);
 }  // namespace modules
 
@@ -183,6 +183,8 @@ Error create(Stream **made, bool blocking);
 Error destroy(Stream *stream);
 bool known(Stream *stream);
 void push(Stream *stream, std::string what, std::function<std::string(const Op &)> work);
+/* Do all there is; what fails is told to who waits for its stream. */
+void drain();
 Error synchronize(Stream *stream);
 Error synchronize_all();
 Error query(Stream *stream);

@@ -167,10 +167,14 @@ Error synchronize(Stream *given) {
   return error;
 }
 
-Error synchronize_all() {
-  usual();
+void drain() {
   while (some_step()) {
   }
+}
+
+Error synchronize_all() {
+  usual();
+  drain();
   Error error = OK;
   for (Stream *stream : all) {
     Error one = outcome(*stream);

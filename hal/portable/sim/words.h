@@ -6,7 +6,9 @@ const hal_sim_engine *hal_sim;
 /* Calls of the engine are no accesses of the kernel. */
 #define HAL_SIM_UNSEEN __attribute__((no_sanitize("thread"))) static inline
 HAL_SIM_UNSEEN unsigned hal_sim_at(int which) { return hal_sim->index(which); }
-HAL_SIM_UNSEEN void hal_sim_barrier(int line, int place) { hal_sim->barrier(line, place); }
+HAL_SIM_UNSEEN void hal_sim_barrier(const char *file, int line, int place) { hal_sim->barrier(file, line, place); }
+/* Where a call is, and a number for those of one line. */
+#define HAL_SIM_HERE __FILE__, __LINE__, __COUNTER__
 
 #ifdef HAL_SIM_SCAN
 #define __global__ HAL_SIM_KERNEL
@@ -38,25 +40,24 @@ struct hal_sim_index {
 #define blockDim (hal_sim_index{hal_sim_at(3), 1, 1})
 #define warpSize ((int)hal_sim_at(4))
 
-#define __syncthreads() hal_sim_barrier(__LINE__, __COUNTER__)
+#define __syncthreads() hal_sim_barrier(HAL_SIM_HERE)
 #define __threadfence() __atomic_thread_fence(__ATOMIC_SEQ_CST)
 #define __threadfence_block() __atomic_thread_fence(__ATOMIC_SEQ_CST)
 #define __threadfence_system() __atomic_thread_fence(__ATOMIC_SEQ_CST)
 
 template <class T>
-HAL_SIM_UNSEEN T hal_sim_shuffle(T value, int how, int operand, int width, int line, int place) {
+HAL_SIM_UNSEEN T hal_sim_shuffle(T value, int how, int operand, int width, const char *file, int line, int place) {
   static_assert(sizeof(T) <= 8, "a shuffle moves at most eight bytes");
   unsigned long long bits = 0;
   __builtin_memcpy(&bits, &value, sizeof(T));
-  bits = hal_sim->shuffle(bits, how, operand, width, line, place);
+  bits = hal_sim->shuffle(bits, how, operand, width, file, line, place);
   __builtin_memcpy(&value, &bits, sizeof(T));
   return value;
 }
-#define __shfl_xor(value, mask, width) \
-  hal_sim_shuffle(value, HAL_SIM_XOR, mask, width, __LINE__, __COUNTER__)
-#define __shfl_down(value, by, width) hal_sim_shuffle(value, HAL_SIM_DOWN, by, width, __LINE__, __COUNTER__)
-#define __shfl_up(value, by, width) hal_sim_shuffle(value, HAL_SIM_UP, by, width, __LINE__, __COUNTER__)
-#define __shfl(value, lane, width) hal_sim_shuffle(value, HAL_SIM_LANE, lane, width, __LINE__, __COUNTER__)
+#define __shfl_xor(value, mask, width) hal_sim_shuffle(value, HAL_SIM_XOR, mask, width, HAL_SIM_HERE)
+#define __shfl_down(value, by, width) hal_sim_shuffle(value, HAL_SIM_DOWN, by, width, HAL_SIM_HERE)
+#define __shfl_up(value, by, width) hal_sim_shuffle(value, HAL_SIM_UP, by, width, HAL_SIM_HERE)
+#define __shfl(value, lane, width) hal_sim_shuffle(value, HAL_SIM_LANE, lane, width, HAL_SIM_HERE)
 #define __shfl_xor_sync(lanes, value, mask, width) __shfl_xor(value, mask, width)
 #define __shfl_down_sync(lanes, value, by, width) __shfl_down(value, by, width)
 #define __shfl_up_sync(lanes, value, by, width) __shfl_up(value, by, width)

@@ -84,9 +84,8 @@ API hipMalloc(void **made, size_t size) {
 }
 API hipFree(void *base) {
   CALL if (!base) return OK;
-  int failed = streams::synchronize_all();
-  int refused = memory::release(base);
-  return refused ? refused : failed;
+  streams::drain();
+  return memory::release(base);
 }
 API hipMemGetInfo(size_t *free, size_t *total) {
   CALL *total = memory::total();
@@ -145,9 +144,8 @@ API hipModuleLoadData(Module **made, const void *image) {
   CALL return modules::load(made, image, modules::image_size(image));
 }
 API hipModuleUnload(Module *module) {
-  CALL int failed = streams::synchronize_all();
-  int refused = modules::unload(module);
-  return refused ? refused : failed;
+  CALL streams::drain();
+  return modules::unload(module);
 }
 API hipModuleGetFunction(Function **made, Module *module, const char *name) {
   CALL return modules::function(made, module, name);
@@ -171,9 +169,8 @@ API hipIpcOpenMemHandle(void **mapped, IpcHandle handle, unsigned) {
   return memory::open(mapped, of);
 }
 API hipIpcCloseMemHandle(void *mapped) {
-  CALL int failed = streams::synchronize_all();
-  int refused = memory::close(mapped);
-  return refused ? refused : failed;
+  CALL streams::drain();
+  return memory::close(mapped);
 }
 
 TEXT hipGetErrorName(int code) {
