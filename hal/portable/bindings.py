@@ -162,8 +162,14 @@ class Runtime:
         return error, results[0] if len(results) == 1 else tuple(results)
 
 
-def load(bindings: Bindings) -> Runtime:
+def load(bindings: Bindings, compiles_only: bool = False) -> Runtime:
     """Import the bindings and let them load their libraries, or the simulator's where ``HAL_SIM`` asks for it.
+
+    Parameters
+    ----------
+    bindings : Bindings
+    compiles_only : bool
+        Whether the compiler alone will be used, for which no device is needed.
 
     Raises
     ------
@@ -176,7 +182,9 @@ def load(bindings: Bindings) -> Runtime:
         package = importlib.import_module(bindings.package)
         module, rtc = getattr(package, bindings.runtime), getattr(package, bindings.compiler)
     except (ImportError, AttributeError) as error:
-        raise BackendUnavailable(f"the package {bindings.package} does not import: {str(error).splitlines()[0]}") from error
+        raise BackendUnavailable(
+            f"the package {bindings.package} does not import: {str(error).splitlines()[0]}"
+        ) from error
     files = bindings.files
     simulates = bool(sim.asked(bindings.prefix))
     if simulates:
@@ -184,9 +192,12 @@ def load(bindings: Bindings) -> Runtime:
     _load_libraries(bindings, files, module, rtc)
     simulated = bool(module.has_symbol(_SIMULATOR))
     if simulates and not simulated:
-        raise BackendUnavailable(f"{sim.ENV}={os.environ[sim.ENV]}: {bindings.package} has loaded another library before")
+        raise BackendUnavailable(
+            f"{sim.ENV}={os.environ[sim.ENV]}: {bindings.package} has loaded another library before"
+        )
     prefix, word = bindings.prefix, bindings.compiler
-    absent = [name for name in (*(prefix + call for call in CALLS), bindings.properties) if not module.has_symbol(name)]
+    wanted = () if compiles_only else (*(prefix + call for call in CALLS), bindings.properties)
+    absent = [name for name in wanted if not module.has_symbol(name)]
     absent += [word + call for call in COMPILER_CALLS if not rtc.has_symbol(word + call)]
     if absent:
         raise BackendUnavailable(f"the runtime's library lacks {', '.join(absent)}")
@@ -274,7 +285,9 @@ class BoundEvent:
             The device was not made with ``timed``.
         """
         if not self._timed:
-            raise DeviceError(f"{self._runtime.bindings.prefix}EventElapsedTime: the device was opened without timed=True")
+            raise DeviceError(
+                f"{self._runtime.bindings.prefix}EventElapsedTime: the device was opened without timed=True"
+            )
         self.wait()
         return float(self._runtime("EventElapsedTime", *self._marks)) * 1e-3
 

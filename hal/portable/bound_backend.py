@@ -92,7 +92,7 @@ class BoundBackend(Backend):
         return kind(self.runtime, index, self._vendor.torch, self._vendor.tunings, timed)
 
     def probe(self) -> Probe:
-        """Look for the bindings, their libraries, a device, and a torch for it, in the order in which they are needed."""
+        """Look for the bindings, their libraries, a device and a torch for it, in this order."""
         details: dict[str, str] = {}
         try:
             runtime = self.runtime

@@ -75,7 +75,7 @@ def _found(names: tuple[str, ...]) -> str:
         for folder in (home / "hip" / "lib", home / "lib"):
             if (folder / name).exists():
                 return str(folder / name)
-    raise BackendUnavailable(f"no DTK: neither {home / 'hip' / 'lib' / names[0]} nor {home / 'lib' / names[0]} is there")
+    raise BackendUnavailable(f"no DTK: {names[0]} is neither in {home / 'hip' / 'lib'} nor in {home / 'lib'}")
 
 
 def _refusal(architecture: str, simulated: bool) -> str:

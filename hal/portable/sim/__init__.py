@@ -7,10 +7,12 @@ what it looks at and how to put another runtime behind it.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import subprocess
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -21,7 +23,10 @@ from hal.spec.errors import BackendUnavailable, CompileError
 ENV: Final = "HAL_SIM"
 """``runtime:chip``, for instance of the runtime whose C names are in ``dialects/runtime.cpp``."""
 CHECK_ENV: Final = "HAL_SIM_CHECK"
-"""What is looked at: ``memory``, ``races``, ``uninitialised``, ``order``, ``streams``, with commas between, or ``all``."""
+"""What is looked at: ``memory,races,uninitialised,order,streams`` or some of them, or ``all``."""
+
+CACHE_ENV: Final = "HAL_SIM_CACHE"
+"""Folder of the simulator's libraries; ``kernel-hal`` in the user's cache folder if unset."""
 
 _HERE: Final = Path(__file__).parent
 _FLAGS: Final = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-pthread", f'-DHAL_SIM_FOLDER="{_HERE}"')
@@ -62,11 +67,16 @@ def program(name: str) -> Path:
 
 
 def _built(name: str, dialect: str, *flags: str) -> Path:
-    folder = cache.private_folder("simulator")
+    folder = cache.private_folder("simulator", variable=CACHE_ENV)
     if folder is None:
-        raise BackendUnavailable(f"{ENV}: no private folder to build the simulator in: set {cache.ENV}")
+        raise BackendUnavailable(f"{ENV}: no private folder to build the simulator in: set {CACHE_ENV}")
     made = folder / name
-    if not made.exists():
+    if made.exists():
+        return made
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of several processes builds it, the others take it
+        if made.exists():
+            return made
         with tempfile.TemporaryDirectory(dir=folder) as work:
             output = Path(work, name)
             sources = [*sorted(_HERE.glob("*.cpp")), _HERE / "dialects" / f"{dialect}.cpp"]
@@ -78,7 +88,9 @@ def _built(name: str, dialect: str, *flags: str) -> Path:
     return made
 
 
+@lru_cache(maxsize=1)
 def _digest() -> str:
+    """What the library is made from."""
     files = [path.read_text() for path in sorted(_HERE.rglob("*")) if path.suffix in (".cpp", ".h")]
     known = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=False).stdout
     try:

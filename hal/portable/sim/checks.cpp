@@ -13,12 +13,12 @@
 
 namespace sim {
 Checks checks() {
-  const char *asked = getenv("HAL_SIM_CHECK"), *seed = getenv("HAL_SIM_SEED");
+  const char *asked = getenv("HAL_SIM_CHECK"), *seed = getenv("HAL_SIM_SEED"), *eager = getenv("HAL_SIM_EAGER");
   std::string words = std::string(",") + (asked ? asked : "") + ",";
   auto has = [&](const char *word) {
     return words.find(std::string(",") + word + ",") != words.npos || words == ",all,";
   };
-  return {has("memory"), has("races"), has("uninitialised"), has("order"), has("streams"),
+  return {has("memory"), has("races"), has("uninitialised"), has("order"), has("streams"), eager && *eager == '1',
           seed ? (unsigned)strtoul(seed, nullptr, 10) : 0};
 }
 

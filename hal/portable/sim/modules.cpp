@@ -148,7 +148,7 @@ Compiled compile(const std::string &text, const std::string &name, const std::ve
   std::string before = std::string(looks ? "#define HAL_SIM_CHECKED\n" : "") + "#include \"words.h\"\n#line 1 \"" + name + "\"\n";
   /* -march=native: a library is only ever run by who compiled it. */
   std::vector<std::string> line = {compiler(), "-std=c++17", "-x", "c++", "-I" HAL_SIM_FOLDER, "-fPIC", "-march=native"};
-  line.insert(line.end(), {"-fno-strict-aliasing", "-fno-exceptions", "-fno-math-errno", "-w"});
+  line.insert(line.end(), {"-fno-strict-aliasing", "-fno-exceptions", "-fno-math-errno", "-ffp-contract=off", "-w"});
   line.insert(line.end(), options.begin(), options.end());
   Compiled made{false, "", ""};
   std::vector<std::string> scan = line;

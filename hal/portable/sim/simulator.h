@@ -50,6 +50,7 @@ const Chip *chosen(const char *runtime, const Chip *chips);
 /* What HAL_SIM_CHECK asks for now: words with commas between, or `all`. */
 struct Checks {
   bool memory, races, uninitialised, order, streams;
+  bool eager;    /* HAL_SIM_EAGER=1: work is done as soon as it is queued */
   unsigned seed; /* HAL_SIM_SEED */
   bool accesses() const { return memory || races || uninitialised || streams; }
 };

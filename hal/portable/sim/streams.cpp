@@ -140,6 +140,7 @@ void push(Stream *given, std::string what, std::function<std::string(const Op &)
   stream.queue.push_back({number, std::move(what), std::move(work), std::move(stream.after), stream.clock, stream.number, position});
   stream.after.clear();
   stream.last = number;
+  if (checks().eager) drain();
 }
 
 bool ordered(unsigned earlier, const Op &later) {

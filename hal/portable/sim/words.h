@@ -72,6 +72,7 @@ HAL_SIM_UNSEEN T hal_sim_shuffle(T value, int how, int operand, int width, const
 #define fminf(x, y) __builtin_fminf(x, y)
 #define fmaf(x, y, z) __builtin_fmaf(x, y, z)
 #define sqrtf(x) __builtin_sqrtf(x)
+static inline float __fmul_rn(float x, float y) { return x * y; }
 static inline unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }
 static inline float __uint_as_float(unsigned x) { return __builtin_bit_cast(float, x); }
 
