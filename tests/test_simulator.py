@@ -19,6 +19,7 @@ from hal.portable.runtime import Source
 from hal.portable.staged import Buffer, StagedDevice
 from hal.spec.errors import BackendUnavailable, CompileError, DeviceError
 
+pytest.importorskip("hip", reason="hip-python is not installed")
 hal_rocm = pytest.importorskip("hal_rocm.backend", reason="hal-rocm is not installed")
 
 PLANTED = Source((str(Path(__file__).with_name("planted.h")),), ())

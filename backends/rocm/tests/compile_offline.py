@@ -32,7 +32,9 @@ def main(library: str, folder: str, *architectures: str) -> None:
     sizes = tile(vendor().tunings["gfx90a"].local_bytes)
     for architecture in architectures:
         for name, source in {"decode": sizes.decode(), "schedule": sizes.schedule()}.items():
-            code = runtime.compile(source.text("hip"), source, f"--gpu-architecture={architecture}", "-std=c++17", "-O3")
+            code = runtime.compile(
+                source.text("hip"), source, f"--gpu-architecture={architecture}", "-std=c++17", "-O3"
+            )
             Path(folder, f"{architecture}-{name}").write_bytes(code)
 
 

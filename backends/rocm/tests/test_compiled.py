@@ -14,6 +14,8 @@ import pytest
 from compile_offline import tile
 from hal_rocm.backend import vendor
 
+pytest.importorskip("hip", reason="hip-python is not installed")
+
 LIBRARY = Path("/usr/lib/x86_64-linux-gnu/libamdhip64.so.5")
 ARCHITECTURES = ("gfx90a", "gfx906")
 # Of the instructions' first words: what they are, and the bits that say so (the rest is offsets and caching).
@@ -24,9 +26,9 @@ WIDE = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def offline(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Where the machine code is, and what was printed. Compiled elsewhere: hip-python keeps the library it loads first."""
+    """Where the machine code is, and what was printed; hip-python keeps the library it loads first, hence a process."""
     if not LIBRARY.exists():
         pytest.skip("no ROCm library that compiles without a device (apt-get install libamdhip64-5)")
     folder = tmp_path_factory.mktemp("code")
