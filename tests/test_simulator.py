@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -317,3 +319,57 @@ def test_without_a_compiler_there_is_no_simulator(monkeypatch: pytest.MonkeyPatc
     sim._digest.cache_clear()
     with pytest.raises(BackendUnavailable, match=r"no C\+\+ compiler"):
         bindings.load(hal_rocm.vendor().bindings())
+
+
+def test_groups_come_in_an_order_drawn_from_the_seed(
+    device: StagedDevice, planted: BoundProgram, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(sim.CHECK_ENV, "order")
+
+    def late(seed: int) -> bool:
+        """Whether the second group came first, and read what the first had not written yet."""
+        monkeypatch.setenv("HAL_SIM_SEED", str(seed))
+        found = run(device, planted, "group_reads_what_another_writes", right=False)
+        return bool(found[THREADS:].isnan().all())
+
+    drawn = [late(seed) for seed in range(8)]
+    assert set(drawn) == {True, False} and drawn == [late(seed) for seed in range(8)]
+
+
+def other_process(handle: bytes, answers: Any) -> None:
+    """Open memory of another process, let a kernel write to it, and try what must not work."""
+    device = hal_rocm.RocmBackend().device(0)
+    module, runtime = device.runtime.module, device.runtime
+    there = module.hipIpcMemHandle_st()
+    ctypes.memmove(int(there.as_c_void_p().value), handle, 64)
+    mapped = int(runtime("IpcOpenMemHandle", there, 1))
+    start = device.empty(4 * N)
+    ones = torch.ones(N)
+    device.copy(int(start), ones.data_ptr(), 4 * N)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(sim.CHECK_ENV, "all")
+        looking = hal_rocm.RocmBackend().device(0).build(PLANTED)
+        try:
+            device.launch(looking, "written_past_the_end", 2, 128, (mapped, start, np.int32(128), np.int32(0))).wait()
+        except DeviceError as error:
+            answers.put(str(error))
+        device.launch(looking, "right_enough", 2, 128, (mapped, start, np.int32(128), np.int32(7))).wait()
+    runtime("IpcCloseMemHandle", mapped)
+
+
+def test_memory_of_another_process(device: StagedDevice, planted: BoundProgram) -> None:
+    mine, to = device.empty(4 * N), torch.zeros(N)
+    handle = device.runtime("IpcGetMemHandle", int(mine))
+    content = ctypes.string_at(handle.as_c_void_p().value, 64)
+    with pytest.raises(DeviceError, match="hipIpcOpenMemHandle: hipErrorInvalidValue"):
+        device.runtime("IpcOpenMemHandle", handle, 1)  # it is mapped here already
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    other = context.Process(target=other_process, args=(content, answers))
+    other.start()
+    assert "written_past_the_end: work-item" in answers.get(timeout=100)
+    other.join()
+    assert other.exitcode == 0
+    device.copy(to.data_ptr(), int(mine), 4 * N)
+    device.runtime("StreamSynchronize", device.stream())
+    assert to.tolist() == [8.0] * N
