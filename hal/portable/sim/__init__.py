@@ -67,6 +67,12 @@ def program(name: str) -> Path:
 
 
 def _built(name: str, dialect: str, *flags: str) -> Path:
+    core = _made(f"core-{_digest()}.o", *sorted(map(str, _HERE.glob("*.cpp"))), "-r")
+    return _made(name, str(_HERE / "dialects" / f"{dialect}.cpp"), str(core), *flags)
+
+
+def _made(name: str, *line: str) -> Path:
+    """What the compiler makes of this line, kept."""
     folder = cache.private_folder("simulator", variable=CACHE_ENV)
     if folder is None:
         raise BackendUnavailable(f"{ENV}: no private folder to build the simulator in: set {CACHE_ENV}")
@@ -74,16 +80,15 @@ def _built(name: str, dialect: str, *flags: str) -> Path:
     if made.exists():
         return made
     with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one of several processes builds it, the others take it
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of several processes makes it, the others take it
         if made.exists():
             return made
         with tempfile.TemporaryDirectory(dir=folder) as work:
             output = Path(work, name)
-            sources = [*sorted(_HERE.glob("*.cpp")), _HERE / "dialects" / f"{dialect}.cpp"]
-            line = [compiler(), *_FLAGS, *flags, "-o", str(output), *map(str, sources), "-ldl"]
-            done = subprocess.run(line, capture_output=True, text=True, check=False)
+            whole = [compiler(), *_FLAGS, *line, "-o", str(output)]
+            done = subprocess.run(whole, capture_output=True, text=True, check=False)
             if done.returncode:
-                raise CompileError("the simulator does not build", log=done.stderr, source_path=str(sources[-1]))
+                raise CompileError("the simulator does not build", log=done.stderr, source_path=line[0])
             output.replace(made)
     return made
 

@@ -26,10 +26,10 @@ struct hal_sim_call<kernel> {
   static constexpr hal_sim_parameter parameters[count + 1] = {
       {sizeof(Types), alignof(Types), hal_sim_pointee<Types>::size}..., {}};
   template <unsigned... I>
-  __attribute__((no_sanitize("thread"))) static void unpacked(void **given, hal_sim_numbers<I...>) {
+  HAL_SIM_UNSEEN static void unpacked(void **given, hal_sim_numbers<I...>) {
     kernel(*(Types *)given[I]...);
   }
-  __attribute__((no_sanitize("thread"))) static void call(void **given) {
+  HAL_SIM_UNSEEN static void call(void **given) {
     unpacked(given, typename hal_sim_up_to<count>::type());
   }
 };
@@ -37,7 +37,7 @@ struct hal_sim_call<kernel> {
   { #kernel, hal_sim_call<kernel>::call, names, hal_sim_call<kernel>::parameters, hal_sim_call<kernel>::count }
 
 static thread_local char hal_sim_local __attribute__((used, aligned(16)));
-extern "C" __attribute__((visibility("default"), no_sanitize("thread"))) void *hal_sim_anchor() {
+extern "C" HAL_SIM_UNSEEN __attribute__((visibility("default"))) void *hal_sim_anchor() {
   return &hal_sim_local;
 }
 
@@ -45,7 +45,7 @@ extern "C" __attribute__((visibility("default"), no_sanitize("thread"))) void *h
 extern "C" __attribute__((visibility("default"))) char hal_sim_checked;
 char hal_sim_checked;
 /* Compilers that look for races call these before every access to memory: the engine looks for more than races. */
-#define HAL_SIM_HOOK extern "C" __attribute__((visibility("hidden"), no_sanitize("thread")))
+#define HAL_SIM_HOOK extern "C" HAL_SIM_UNSEEN __attribute__((visibility("hidden")))
 #define HAL_SIM_ACCESS(address, size, kind) hal_sim->access(address, size, kind, __builtin_return_address(0))
 #define HAL_SIM_SIZES(X) X(1) X(2) X(4) X(8) X(16)
 #define X(n)                                                                                   \
@@ -57,6 +57,15 @@ HAL_SIM_SIZES(X)
 #undef X
 HAL_SIM_HOOK void __tsan_read_range(void *at, unsigned long size) { HAL_SIM_ACCESS(at, size, HAL_SIM_READ); }
 HAL_SIM_HOOK void __tsan_write_range(void *at, unsigned long size) { HAL_SIM_ACCESS(at, size, HAL_SIM_WRITE); }
+HAL_SIM_HOOK void *__tsan_memcpy(void *to, const void *from, unsigned long size) {
+  HAL_SIM_ACCESS(from, size, HAL_SIM_READ);
+  HAL_SIM_ACCESS(to, size, HAL_SIM_WRITE);
+  return __builtin_memcpy(to, from, size);
+}
+HAL_SIM_HOOK void *__tsan_memset(void *to, int value, unsigned long size) {
+  HAL_SIM_ACCESS(to, size, HAL_SIM_WRITE);
+  return __builtin_memset(to, value, size);
+}
 HAL_SIM_HOOK void __tsan_init() {}
 HAL_SIM_HOOK void __tsan_func_entry(void *) {}
 HAL_SIM_HOOK void __tsan_func_exit() {}

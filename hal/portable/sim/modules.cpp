@@ -160,9 +160,12 @@ Compiled compile(const std::string &text, const std::string &name, const std::ve
     std::string object = base + "kernels.o";
     std::vector<std::string> build = line;
     if (looks)
-      build.insert(build.end(), {"-O1", "-g1", "-fsanitize=thread", "-fno-ipa-icf"});
+      build.insert(build.end(), {"-O1", "-g1", "-fsanitize=thread"});
     else
-      build.insert(build.end(), {"-O3"});
+      build.push_back("-O3");
+    /* It leaves out what is of no use for races: reads of what is written soon after. */
+    if (looks && content(scanned).find("HAL_SIM_BY_CLANG") != std::string::npos)
+      build.insert(build.end(), {"-mllvm", "-tsan-instrument-read-before-write=1"});
     build.insert(build.end(), {"-c", "-o", object, input});
     /* Linked by itself, without the library that the hooks are usually from. */
     made.done = keep(input, before + text + after) && done(build, log);
@@ -182,6 +185,7 @@ size_t image_size(const void *image) {
 }
 
 Error load(Module **made, const void *image, size_t size) {
+  report("");
   if (!size) return INVALID_IMAGE;
   auto module = std::make_unique<Module>();
   module->file = memfd_create("kernels", MFD_CLOEXEC);
@@ -191,6 +195,8 @@ Error load(Module **made, const void *image, size_t size) {
   void *engine = module->library ? dlsym(module->library, "hal_sim") : nullptr;
   module->here = engine ? (void *(*)())dlsym(module->library, "hal_sim_anchor") : nullptr;
   if (!module->here || !read_symbols(*module, (const char *)image)) {
+    const char *why = module->library ? "it was not made for the simulator" : dlerror();
+    report(why ? why : "");
     if (module->library) dlclose(module->library);
     ::close(module->file);
     return INVALID_IMAGE;

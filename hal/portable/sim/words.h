@@ -3,14 +3,21 @@
 
 extern "C" __attribute__((visibility("default"))) const hal_sim_engine *hal_sim;
 const hal_sim_engine *hal_sim;
-/* Calls of the engine are no accesses of the kernel. */
-#define HAL_SIM_UNSEEN __attribute__((no_sanitize("thread"))) static inline
-HAL_SIM_UNSEEN unsigned hal_sim_at(int which) { return hal_sim->index(which); }
-HAL_SIM_UNSEEN void hal_sim_barrier(const char *file, int line, int place) { hal_sim->barrier(file, line, place); }
+/* What the engine does is no access of the kernel. */
+#ifdef __clang__
+#define HAL_SIM_UNSEEN __attribute__((disable_sanitizer_instrumentation))
+#else
+#define HAL_SIM_UNSEEN __attribute__((no_sanitize("thread")))
+#endif
+HAL_SIM_UNSEEN static inline unsigned hal_sim_at(int which) { return hal_sim->index(which); }
+HAL_SIM_UNSEEN static inline void hal_sim_barrier(const char *file, int line, int place) { hal_sim->barrier(file, line, place); }
 /* Where a call is, and a number for those of one line. */
 #define HAL_SIM_HERE __FILE__, __LINE__, __COUNTER__
 
 #ifdef HAL_SIM_SCAN
+#ifdef __clang__
+HAL_SIM_BY_CLANG
+#endif
 #define __global__ HAL_SIM_KERNEL
 #else
 #define __global__ __attribute__((visibility("default")))
@@ -46,7 +53,7 @@ struct hal_sim_index {
 #define __threadfence_system() __atomic_thread_fence(__ATOMIC_SEQ_CST)
 
 template <class T>
-HAL_SIM_UNSEEN T hal_sim_shuffle(T value, int how, int operand, int width, const char *file, int line, int place) {
+HAL_SIM_UNSEEN static inline T hal_sim_shuffle(T value, int how, int operand, int width, const char *file, int line, int place) {
   static_assert(sizeof(T) <= 8, "a shuffle moves at most eight bytes");
   unsigned long long bits = 0;
   __builtin_memcpy(&bits, &value, sizeof(T));

@@ -190,10 +190,11 @@ TEXT hipGetErrorName(int code) {
     default: return "hipErrorUnknown";
   }
 }
-/* A failure of a kernel is told in full. */
+/* What a kernel did wrong is told in full, and why code does not load. */
 TEXT hipGetErrorString(int code) {
   static thread_local std::string text;
-  text = code == LAUNCH_FAILURE && !report().empty() ? report() : hipGetErrorName(code);
+  bool told = (code == LAUNCH_FAILURE || code == INVALID_IMAGE) && !report().empty();
+  text = told ? report() : hipGetErrorName(code);
   return text.c_str();
 }
 
