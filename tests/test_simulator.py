@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -301,6 +302,17 @@ def test_a_chip_that_is_not_known_is_no_device(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv(sim.ENV, "hip:gfx1")
     probe = hal_rocm.RocmBackend().probe()
     assert not probe.available and "hipErrorNoDevice" in probe.reason
+
+
+def test_a_forked_process_has_no_device(device: StagedDevice) -> None:
+    child = os.fork()
+    if not child:
+        try:
+            device.runtime("GetDeviceCount")
+        except DeviceError as error:
+            os._exit("hipErrorNoDevice" in str(error))
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 
 def test_times_are_kept_only_where_they_were_asked_for(planted: BoundProgram) -> None:

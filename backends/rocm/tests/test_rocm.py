@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from calls import decode_args
 from hal_conformance.case import MlaCase
 from hal_conformance.context import Settings
 from hal_conformance.decode import call, expect, judge
 from hal_conformance.inputs import build
 from hal_conformance.session import Session
-from hal_rocm.backend import RocmBackend
+from hal_rocm.backend import RocmBackend, vendor
 from seeds import SEED
 
 from hal import plugins
-from hal.portable import sim
-from hal.spec.errors import UnsupportedError
+from hal.portable import bindings, sim
+from hal.portable.bindings import BoundDevice, Torch
+from hal.portable.mla import PortableMla
+from hal.reference.mla import mla_decode
+from hal.spec.errors import BackendUnavailable, UnsupportedError
 from hal.spec.limits import DENSE_LSE, DENSE_OUT
 
 pytest.importorskip("hip", reason="hip-python is not installed")
@@ -129,3 +136,40 @@ def test_a_torch_that_is_not_for_rocm_is_the_reason(monkeypatch: pytest.MonkeyPa
     object.__setattr__(backend.runtime, "simulated", False)
     assert torch.version.hip is None
     assert backend.probe().reason == f"torch {torch.__version__} is not built for ROCm"
+
+
+def test_tensors_of_torch_are_used_in_place_on_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As with a torch for ROCm, but that its tensors are the host's, which the simulated device can address too.
+    runtime = RocmBackend().runtime
+    stream = runtime("StreamCreateWithFlags", 1)
+    address = stream.as_c_void_p().value
+    monkeypatch.setattr(torch.cpu, "current_stream", lambda index: types.SimpleNamespace(cuda_stream=address))
+    device = BoundDevice(runtime, 0, Torch("cpu", "cuda_stream"), vendor().tunings, timed=True)
+    torch.manual_seed(0)
+    table, lengths = torch.randperm(24).to(torch.int32).view(2, 12), torch.tensor([700, 70], dtype=torch.int32)
+    q, cache = (torch.randn(2, 1, 16, 64) / 10).bfloat16(), (torch.randn(24, 64, 1, 64) / 10).bfloat16()
+    args = decode_args(q=q, kv_cache=cache, block_table=table, cache_seqlens=lengths, head_dim_v=48)
+    args.out.fill_(5.0)
+    schedule = PortableMla(device).plan(
+        types.SimpleNamespace(geometry=args.geometry(), cache_seqlens=lengths, cu_seqlens_q=None)  # type: ignore[arg-type]
+    )
+    PortableMla(device).decode(args, schedule)
+    assert (args.out == 5.0).all()  # nobody waited, in the driver neither
+    runtime("StreamSynchronize", address)
+    out, lse = mla_decode(q, cache, table, lengths, head_dim_v=48)
+    assert (args.out.double() - out).abs().max() < 8e-4
+    assert torch.allclose(args.lse.double(), lse, rtol=0, atol=1e-5)
+    assert device.launches() == {f"hip:{name}@gfx942": 1 for name in ("mla_schedule", "mla_decode", "mla_merge")}
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"package": "nowhere"}, "the package nowhere does not import: No module named 'nowhere'"),
+        ({"package": "json"}, "the package json does not import: module 'json' has no attribute 'hip'"),
+        ({"properties": "hipGetDevicePropertiesR9900"}, "the runtime's library lacks hipGetDevicePropertiesR9900"),
+    ],
+)
+def test_what_is_missing_of_the_bindings_is_said(changed: dict[str, str], reason: str) -> None:
+    with pytest.raises(BackendUnavailable, match=re.escape(reason)):
+        bindings.load(replace(vendor().bindings(), **changed))
