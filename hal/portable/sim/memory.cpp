@@ -62,7 +62,11 @@ char *room(char *from, size_t size) {
 }
 }  // namespace
 
-size_t total() { return (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE) / 2; }
+/* Of what is given out everything is written to, so it is much less than the address space. */
+size_t total() {
+  size_t half = (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE) / 2;
+  return half < size_t(2) << 30 ? half : size_t(2) << 30;
+}
 size_t in_use() { return used; }
 
 Error allocate(void **made, size_t size) {
