@@ -21,7 +21,8 @@ const Chip CHIPS[] = {
 };
 const Chip *chip() { return chosen("musa", CHIPS); }
 bool started;
-int context, *current;
+int context;
+thread_local int *current; /* every thread has its own */
 }  // namespace
 
 API muInit(unsigned flags) {
