@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from hal.portable import cache, sim
-from hal.portable.runtime import Argument, Facts, InPlace, Program, Source
+from hal.portable.bound_window import BoundWindow
+from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source
 from hal.spec.errors import BackendUnavailable, CompileError, DeviceError
 
 _SIMULATOR: Final = "halSimulator"
@@ -39,8 +40,12 @@ CALLS: Final = (
     "Free",
     "GetDeviceCount",
     "GetErrorString",
+    "IpcCloseMemHandle",
+    "IpcGetMemHandle",
+    "IpcOpenMemHandle",
     "Malloc",
     "MemcpyAsync",
+    "MemsetAsync",
     "ModuleGetFunction",
     "ModuleLaunchKernel",
     "ModuleLoadData",
@@ -115,6 +120,10 @@ class Runtime:
             text = self._called(self.module, f"{self.bindings.prefix}GetErrorString", (error,))[1]
             raise DeviceError(f"{self.bindings.prefix}{name}: {error.name} ({int(error)}): {_text(text)}")
         return results
+
+    def structure(self, name: str) -> Any:
+        """A type of the runtime's."""
+        return getattr(self.module, self.bindings.prefix + name)
 
     def compile(self, text: str, source: Source, *options: str) -> bytes:
         """Machine code.
@@ -310,6 +319,8 @@ class BoundDevice(InPlace):
         Whether launches can be asked how long they took, which costs two more calls each.
     """
 
+    transport: Final = "ipc"
+
     def __init__(
         self, runtime: Runtime, index: int, torch_words: Torch, tunings: Mapping[str, Tuning], timed: bool = False
     ) -> None:
@@ -348,6 +359,16 @@ class BoundDevice(InPlace):
             return torch.empty(max(size, 16), dtype=torch.uint8, device=f"{self._torch.device}:{self.index}")
         except RuntimeError as error:
             raise DeviceError(f"{size} bytes of the device: {str(error).splitlines()[0]}") from error
+
+    def window(self, size: int) -> BoundWindow:
+        """See `runtime.SharingDevice`."""
+        self.runtime("SetDevice", self.index)
+        return BoundWindow.make(self.runtime, size)
+
+    def peer(self, handle: Handle) -> BoundWindow:
+        """See `runtime.SharingDevice`."""
+        self.runtime("SetDevice", self.index)
+        return BoundWindow.open(self.runtime, handle)
 
     def build(self, source: Source) -> BoundProgram:
         """See `runtime.Device`."""

@@ -65,7 +65,7 @@ class StagedDevice(BoundDevice):
 
     def copy(self, to: int, source: int, size: int) -> None:
         """Queue a copy; neither side may go away before the stream was waited for."""
-        kind = getattr(self.runtime.module, f"{self.runtime.bindings.prefix}MemcpyKind")(_ANYWHERE)
+        kind = self.runtime.structure("MemcpyKind")(_ANYWHERE)
         self.runtime("MemcpyAsync", to, source, size, kind, self.stream())
 
     def queue(self) -> StagedQueue:  # type: ignore[override]

@@ -31,7 +31,6 @@ from hal.portable.mla import PortableMla
 from hal.portable.runtime import Handle
 from hal.spec.errors import BackendUnavailable, CompileError, DeviceError
 
-
 Toolkit = Mapping[str, str]
 
 
