@@ -120,7 +120,7 @@ class BoundBackend(Backend):
             return Probe(False, str(error).splitlines()[0], "see what the vendor's own tools say", details=details)
 
     def capabilities(self) -> Capabilities:
-        """Dense decode of plain caches. Packed caches, chosen tokens and expert parallelism are not written yet."""
+        """Dense decode of plain caches. Packed caches and chosen tokens are not written, nor is expert parallelism judged."""
         where = "cpu" if self.runtime.simulated else self._vendor.torch.device
         return Capabilities(device_types=(where,), mla_dense=plain_dense(), mla_sparse=None, ep=None)
 
@@ -133,7 +133,7 @@ class BoundBackend(Backend):
         self._kernels.on(args.q.device.index or 0).decode(args, args.schedule)  # type: ignore[arg-type]
 
     def ep_buffer(self, args: EpBufferArgs) -> EpEngine:
-        """Not written yet, and not declared."""
+        """Not judged by the suite yet, and not declared."""
         raise UnsupportedError(self._vendor.name, "group", "an expert-parallel group", "no expert parallelism yet")
 
     def launches(self) -> Mapping[str, int]:
