@@ -225,6 +225,13 @@ def test_without_looking_closely_red_zones_are_looked_at_after_a_kernel(device: 
     assert torch.equal(run(device, program, "right_enough", right=False), torch.arange(N, dtype=torch.float32))
 
 
+def test_code_that_can_be_looked_at_need_not_be(device: StagedDevice, planted: BoundProgram) -> None:
+    start = torch.arange(N, dtype=torch.float32).view(GROUPS, THREADS)
+    for _ in range(20):
+        found = run(device, planted, "local_barrier_missing", right=True)
+        assert torch.equal(found.view(GROUPS, THREADS), start.flip(1))
+
+
 def test_code_that_cannot_be_looked_at_says_so(device: StagedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     program = device.build(PLANTED)
     monkeypatch.setenv(sim.CHECK_ENV, "memory")

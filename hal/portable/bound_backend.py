@@ -120,7 +120,7 @@ class BoundBackend(Backend):
             return Probe(False, str(error).splitlines()[0], "see what the vendor's own tools say", details=details)
 
     def capabilities(self) -> Capabilities:
-        """Dense decode of plain caches. Packed caches and chosen tokens are not written, nor is expert parallelism judged."""
+        """Dense decode of plain caches. Packed caches and chosen tokens are not written, nor is EP judged."""
         where = "cpu" if self.runtime.simulated else self._vendor.torch.device
         return Capabilities(device_types=(where,), mla_dense=plain_dense(), mla_sparse=None, ep=None)
 
