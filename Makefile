@@ -8,7 +8,7 @@ MYPY := nice $(BIN)/mypy --strict --num-workers 2
 INSTALL := $(BIN)/pip install -q --no-compile -c constraints.txt
 # Of all distributions here, installed once and not once for each.
 BUILD_TOOLS := hatchling editables scikit-build-core nanobind cmake ninja
-DISTRIBUTIONS := . backends/cpu conformance backends/cuda backends/musa integrations/vllm integrations/sglang
+DISTRIBUTIONS := . backends/cpu conformance backends/cuda backends/musa backends/rocm backends/dcu integrations/vllm integrations/sglang
 # Whatever decides what is installed; Python sources are live in an editable install and need no reinstall.
 INPUTS := constraints.txt $(wildcard pyproject.toml */pyproject.toml backends/*/pyproject.toml integrations/*/pyproject.toml) \
           $(wildcard backends/*/CMakeLists.txt backends/*/native/* backends/*/native/*/*)
@@ -29,7 +29,8 @@ pytest: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(MYPY) hal conformance/hal_conformance backends/cuda/hal_cuda backends/musa/hal_musa
+	$(MYPY) hal conformance/hal_conformance backends/cuda/hal_cuda backends/musa/hal_musa \
+	  backends/rocm/hal_rocm backends/dcu/hal_dcu
 	$(MYPY) -p examples.deepseek_v3
 	$(MYPY) integrations/recorded.py integrations/vllm/hal_vllm integrations/sglang/hal_sglang
 

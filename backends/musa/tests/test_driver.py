@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import types
 from collections.abc import Iterator, Mapping
@@ -24,17 +23,13 @@ from hal_musa import backend as musa
 from hal_musa import driver
 from test_musa import agrees, cached, decode_args, source
 
-import hal.portable
 from hal import plugins
 from hal.backend import Backend
 from hal.plugins import hookimpl
-from hal.portable import ep_node, host
+from hal.portable import ep_node, sim
 from hal.portable.mla import PortableMla
 from hal.portable.runtime import Handle
 from hal.spec.errors import BackendUnavailable, CompileError, DeviceError
-
-SIMULATED = Path(__file__).parent / "simulated"
-
 
 Toolkit = Mapping[str, str]
 
@@ -44,14 +39,13 @@ def toolkit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Toolkit]:
     """A machine with a MUSA driver and toolkit."""
     folder = tmp_path_factory.mktemp("musa")
     (folder / "bin").mkdir()
-    (folder / "bin" / "mcc").symlink_to(SIMULATED / "mcc")
-    library = folder / "libmusa.so"
-    made = [host.compiler(), "-std=c++17", "-O1", "-fPIC", "-shared", "-o", str(library)]
-    subprocess.run([*made, str(SIMULATED / "libmusa.cpp")], check=True)
+    (folder / "bin" / "mcc").symlink_to(sim.program("mcc"))
     variables = {
-        driver.LIBRARY_ENV: str(library),
+        driver.LIBRARY_ENV: str(sim.library("musa")),
         driver.HOME_ENV: str(folder),
-        "HAL_SIMULATOR": str(Path(hal.portable.__file__).parent / "dialects" / "host.cpp"),
+        sim.ENV: "musa:mp_22",
+        # Tensors of the host are looked at without waiting for anything.
+        "HAL_SIM_EAGER": "1",
         "HAL_KERNEL_CACHE": str(folder),
     }
     with pytest.MonkeyPatch.context() as patch:
@@ -62,7 +56,7 @@ def toolkit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Toolkit]:
 
 @pytest.mark.parametrize(("arch", "subgroup"), [("21", 128), ("31", 32)])
 def test_it_decodes_on_every_architecture(arch: str, subgroup: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SIMULATED_MUSA", arch)
+    monkeypatch.setenv(sim.ENV, f"musa:mp_{arch}")
     device = driver.MusaDevice(0, memory="cpu")
     assert (device.facts.name, device.facts.subgroup, device.facts.dialect) == (f"mp_{arch}", subgroup, "musa")
     kernels, args = PortableMla(device), decode_args(cached()[0])
@@ -107,7 +101,7 @@ def test_code_is_kept_for_an_architecture(tmp_path: Path, monkeypatch: pytest.Mo
     driver.MusaDevice(0, memory="cpu").build(filled)
     monkeypatch.setattr(driver, "_compile", lambda *given: pytest.fail("compiled again"))
     driver.MusaDevice(0, memory="cpu").build(filled)
-    monkeypatch.setenv("SIMULATED_MUSA", "31")
+    monkeypatch.setenv(sim.ENV, "musa:mp_31")
     with pytest.raises(pytest.fail.Exception):
         driver.MusaDevice(0, memory="cpu").build(filled)
 
@@ -126,7 +120,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 def test_the_backend_takes_the_driver_where_all_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_musa", types.ModuleType("torch_musa"))
-    monkeypatch.setenv("SIMULATED_MUSA", "31")
+    monkeypatch.setenv(sim.ENV, "musa:mp_31")
     backend = musa.MusaBackend()
     probe = backend.probe()
     assert probe.available and probe.evidence == "simulation"

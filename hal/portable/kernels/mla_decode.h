@@ -181,6 +181,7 @@ void mla_decode(HAL_GLOBAL const hal_element *q, HAL_GLOBAL const hal_element *k
     }
 
     hal_long slot = plan[batch + 1 + j] + y;
+    HAL_UNROLL
     for (int e = 0; e < EACH; e++) {
       int r = slice * EACH + e;
       float total = row_sum[r], array[8];

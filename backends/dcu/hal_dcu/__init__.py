@@ -1,0 +1,5 @@
+"""The DCU backend of the kernel HAL; `hal_dcu.plugin` registers it."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"

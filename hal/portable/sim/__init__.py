@@ -1,0 +1,106 @@
+"""The device simulator: a vendor's runtime by its C names, with the host for a device.
+
+``HAL_SIM=runtime:chip`` asks for it, where the runtime is one of `dialects` and the chip one of those it lists. The
+library is built when first asked for, by the C++ compiler that also compiles the kernels. ``docs/simulator.md`` tells
+what it looks at and how to put another runtime behind it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Final
+
+from hal.portable import cache
+from hal.portable.host import compiler
+from hal.spec.errors import BackendUnavailable, CompileError
+
+ENV: Final = "HAL_SIM"
+"""``runtime:chip``, for instance of the runtime whose C names are in ``dialects/runtime.cpp``."""
+CHECK_ENV: Final = "HAL_SIM_CHECK"
+"""What is looked at: ``memory,races,uninitialised,order,streams`` or some of them, or ``all``."""
+
+CACHE_ENV: Final = "HAL_SIM_CACHE"
+"""Folder of the simulator's libraries; ``kernel-hal`` in the user's cache folder if unset."""
+
+_HERE: Final = Path(__file__).parent
+_FLAGS: Final = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-pthread", f'-DHAL_SIM_FOLDER="{_HERE}"')
+
+
+def asked(runtime: str) -> str:
+    """The chip that is asked for under this runtime; empty if none is."""
+    name, _, chip = (os.environ.get(ENV) or "").partition(":")
+    return chip if name == runtime else ""
+
+
+def version() -> str:
+    """What compiled kernels depend on besides their source: the simulator, the compiler, the processor, the checks."""
+    checks = ",".join(sorted(filter(None, (os.environ.get(CHECK_ENV) or "").split(","))))
+    return f"simulator {_digest()} of {checks or 'nothing'}"
+
+
+def library(runtime: str) -> Path:
+    """The library with the C names of this runtime, built if it is not there.
+
+    Raises
+    ------
+    BackendUnavailable
+        There is no C++ compiler, or no folder to keep the library in.
+    CompileError
+    """
+    return _built(f"lib{runtime}-{_digest()}.so", runtime, "-shared")
+
+
+def program(name: str) -> Path:
+    """As `library`, for a program that stands for one of a vendor's: a compiler, usually.
+
+    Raises
+    ------
+    BackendUnavailable, CompileError
+    """
+    return _built(f"{name}-{_digest()}", name)
+
+
+def _built(name: str, dialect: str, *flags: str) -> Path:
+    core = _made(f"core-{_digest()}.o", *sorted(map(str, _HERE.glob("*.cpp"))), "-r")
+    return _made(name, str(_HERE / "dialects" / f"{dialect}.cpp"), str(core), *flags)
+
+
+def _made(name: str, *line: str) -> Path:
+    """What the compiler makes of this line, kept."""
+    folder = cache.private_folder("simulator", variable=CACHE_ENV)
+    if folder is None:
+        raise BackendUnavailable(f"{ENV}: no private folder to build the simulator in: set {CACHE_ENV}")
+    made = folder / name
+    if made.exists():
+        return made
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of several processes makes it, the others take it
+        if made.exists():
+            return made
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            output = Path(work, name)
+            whole = [compiler(), *_FLAGS, *line, "-o", str(output)]
+            done = subprocess.run(whole, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise CompileError("the simulator does not build", log=done.stderr, source_path=line[0])
+            output.replace(made)
+    return made
+
+
+@lru_cache(maxsize=1)
+def _digest() -> str:
+    """What the library is made from."""
+    files = [path.read_text() for path in sorted(_HERE.rglob("*")) if path.suffix in (".cpp", ".h")]
+    known = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=False).stdout
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return cache.key(*files, *_FLAGS, known, platform.machine(), processor)[:16]

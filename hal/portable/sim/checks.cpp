@@ -1,0 +1,231 @@
+/* Every access of a kernel, looked at before it happens.
+ *
+ * A byte remembers who wrote and who read it last. Two accesses of which one writes are a race unless something orders
+ * them: a barrier for items of a group, nothing for groups of a launch, streams and events for launches.
+ */
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+
+#include "simulator.h"
+
+namespace sim {
+Checks checks() {
+  const char *asked = getenv("HAL_SIM_CHECK"), *seed = getenv("HAL_SIM_SEED"), *eager = getenv("HAL_SIM_EAGER");
+  std::string words = std::string(",") + (asked ? asked : "") + ",";
+  auto has = [&](const char *word) {
+    return words.find(std::string(",") + word + ",") != words.npos || words == ",all,";
+  };
+  return {has("memory"), has("races"), has("uninitialised"), has("order"), has("streams"), eager && *eager == '1',
+          seed ? (unsigned)strtoul(seed, nullptr, 10) : 0};
+}
+
+namespace check {
+namespace {
+const char *done(int kind) { return kind == HAL_SIM_READ ? " reads " : kind == HAL_SIM_WRITE ? " writes " : " updates "; }
+
+std::string bytes(size_t size) { return std::to_string(size) + (size == 1 ? " byte" : " bytes"); }
+
+/* `name[index]` of an address: the kernel's own name for it, and the number of the element there. */
+std::string element(const Where &where, const Buffer *buffer, const char *address) {
+  const hal_sim_kernel &kernel = *where.launch->function.kernel;
+  const char *name = kernel.names;
+  for (unsigned i = 0; buffer && i < kernel.count; i++) {
+    size_t length = strcspn(name, "\n");
+    if (kernel.parameters[i].element) {
+      const char *given;
+      memcpy(&given, where.launch->given[i], sizeof given);
+      if (memory::find(given) == buffer) {
+        ptrdiff_t index = (address - given) / (ptrdiff_t)kernel.parameters[i].element;
+        if (address < given) index = -((given - address + kernel.parameters[i].element - 1) / kernel.parameters[i].element);
+        return std::string(name, length) + "[" + std::to_string(index) + "]";
+      }
+    }
+    name += length + (name[length] != 0);
+  }
+  return buffer ? "buffer " + std::to_string(buffer->number) : "an address";
+}
+
+struct Spot {
+  const Where &where;
+  size_t size;
+  int kind;
+  const void *from;
+
+  std::string wrong(const std::string &what, const std::string &how) const {
+    std::string text = work_item(where) + done(kind) + bytes(size) + " at " + what + ": " + how;
+    return text + " (" + modules::place(*where.launch->function.module, from) + ")";
+  }
+};
+
+Stamp stamp(const Where &where, uint32_t op) {
+  unsigned wave = where.item / where.launch->chip->wavefront;
+  return {op, where.group, where.epoch, (uint16_t)where.item, where.phases[wave], (uint16_t)wave, 0, 0, 0};
+}
+
+std::string other_item(const Stamp &stamp, bool same_group) {
+  if (stamp.items) return same_group ? "several work-items" : "work-items of group " + std::to_string(stamp.group);
+  std::string text = "work-item " + std::to_string(stamp.item);
+  return same_group ? text : text + " of group " + std::to_string(stamp.group);
+}
+
+/* What was read before a shuffle was read before whatever comes after it in the same wavefront. */
+bool shuffled(const Stamp &read, const Stamp &mine) {
+  return !read.waves && read.wave == mine.wave && read.phase != mine.phase;
+}
+
+/* What an access to a byte is at odds with; null if with nothing. `mine` is who accesses now. */
+const char *conflict(const Cell &cell, const Stamp &mine, bool writes, bool atomic, bool across, const Stamp **with) {
+  const Stamp &w = cell.write, &r = cell.read;
+  if (w.op == mine.op && !(atomic && cell.atomic)) {
+    *with = &w;
+    if (across && w.group != mine.group) return "wrote";
+    if (w.group == mine.group && w.epoch == mine.epoch && w.item != mine.item) return "wrote";
+  }
+  if (writes && r.op == mine.op) {
+    *with = &r;
+    if (across && (r.group != mine.group || r.groups)) return "read";
+    if (r.group == mine.group && r.epoch == mine.epoch && (r.item != mine.item || r.items) && !shuffled(r, mine))
+      return "read";
+  }
+  return nullptr;
+}
+
+void note(Cell &cell, const Stamp &mine, int kind) {
+  if (kind != HAL_SIM_READ) {
+    cell.write = mine, cell.atomic = kind == HAL_SIM_ATOMIC;
+    return;
+  }
+  Stamp &r = cell.read;
+  bool same_op = r.op == mine.op, groups = same_op && (r.groups || r.group != mine.group);
+  bool since = same_op && r.group == mine.group && r.epoch == mine.epoch && !shuffled(r, mine);
+  bool items = since && (r.items || r.item != mine.item), waves = since && (r.waves || r.wave != mine.wave);
+  r = mine, r.groups = groups, r.items = items, r.waves = waves;
+}
+
+std::string local(const Where &where, size_t at, const Spot &spot) {
+  const Module &module = *where.launch->function.module;
+  const Checks &asked = where.launch->checks;
+  const char *kernel = where.launch->function.kernel->name;
+  const Array *nearest = nullptr;
+  size_t distance = ~size_t(0);
+  for (const Array &array : module.arrays) {
+    if (array.kernel != kernel) continue;
+    size_t away = at < array.offset ? array.offset - at : at + spot.size > array.offset + array.size ? at - array.offset : 0;
+    if (away >= array.size && at >= array.offset) away -= array.size;
+    if (away < distance || !nearest) nearest = &array, distance = away;
+    if (at >= array.offset && at + spot.size <= array.offset + array.size) {
+      nearest = &array, distance = 0;
+      break;
+    }
+  }
+  if (!nearest) return asked.memory ? spot.wrong("local memory", "the kernel has none there") : "";
+  std::string name = "byte " + std::to_string((ptrdiff_t)at - (ptrdiff_t)nearest->offset) + " of local memory " + nearest->name;
+  if (at < nearest->offset || at + spot.size > nearest->offset + nearest->size)
+    return asked.memory ? spot.wrong(name, "out of bounds, there are " + bytes(nearest->size)) : "";
+
+  Stamp mine = stamp(where, where.serial);
+  for (size_t i = at; i < at + spot.size; i++) {
+    Cell &cell = (*where.local_cells)[i];
+    if (asked.uninitialised && spot.kind != HAL_SIM_WRITE && cell.write.op != where.serial)
+      return spot.wrong(name, "uninitialised");
+    const Stamp *with;
+    const char *did = asked.races
+                          ? conflict(cell, mine, spot.kind != HAL_SIM_READ, spot.kind == HAL_SIM_ATOMIC, false, &with)
+                          : nullptr;
+    if (did) return spot.wrong(name, "a race, " + other_item(*with, true) + " " + did + " it since the last barrier");
+    note(cell, mine, spot.kind);
+  }
+  return "";
+}
+
+std::string bounds(const Buffer *buffer, const char *at, size_t size) {
+  if (!buffer) return "not memory of the device";
+  if (!buffer->alive) return "use after free, of a buffer of " + bytes(buffer->size);
+  if (at < buffer->base) return "out of bounds, " + bytes(buffer->base - at) + " before a buffer of " + bytes(buffer->size);
+  if (at + size > buffer->base + buffer->size)
+    return "out of bounds, the buffer of " + bytes(buffer->size) + " ends " +
+           (at >= buffer->base + buffer->size ? bytes(at - buffer->base - buffer->size) + " before" : "within");
+  return "";
+}
+
+Cell *cells(Buffer &buffer) {
+  if (!buffer.cells) {
+    int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void *made = mmap(nullptr, std::max<size_t>(1, buffer.size) * sizeof(Cell), PROT_READ | PROT_WRITE, flags, -1, 0);
+    if (made != MAP_FAILED) buffer.cells = (Cell *)made;
+  }
+  return buffer.cells;
+}
+
+/* Whether work that nothing orders before this one touched the byte. */
+const Stamp *unordered(const Cell &cell, const Op &op, bool writes) {
+  if (cell.write.op && cell.write.op != op.number && !streams::ordered(cell.write.op, op)) return &cell.write;
+  if (writes && cell.read.op && cell.read.op != op.number && !streams::ordered(cell.read.op, op)) return &cell.read;
+  return nullptr;
+}
+}  // namespace
+
+std::string access(const Where &where, const void *address, size_t size, int kind, const void *from) {
+  const Checks &asked = where.launch->checks;
+  const Module &module = *where.launch->function.module;
+  const char *at = (const char *)address;
+  Spot spot{where, size, kind, from};
+  if (at >= where.local && at < where.local + module.local_size) return local(where, at - where.local, spot);
+  if ((uintptr_t)at >= module.begin && (uintptr_t)at < module.end) return "";
+  Buffer *buffer = memory::find(at);
+  std::string out = bounds(buffer, at, size);
+  if (!out.empty()) return asked.memory || !buffer ? spot.wrong(element(where, buffer, at), out) : "";
+  if (buffer->peer) return "";
+
+  Cell *cell = cells(*buffer);
+  if (!cell) return "";
+  cell += at - buffer->base;
+  Stamp mine = stamp(where, where.launch->op->number);
+  bool writes = kind != HAL_SIM_READ;
+  for (size_t i = 0; i < size; i++, cell++) {
+    if (asked.uninitialised && kind != HAL_SIM_WRITE && !cell->write.op)
+      return spot.wrong(element(where, buffer, at + i), "uninitialised");
+    const Stamp *with;
+    const char *did = asked.races ? conflict(*cell, mine, writes, kind == HAL_SIM_ATOMIC, true, &with) : nullptr;
+    if (did) {
+      bool same = with->group == where.group;
+      std::string since = same ? " it since the last barrier" : " it in the same launch";
+      return spot.wrong(element(where, buffer, at + i), "a race, " + other_item(*with, same) + " " + did + since);
+    }
+    const Stamp *early = asked.streams ? unordered(*cell, *where.launch->op, writes) : nullptr;
+    if (early)
+      return spot.wrong(element(where, buffer, at + i), "nothing waits for " + streams::name(early->op) + ", which used it");
+    note(*cell, mine, kind);
+  }
+  return "";
+}
+
+std::string copy(const Op &op, const void *address, size_t size, int kind) {
+  Checks asked = checks();
+  Buffer *buffer = memory::find(address);
+  if (!buffer) return ""; /* of the host */
+  std::string out = bounds(buffer, (const char *)address, size);
+  if (!out.empty()) return op.what + done(kind) + bytes(size) + " at buffer " + std::to_string(buffer->number) + ": " + out;
+  if (!asked.accesses() || buffer->peer) return "";
+  Cell *cell = cells(*buffer);
+  if (!cell) return "";
+  cell += (const char *)address - buffer->base;
+  Stamp mine = {};
+  mine.op = op.number;
+  for (size_t i = 0; i < size; i++, cell++) {
+    const Stamp *early = asked.streams ? unordered(*cell, op, kind != HAL_SIM_READ) : nullptr;
+    if (early)
+      return op.what + done(kind) + "byte " + std::to_string((const char *)address - buffer->base + i) + " of buffer " +
+             std::to_string(buffer->number) + ": nothing waits for " + streams::name(early->op) + ", which used it";
+    if (kind == HAL_SIM_READ)
+      cell->read = mine;
+    else
+      cell->write = mine, cell->atomic = false;
+  }
+  return "";
+}
+}  // namespace check
+}  // namespace sim

@@ -1,0 +1,29 @@
+/* Between the engine and code that was compiled for it: all that a module and the simulator know of each other. */
+#pragma once
+
+/* What a memory access is. */
+enum { HAL_SIM_READ, HAL_SIM_WRITE, HAL_SIM_ATOMIC };
+/* Whose value a shuffle brings. */
+enum { HAL_SIM_XOR, HAL_SIM_DOWN, HAL_SIM_UP, HAL_SIM_LANE };
+
+/* Given by the engine to every module it loads. */
+struct hal_sim_engine {
+  unsigned (*index)(int which); /* 0 thread, 1 group, 2 groups, 3 threads, 4 width of a wavefront */
+  void (*barrier)(const char *file, int line, int place);
+  unsigned long long (*shuffle)(unsigned long long value, int how, int operand, int width, const char *file,
+                                int line, int place);
+  void (*access)(const void *address, unsigned long size, int kind, const void *from);
+};
+
+struct hal_sim_parameter {
+  unsigned size, alignment, element; /* what a pointer points to has `element` bytes, 0 for what is no pointer */
+};
+
+/* Given by a module: `hal_sim_kernels`, ended by one without a name. */
+struct hal_sim_kernel {
+  const char *name;
+  void (*call)(void **given);
+  const char *names; /* of the parameters, one a line */
+  const hal_sim_parameter *parameters;
+  unsigned count;
+};
