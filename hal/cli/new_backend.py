@@ -35,6 +35,8 @@ class Runtime:
     name, about : str
     folders : list of str
         Of templates; a later one wins.
+    priority : int
+        Of the backend: what plays on the host is never chosen by itself.
     dependencies, development : list of str
         Requirements of the distribution, and of its tests.
     environment : dict of str to str
@@ -44,6 +46,7 @@ class Runtime:
     name: str
     about: str
     folders: list[str]
+    priority: int
     dependencies: list[str]
     development: list[str]
     environment: dict[str, str]
@@ -148,6 +151,7 @@ def _texts(runtime: Runtime) -> dict[Path, str]:
     variables = "".join(f'      {key}: "{value}"\n' for key, value in runtime.environment.items())
     blanks = {
         "@SPEC@": SPEC_VERSION,
+        "@PRIORITY@": str(runtime.priority),
         "@RUNTIME@": runtime.name,
         "@FILES@": runtime.section(0),
         "@STEPS@": runtime.section(1),
