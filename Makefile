@@ -33,6 +33,12 @@ lint: $(VENV)/.installed
 	$(MYPY) -p examples.deepseek_v3
 	$(MYPY) integrations/recorded.py integrations/vllm/hal_vllm integrations/sglang/hal_sglang
 
+# What `hal new-backend` makes has types too; the cache of mypy spares the rest.
+	@rm -rf $(MADE)
+	@name=new; for runtime in host opencl cuda-like hip-like; do name=a$$name; \
+	  $(BIN)/hal new-backend $$name --runtime $$runtime --out $(MADE)/$$name >/dev/null || exit 1; done
+	$(MYPY) $(MADE)/*/hal_*
+
 # Every case of the published sweep, about half an hour on two cores, and all of what the device kernels' tests draw from.
 sweep: $(VENV)/.installed
 	HAL_SWEEP=all HAL_COMPILE=all $(BIN)/pytest -n 2 -q \
