@@ -13,7 +13,7 @@ DISTRIBUTIONS := . backends/cpu conformance backends/cuda backends/musa integrat
 INPUTS := constraints.txt $(wildcard pyproject.toml */pyproject.toml backends/*/pyproject.toml integrations/*/pyproject.toml) \
           $(wildcard backends/*/CMakeLists.txt backends/*/native/* backends/*/native/*/*)
 
-.PHONY: demo test pytest lint sweep bench conform mutants clean
+.PHONY: demo test pytest lint sweep bench conform mutants docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hal demo
@@ -26,14 +26,13 @@ test: $(VENV)/.installed
 pytest: $(VENV)/.installed
 	$(BIN)/pytest -n 4 --dist loadgroup
 
+# What `hal new-backend` makes is held to the same types.
 lint: $(VENV)/.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(MYPY) hal conformance/hal_conformance backends/cuda/hal_cuda backends/musa/hal_musa
 	$(MYPY) -p examples.deepseek_v3
 	$(MYPY) integrations/recorded.py integrations/vllm/hal_vllm integrations/sglang/hal_sglang
-
-# What `hal new-backend` makes has types too; the cache of mypy spares the rest.
 	@rm -rf $(MADE)
 	@name=new; for runtime in host opencl cuda-like hip-like; do name=a$$name; \
 	  $(BIN)/hal new-backend $$name --runtime $$runtime --out $(MADE)/$$name >/dev/null || exit 1; done
@@ -52,6 +51,11 @@ conform: $(VENV)/.installed
 mutants: $(VENV)/.installed
 	PYTHONPATH=tests $(BIN)/python -m mutants
 
+# The site, in site/; a link to a page or a heading that is not there fails. Its tools are an extra, installed here.
+docs: $(VENV)/.installed
+	$(INSTALL) -e .[docs] --no-build-isolation
+	$(BIN)/mkdocs build --strict --quiet
+
 bench: $(VENV)/.installed
 	$(BIN)/hal bench mla --quick
 
@@ -64,4 +68,4 @@ $(VENV)/.installed: $(INPUTS)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) backends/cpu/build
+	rm -rf $(VENV) backends/cpu/build site
