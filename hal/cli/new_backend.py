@@ -34,7 +34,7 @@ class Runtime:
     ----------
     name, about : str
     folders : list of str
-        Of templates; a later one wins.
+        Of templates, beside its own.
     priority : int
         Of the backend: what plays on the host is never chosen by itself.
     dependencies, development : list of str
@@ -160,7 +160,7 @@ def _texts(runtime: Runtime) -> dict[Path, str]:
         "@ENVIRONMENT@": f"    env:\n{variables}" if variables else "",
     }
     texts = {}
-    for folder in runtime.folders:
+    for folder in (*runtime.folders, runtime.name):
         root = _TEMPLATES / folder
         for path in sorted(root.rglob(f"*{_SUFFIX}")):
             text = path.read_text()
