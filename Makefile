@@ -13,7 +13,7 @@ DISTRIBUTIONS := . backends/cpu conformance backends/cuda backends/musa backends
 INPUTS := constraints.txt $(wildcard pyproject.toml */pyproject.toml backends/*/pyproject.toml integrations/*/pyproject.toml) \
           $(wildcard backends/*/CMakeLists.txt backends/*/native/* backends/*/native/*/*)
 
-.PHONY: demo test pytest lint sweep bench conform mutants clean
+.PHONY: demo test pytest lint sweep bench conform mutants docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hal demo
@@ -26,6 +26,7 @@ test: $(VENV)/.installed
 pytest: $(VENV)/.installed
 	$(BIN)/pytest -n 4 --dist loadgroup
 
+# What `hal new-backend` makes is held to the same types.
 lint: $(VENV)/.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -33,6 +34,10 @@ lint: $(VENV)/.installed
 	  backends/rocm/hal_rocm backends/dcu/hal_dcu
 	$(MYPY) -p examples.deepseek_v3
 	$(MYPY) integrations/recorded.py integrations/vllm/hal_vllm integrations/sglang/hal_sglang
+	@rm -rf $(MADE)
+	@name=new; for runtime in host opencl cuda-like hip-like; do name=a$$name; \
+	  $(BIN)/hal new-backend $$name --runtime $$runtime --out $(MADE)/$$name >/dev/null || exit 1; done
+	$(MYPY) $(MADE)/*/hal_*
 
 # Every case of the published sweep, about half an hour on two cores, and all of what the device kernels' tests draw from.
 sweep: $(VENV)/.installed
@@ -47,6 +52,11 @@ conform: $(VENV)/.installed
 mutants: $(VENV)/.installed
 	PYTHONPATH=tests $(BIN)/python -m mutants
 
+# The site, in site/; a link to a page or a heading that is not there fails. Its tools are an extra, installed here.
+docs: $(VENV)/.installed
+	$(INSTALL) -e .[docs] --no-build-isolation
+	$(BIN)/mkdocs build --strict --quiet
+
 bench: $(VENV)/.installed
 	$(BIN)/hal bench mla --quick
 
@@ -59,4 +69,4 @@ $(VENV)/.installed: $(INPUTS)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) backends/cpu/build
+	rm -rf $(VENV) backends/cpu/build site

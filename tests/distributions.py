@@ -158,6 +158,24 @@ def bare_site(folder: Path) -> Path:
     return folder
 
 
+def suite_site(bare: Interpreter, folder: Path) -> Path:
+    """The conformance suite as a distribution that is installed there, beside what this interpreter sees."""
+    import hal_conformance
+    from hal_conformance.waivers import tomllib
+
+    package, root = Path(hal_conformance.__file__).parent, Path(__file__).resolve().parent.parent
+    info = folder / "hal_conformance-0.1.0.dist-info"
+    info.mkdir(parents=True)
+    if not (bare.folders[-1] / "hal_conformance").exists():
+        (folder / "hal_conformance").symlink_to(package)
+    project = tomllib.loads((root / "conformance" / "pyproject.toml").read_text())["project"]
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: hal-conformance\nVersion: 0.1.0\n")
+    groups = project["entry-points"].items()
+    lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in entries.items()) for group, entries in groups]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+    return folder
+
+
 def _read(path: Path) -> str:
     return path.read_text() if path.exists() else ""
 

@@ -5,13 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import hal_conformance
 import mutants.sample
 import pytest
-from distributions import Distribution, Interpreter, install
-from hal_conformance.waivers import tomllib
-
-ROOT = Path(__file__).resolve().parent.parent
+from distributions import Distribution, Interpreter, install, suite_site
 
 # A small chip, so that a complete run is short: what is not declared is refused, not tested.
 _VENDOR = """
@@ -48,18 +44,7 @@ _CAUSAL_BUG = """
 def outside(bare: Interpreter, tmp_path_factory: pytest.TempPathFactory) -> Interpreter:
     """Sees the HAL, the suite as an installed distribution, and two vendors; nothing of this repository."""
     folder = tmp_path_factory.mktemp("outside")
-    suite = folder / "suite"
-    suite.mkdir()
-    if not (bare.folders[-1] / "hal_conformance").exists():
-        (suite / "hal_conformance").symlink_to(Path(hal_conformance.__file__).parent)
-    project = tomllib.loads((ROOT / "conformance" / "pyproject.toml").read_text())["project"]
-    info = suite / "hal_conformance-0.1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: hal-conformance\nVersion: 0.1.0\n")
-    groups = project["entry-points"].items()
-    lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in entries.items()) for group, entries in groups]
-    (info / "entry_points.txt").write_text("\n".join(lines))
-    return bare.seeing(install(folder, vendor("acme"), vendor("lame", _CAUSAL_BUG)), suite)
+    return bare.seeing(install(folder, vendor("acme"), vendor("lame", _CAUSAL_BUG)), suite_site(bare, folder / "suite"))
 
 
 @pytest.mark.long(25)

@@ -140,7 +140,7 @@ def conform(
 def _run(session: Session, out: Path, older: dict[str, Any] | None) -> int:
     from rich.console import Console
 
-    from hal_conformance import diff, html
+    from hal_conformance import diff, html, next_step
     from hal_conformance import report as reports
 
     console = Console()
@@ -152,6 +152,7 @@ def _run(session: Session, out: Path, older: dict[str, Any] | None) -> int:
         if session.facts.get("state") == "unavailable":
             reason = session.facts["reason"]
             if reason:
+                _say_next(console, next_step.unavailable(session.settings.backend))
                 wrong_request(
                     f"{session.settings.backend} is not available on this machine, so nothing can be tested: {reason}"
                 )
@@ -173,6 +174,7 @@ def _run(session: Session, out: Path, older: dict[str, Any] | None) -> int:
     reports.write(report, out / "report.json")
     html.write(report, out / "report.html", rows)
     _summary(console, report, rows, out)
+    _say_next(console, next_step.next_step(report))
     return 0 if report["verdict"] in ("PASS", "WAIVED", "INCOMPLETE") else 1
 
 
@@ -241,6 +243,12 @@ def _summary(console: Console, report: dict[str, Any], rows: list[dict[str, str]
             )
     console.print(f"\n[bold]{report['headline']}[/]", highlight=False, soft_wrap=True)
     console.print(f"{out / 'report.html'}  {out / 'report.json'}", highlight=False, soft_wrap=True)
+
+
+def _say_next(console: Console, lines: list[str]) -> None:
+    console.print("\n[bold]next step[/]")
+    for line in lines:
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import hal
-from hal.cli import backends, bench, demo, doctor, ep, shims
+from hal.cli import backends, bench, demo, doctor, ep, new_backend, shims
 from hal.cli.extensions import Commands
 from hal.cli.text import paragraph
 
@@ -31,6 +31,7 @@ app.command("backends", help=backends.HELP)(backends.backends)
 app.command("doctor", help=doctor.HELP)(doctor.doctor)
 app.command("demo", help=demo.HELP)(demo.demo)
 app.command("install-shims", help=shims.HELP)(shims.install_shims)
+app.command("new-backend", help=new_backend.HELP)(new_backend.new_backend)
 app.add_typer(bench.app, name="bench")
 app.add_typer(ep.app, name="ep")
 
