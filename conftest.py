@@ -1,12 +1,14 @@
 """What holds for every test of the repository.
 
-In CI nothing is skipped because a part is missing. Torch keeps to one thread, since tests run side by side and its
+In CI nothing is skipped because a part is missing. With ``--sample`` half of the tests that take long and have others
+of their kind are run, another half each time. Torch keeps to one thread, since tests run side by side and its
 threads would only wait for each other.
 """
 
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Generator
 from pathlib import Path
 from typing import TypeVar
@@ -21,9 +23,27 @@ SUITE = Path(__file__).parent / "conformance"
 Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Say that the run has to end soon."""
+    parser.addoption("--sample", action="store_true", help="of the tests marked sampled, run the half the seed draws")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Start what takes long first, so that at the end no worker is left alone with it."""
+    if config.getoption("--sample"):
+        _sample(config, items)
     items.sort(key=_seconds, reverse=True)
+
+
+def _sample(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out every other sampled test, in an order that the seed of the run decides."""
+    from seeds import SEED
+
+    order = [item for item in items if item.get_closest_marker("sampled")]
+    order.sort(key=lambda item: random.Random(f"{SEED} {item.nodeid}").random())
+    left_out = order[1::2]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 def _seconds(item: pytest.Item) -> float:

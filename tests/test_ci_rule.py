@@ -18,6 +18,18 @@ def test_elsewhere():
 """
 
 
+SAMPLED = """
+import pytest
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("number", range(6))
+def test_of_many(number):
+    pass
+
+def test_always():
+    pass
+"""
+
 WHOLE_FILE = """
 import pytest
 
@@ -25,11 +37,17 @@ pytest.importorskip("a_part_that_is_missing")
 """
 
 
-def outcome(tmp_path: Path, ci: str, sample: str = SAMPLE) -> str:
+def outcome(tmp_path: Path, ci: str, sample: str = SAMPLE, *options: str) -> str:
     (tmp_path / "conftest.py").write_text((Path(__file__).parents[1] / "conftest.py").read_text())
     (tmp_path / "test_sample.py").write_text(sample)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
-    run = subprocess.run(command, env={**os.environ, "CI": ci}, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path), *options]
+    run = subprocess.run(
+        command,
+        env={**os.environ, "CI": ci, "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     return run.stdout.splitlines()[-1]
 
 
@@ -44,3 +62,8 @@ def test_a_developer_skips(tmp_path: Path) -> None:
 def test_ci_fails_on_a_whole_file_that_is_skipped(tmp_path: Path) -> None:
     assert "1 error" in outcome(tmp_path, "true", WHOLE_FILE)
     assert outcome(tmp_path, "", WHOLE_FILE).startswith("1 skipped")
+
+
+def test_half_of_the_sampled_tests_are_run_where_that_is_asked_for(tmp_path: Path) -> None:
+    assert outcome(tmp_path, "true", SAMPLED, "--sample").startswith("4 passed, 3 deselected")
+    assert outcome(tmp_path, "true", SAMPLED).startswith("7 passed")

@@ -41,6 +41,7 @@ def python(*arguments: str, path: Path | None = None, cwd: Path | None = None) -
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "script",
     [

@@ -43,6 +43,7 @@ def test_there_are_many_and_each_claims_a_level() -> None:
     assert all(m.story for m in mutants.values())
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", CHOSEN)
 @pytest.mark.long(15)
 def test_a_mutant_dies_in_the_level_that_claims_it(name: str, kept_worker: Worker) -> None:
@@ -52,7 +53,9 @@ def test_a_mutant_dies_in_the_level_that_claims_it(name: str, kept_worker: Worke
 
 
 @pytest.mark.long(28)
-@pytest.mark.parametrize("backend", ["sample", "ep-sample", "cpu"])
+@pytest.mark.parametrize(
+    "backend", ["cpu", *(pytest.param(b, marks=pytest.mark.sampled) for b in ("sample", "ep-sample"))]
+)
 def test_a_correct_backend_survives_a_fresh_seed(backend: str, kept_worker: Worker) -> None:
     results = run(backend, worker=kept_worker)
     alarms = [(r.id, r.message, [f.get("reproduce") for f in r.failures]) for r in results if r.status in RED]

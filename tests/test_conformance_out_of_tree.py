@@ -74,6 +74,7 @@ def test_an_installed_vendor_is_certified_and_its_certificate_binds_its_files(
     assert "are not the certified ones" in verified.stdout
 
 
+@pytest.mark.sampled
 def test_an_installed_vendor_with_a_bug_is_refused_with_its_cause(outside: Interpreter, tmp_path: Path) -> None:
     line = ["conform", "--backend", "lame", "--out", str(tmp_path), "--seed", "7", "--quick"]
     done = outside.hal(*line, timeout=300)
@@ -94,6 +95,7 @@ def test_an_installed_vendor_with_a_bug_is_refused_with_its_cause(outside: Inter
     assert "first wrong: scores, sequence 0" in stages.stdout
 
 
+@pytest.mark.sampled
 def test_an_installed_vendor_runs_under_plain_pytest(outside: Interpreter, tmp_path: Path) -> None:
     line = [
         "--pyargs",

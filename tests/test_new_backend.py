@@ -192,6 +192,7 @@ counted = {**device.launches(), **plugins.select("NAME").backend.launches()}
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("runtime", ["cuda-like", "hip-like"])
 def test_a_driver_runs_on_a_library_with_its_names(
     runtime: str, vendors: Interpreter, toolkit: Path, tmp_path: Path
@@ -232,6 +233,7 @@ def test_another_vendors_opencl_is_simulation(vendors: Interpreter) -> None:
     assert "Portable Computing Language" in bob["details"]["platform"]
 
 
+@pytest.mark.sampled
 @pytest.mark.long(20)
 def test_declared_expert_parallelism_conforms(vendors: Interpreter, tmp_path: Path) -> None:
     declared = {
@@ -249,6 +251,7 @@ def test_declared_expert_parallelism_conforms(vendors: Interpreter, tmp_path: Pa
     assert found == dict.fromkeys(("CAP-04", "EPN-01", "EPN-10", "EPN-20"), "PASS")
 
 
+@pytest.mark.sampled
 def test_its_own_tests_pass_as_it_comes(vendors: Interpreter, made: Path) -> None:
     tests = [str(made / name / "tests") for name in NAMES.values()]
     line = ["-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "--import-mode=importlib", "--rootdir", str(made)]

@@ -57,6 +57,7 @@ def test_both_modes_are_the_oracle(before: partial[None]) -> None:
     run_ranks(2, ep_cases.packed, PACKED, limit=90, before=before)
 
 
+@pytest.mark.sampled
 def test_other_group_sizes(before: partial[None]) -> None:
     run_ranks(1, ep_cases.normal, [replace(FIBRES, ranks=1, tokens=(5,))], limit=60, before=before)
     three = replace(FIBRES, ranks=3, tokens=(5, 0, 9), experts=10, topk=4, room=7, overflow="drop")
@@ -64,6 +65,7 @@ def test_other_group_sizes(before: partial[None]) -> None:
     run_ranks(3, ep_cases.packed, [(replace(three, room=None, overflow="error"), "none")], limit=60, before=before)
 
 
+@pytest.mark.sampled
 def test_nodes(before: partial[None]) -> None:
     four = replace(FIBRES, ranks=4, tokens=(5, 0, 9, 3), experts=10, topk=4, per_node=2)
     cases = [replace(four, expand=True, alignment=4), replace(four, pre_reduce=True)]
@@ -124,6 +126,7 @@ def gone(rank: int, how: int) -> list[int]:
     return named
 
 
+@pytest.mark.sampled
 def test_memory_that_is_lacking_on_one_rank_is_an_error_on_all(before: partial[None]) -> None:
     run_ranks(2, lacking, limit=60, before=before)
 

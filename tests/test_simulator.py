@@ -252,6 +252,7 @@ REAL = [
 NEEDLESS = {("mla_decode.h", 5)}
 
 
+@pytest.mark.sampled
 @pytest.mark.long(15)
 @pytest.mark.parametrize(("name", "number"), REAL)
 def test_no_barrier_of_the_kernels_can_be_missed(

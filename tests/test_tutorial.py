@@ -94,6 +94,7 @@ def edit(block: Block, folder: Path) -> int:
     return sum(line[0] in "+-" for line in lines)
 
 
+@pytest.mark.sampled
 @pytest.mark.long(60)
 @pytest.mark.timeout(900)
 def test_the_tutorial_is_true(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ def test_cards_of_amd_are_refused(arch: str, reason: str, monkeypatch: pytest.Mo
     assert not probe.available and probe.reason == reason
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_it_gives_the_reference_and_nothing_is_found(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(sim.CHECK_ENV, "all")

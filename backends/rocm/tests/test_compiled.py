@@ -54,6 +54,7 @@ def numbers(code: bytes, key: bytes) -> list[int]:
     return [int.from_bytes(next(filter(None, parts), b"\0"), "big") for parts in found]
 
 
+@pytest.mark.sampled
 @pytest.mark.long(8)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_hiprtc_by_way_of_hip_python(architecture: str, offline: tuple[Path, str]) -> None:

@@ -78,6 +78,7 @@ def test_other_chips_are_refused(arch: str, reason: str, monkeypatch: pytest.Mon
     assert not probe.available and probe.reason == reason
 
 
+@pytest.mark.sampled
 @pytest.mark.long(8)
 @pytest.mark.parametrize("name", CASES)
 def test_it_gives_the_reference_and_nothing_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
