@@ -110,7 +110,7 @@ def test_the_tutorial_is_true(tmp_path: Path) -> None:
                 text=True,
                 check=False,
             )
-            assert done.stdout == "(1, 1, 4, 512) (1, 4, 1)\n", done.stdout + done.stderr
+            assert done.stdout == "(1, 1, 4, 64) (1, 4, 1)\n", done.stdout + done.stderr
         elif block.language == "console":
             run_console(block, tmp_path, environment)
             if "--only L1" in block.text:
