@@ -71,7 +71,7 @@ def run_console(block: Block, folder: Path, environment: dict[str, str]) -> None
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=280,
+            timeout=800,
             check=False,
         )
         assert done.returncode == 0, f"{PAGE.name}:{block.line}: {command}\n{done.stdout}"
