@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shlex
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -80,7 +81,7 @@ def new_backend(
     typer.echo(f"{folder}: {len(files)} files")
     typer.echo("\nnext:")
     for line in (
-        f"pip install -e {folder}",
+        f"pip install -e {shlex.quote(str(folder))}",
         "hal backends",
         f"hal conform --backend {name} --quick    # says what to write, and where",
     ):
