@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# It gives way to the tests beside it, which wait for each other.
-MYPY := nice $(BIN)/mypy --strict --num-workers 2
+# It gives way to the tests beside it, which wait for each other; workers of its own would give up waiting for it.
+MYPY := nice $(BIN)/mypy --strict
 # Bytecode is made afterwards, by all cores.
 INSTALL := $(BIN)/pip install -q --no-compile -c constraints.txt
 # Of all distributions here, installed once and not once for each.

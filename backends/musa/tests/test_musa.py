@@ -13,13 +13,10 @@ import calls
 import numpy as np
 import pytest
 import torch
-from hal_conformance.context import Settings
-from hal_conformance.session import Session
+from conforming import conform
 from hal_musa import backend as musa
 from hal_musa import driver
-from seeds import SEED
 
-from hal import plugins
 from hal.portable import cache, ep, opencl
 from hal.portable.ep_kernels import EpKernels
 from hal.portable.mla import PortableMla
@@ -133,19 +130,8 @@ def test_a_backend_that_is_not_asked_imports_no_driver() -> None:
 
 
 @pytest.mark.long(12)
-def test_it_conforms(monkeypatch: pytest.MonkeyPatch) -> None:
-    plugins.reset()
-    session = Session(Settings("musa", SEED, "quick", patience=6.0), list(CHOSEN))
-    try:
-        session.run()
-    finally:
-        session.close()
-        plugins.reset()
-    seen = {r.id: (r.status, r.message) for r in session.results.values() if r.status != "SKIPPED"}
-    assert set(seen) == set(CHOSEN)
-    wrong = {name: found for name, found in seen.items() if found[0] not in ("PASS", "UNCOVERED")}
-    assert not wrong, wrong
-    assert session.facts["evidence"] == "simulation"
+def test_it_conforms() -> None:
+    assert conform("musa", CHOSEN)["evidence"] == "simulation"
 
 
 @pytest.fixture(scope="module")
