@@ -7,6 +7,7 @@ import datetime
 import importlib.metadata
 import os
 import pickle
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -195,16 +196,58 @@ def test_a_patience_without_end_is_a_wrong_request(factor: str) -> None:
     assert CliRunner().invoke(app, ["--backend", "cpu", "--only", "CAP-01", "--patience", factor]).exit_code == 2
 
 
+def test_a_place_that_takes_no_report_is_refused_before_the_run(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = CliRunner().invoke(app, ["-b", "cpu", "--only", "CAP-01", "--out", str(tmp_path / "file")])
+    assert done.exit_code == 2
+    assert "--out: nothing can be written to" in done.output
+    assert "run, seed" not in done.output
+    (tmp_path / "report.json").mkdir()
+    done = CliRunner().invoke(app, ["-b", "cpu", "--only", "CAP-01", "--out", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "is a folder" in done.output
+
+
+def test_a_case_brings_its_own_seed() -> None:
+    done = CliRunner().invoke(app, ["-b", "cpu", "--case", "MLA-07@5.0", "--seed", "9"])
+    assert done.exit_code == 2
+    assert "leave out --only and --seed" in done.output
+
+
+def hooks_into_torch(folder: Path, hook: str) -> None:
+    """A distribution whose hook torch runs wherever it is imported."""
+    (folder / "hooked.py").write_text(f"def load():\n    {hook}\n")
+    metadata = folder / "hooked-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: hooked\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text("[torch.backends]\nhooked = hooked:load\n")
+
+
+def test_no_entry_point_of_torch_runs_in_the_process_that_judges(tmp_path: Path) -> None:
+    """It would tell the judge what to think of the backend; where backends run, devices need it."""
+    hooks_into_torch(tmp_path, f"import pathlib, sys; pathlib.Path({str(tmp_path)!r}, sys.argv[0][-3:]).touch()")
+    before = {path.name for path in tmp_path.iterdir()}
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    command = [str(Path(sys.executable).with_name("hal")), "conform", "--backend", "cpu", "--quick", "--only", "CAP-01"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "report")],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    ran = {path.name for path in tmp_path.iterdir()} - before - {"report", "__pycache__"}
+    assert ran == {"-c"}, "in the worker, and not in the command"
+
+
 def test_no_distribution_runs_code_in_the_witness_by_being_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By ``.pth`` and by an entry point of torch: each would loosen the judge in every process that has both."""
     hook = f"import pathlib, sys; pathlib.Path({str(tmp_path)!r}, str(len(sys.orig_argv))).touch()"
-    (tmp_path / "hooked.py").write_text(f"def load():\n    {hook}\n")
-    metadata = tmp_path / "hooked-1.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: hooked\nVersion: 1\n")
-    (metadata / "entry_points.txt").write_text("[torch.backends]\nhooked = hooked:load\n")
+    hooks_into_torch(tmp_path, hook)
     (tmp_path / "sitecustomize.py").write_text(hook + "\n")
     before = {path.name for path in tmp_path.iterdir()}
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -76,6 +77,17 @@ def chosen(only: list[str]) -> list[str]:
     return ids
 
 
+def require_writable(file: Path) -> None:
+    """Refuse a place for results before there are any."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=file.parent).close()
+    except OSError as error:
+        wrong_request(f"--out: nothing can be written to {file}: {error.strerror}")
+    if file.is_dir():
+        wrong_request(f"--out: {file} is a folder, and a file is to be written there")
+
+
 def require_backend(name: str) -> None:
     """Exit with 2 unless an installed distribution registers the backend."""
     known = plugins.registry().names()
@@ -108,6 +120,9 @@ def conform(
     device: Annotated[str, typer.Option("--device", help="A torch device; default the first type declared.")] = "",
 ) -> None:
     """Run the suite against a backend."""
+    from hal_conformance import alone
+
+    alone.load()
     if context.invoked_subcommand is not None:
         return
     from hal.spec.limits import DENSE_OUT
@@ -127,6 +142,9 @@ def conform(
         older = reports.read(against) if against is not None else None
     except HalError as error:
         wrong_request(str(error))
+    if case and (seed is not None or only):
+        wrong_request(f"--case {case} names its obligation and its seed: leave out --only and --seed")
+    require_writable(out / "report.json")
     mode: Mode = "quick" if quick else "full" if full else "default"
     ids, index = chosen(only or []), None
     if case:
@@ -324,6 +342,7 @@ def matrix(
         table = diff.matrix([reports.read(path) for path in files])
     except HalError as error:
         wrong_request(str(error))
+    require_writable(out)
     html.write_matrix(table, out)
     typer.echo(str(out))
 

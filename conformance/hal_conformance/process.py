@@ -13,6 +13,8 @@ import tempfile
 import time
 from typing import Any
 
+from hal_conformance.alone import BY_ITSELF
+
 TAIL = 2000
 """Characters of a worker's output kept when it dies."""
 
@@ -183,4 +185,4 @@ class Secluded(Worker):
         return [sys.executable, "-I", "-S", "-c", start]
 
     def _environment(self) -> dict[str, str]:
-        return super()._environment() | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "HYPOTHESIS_NO_PLUGINS": "1"}
+        return super()._environment() | BY_ITSELF
