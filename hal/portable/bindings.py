@@ -197,7 +197,10 @@ def load(bindings: Bindings, compiles_only: bool = False) -> Runtime:
     files = bindings.files
     simulates = bool(sim.asked(bindings.prefix))
     if simulates:
-        files = dict.fromkeys(bindings.names, str(sim.library(bindings.prefix)))
+        simulator = str(sim.library(bindings.prefix, bindings.names[0]))
+        # Bindings that found nothing before look for the bare name from then on.
+        ctypes.CDLL(simulator)
+        files = dict.fromkeys(bindings.names, simulator)
     _load_libraries(bindings, files, module, rtc)
     simulated = bool(module.has_symbol(_SIMULATOR))
     if simulates and not simulated:

@@ -32,7 +32,7 @@ class NormalCalls(CombineCalls):
         """Exchange counts, write rows into the receivers' windows; the finish puts them in order."""
         n = len(args.topk_idx)
         positions = torch.arange(n, dtype=torch.int32, device=args.x.device)
-        return self._dispatch(args, Relayed([0, n], positions, torch.empty(0)))
+        return self._dispatch(args, Relayed([0, n], positions, torch.empty(0, dtype=torch.float32)))
 
     def relay(self, args: EpDispatchArgs, tokens: Relayed) -> EpDispatched:
         """As `dispatch`, for tokens of several ranks."""

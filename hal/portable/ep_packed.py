@@ -70,7 +70,7 @@ class PackedCalls(Rooms):
             if error is not None:
                 raise self._refused(self._begin("low_latency_dispatch"), error)
             made = self._slots(args)
-            tokens = Relayed([0, n], positions, torch.empty(0))
+            tokens = Relayed([0, n], positions, torch.empty(0, dtype=torch.float32))
             # A result of its own: what completes it holds the tensors, which are not to hold that.
             return replace(
                 made, finish=self._send_packed(args, made, tokens, args.async_finish or args.return_recv_hook)

@@ -164,3 +164,18 @@ def test_tensors_of_torch_are_used_in_place_on_its_stream(monkeypatch: pytest.Mo
 def test_what_is_missing_of_the_bindings_is_said(changed: dict[str, str], reason: str) -> None:
     with pytest.raises(BackendUnavailable, match=re.escape(reason)):
         bindings.load(replace(vendor().bindings(), **changed))
+
+
+def test_the_simulator_is_found_although_the_bindings_found_nothing_before() -> None:
+    """As in a process that has asked every installed backend whether it is there."""
+    code = (
+        "import os\n"
+        "from hal_rocm.backend import RocmBackend\n"
+        "chip = os.environ.pop('HAL_SIM')\n"
+        "before = RocmBackend().probe()\n"
+        "os.environ['HAL_SIM'] = chip\n"
+        "print(before.available, RocmBackend().probe().reason)\n"
+    )
+    kept = {name: value for name, value in os.environ.items() if name not in ("ROCM_PATH", "ROCM_HOME")}
+    done = subprocess.run([sys.executable, "-c", code], env=kept, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "False simulated gfx942\n", done.stdout + done.stderr

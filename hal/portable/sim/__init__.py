@@ -44,8 +44,14 @@ def version() -> str:
     return f"simulator {_digest()} of {checks or 'nothing'}"
 
 
-def library(runtime: str) -> Path:
+def library(runtime: str, name: str = "") -> Path:
     """The library with the C names of this runtime, built if it is not there.
+
+    Parameters
+    ----------
+    runtime : str
+    name : str
+        What it calls itself: once it is loaded, whoever asks for that name is given it.
 
     Raises
     ------
@@ -53,7 +59,8 @@ def library(runtime: str) -> Path:
         There is no C++ compiler, or no folder to keep the library in.
     CompileError
     """
-    return _built(f"lib{runtime}-{_digest()}.so", runtime, "-shared")
+    named = (f"-Wl,-soname,{name}",) if name else ()
+    return _built(f"{name or f'lib{runtime}.so'}-{_digest()}", runtime, "-shared", *named)
 
 
 def program(name: str) -> Path:
