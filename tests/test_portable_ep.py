@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import time
@@ -23,6 +24,7 @@ from hal import EpFault, EpFaults, RankFailure, SpecError, UnsupportedError, plu
 from hal.portable import ep_node
 from hal.portable.ep_kernels import EpKernels, Rows
 from hal.portable.runtime import Handle
+from hal.portable.shared import SharedMemory
 from hal.spec.errors import DeviceError
 
 FIBRES = Case(backend=portable_backends.name(32))
@@ -225,3 +227,13 @@ def descriptors(rank: int) -> None:
         dist.barrier()
         counts.append(len(list(Path("/proc/self/fd").iterdir())))
     assert counts[0] == counts[-1], counts
+
+
+def test_a_window_that_cannot_be_made_closes_nothing_of_others() -> None:
+    for size in (1 << 60, 1 << 62, 1 << 70):
+        with pytest.raises(DeviceError, match=f"of {size} bytes") as caught:
+            SharedMemory.make(size)
+        with Path(os.devnull).open() as others:
+            del caught
+            gc.collect()
+            os.fstat(others.fileno())

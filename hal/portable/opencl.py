@@ -226,7 +226,7 @@ class OpenClDevice:
             found = self.platform.handle.get_devices()
         except pyopencl.Error:
             found = []
-        if not number.isdigit() or int(number) >= len(found):
+        if number not in map(str, range(len(found))):
             names = ", ".join(f"{i}: {device.name}" for i, device in enumerate(found)) or "none"
             raise BackendUnavailable(f"{DEVICE_ENV}={number}: {self.platform} has these devices: {names}")
         return found[int(number)]

@@ -30,13 +30,14 @@ class SharedMemory:
     """
 
     def __init__(self, file: int, size: int) -> None:
-        self._file = file
-        self._size = size
         try:
             self.memory: Tensor = torch.frombuffer(mmap.mmap(file, size), dtype=torch.uint8)
         except (OSError, ValueError) as error:
             os.close(file)
             raise DeviceError(f"mmap of {size} bytes: {error}") from error
+        # From here on its own to close: twice would close what somebody else has opened meanwhile.
+        self._file = file
+        self._size = size
 
     @staticmethod
     def make(size: int) -> SharedMemory:
@@ -48,9 +49,13 @@ class SharedMemory:
         """
         try:
             file = os.memfd_create("hal-window", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except OSError as error:
+            raise DeviceError(f"memfd of {size} bytes: {error}") from error
+        try:
             os.ftruncate(file, size)
             fcntl.fcntl(file, fcntl.F_ADD_SEALS, _SEALS)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
+            os.close(file)
             raise DeviceError(f"memfd of {size} bytes: {error}") from error
         return SharedMemory(file, size)
 

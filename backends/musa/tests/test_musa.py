@@ -96,7 +96,7 @@ def test_a_platform_is_chosen_by_vendor_and_name(
 
 
 def test_a_number_that_is_no_device_lists_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(opencl.DEVICE_ENV, "7")
+    monkeypatch.setenv(opencl.DEVICE_ENV, "7²")
     probe = musa.MusaBackend().probe()
     assert not probe.available and "has these devices: 0: " in probe.reason
 
