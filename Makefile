@@ -9,6 +9,8 @@ INSTALL := $(BIN)/pip install -q --no-compile -c constraints.txt
 # Of all distributions here, installed once and not once for each.
 BUILD_TOOLS := hatchling editables scikit-build-core nanobind cmake ninja
 DISTRIBUTIONS := . backends/cpu conformance backends/cuda backends/musa backends/rocm backends/dcu integrations/vllm integrations/sglang
+# Where lint makes a backend of each kind, whose types are checked too.
+MADE := $(VENV)/new-backends
 # Whatever decides what is installed; Python sources are live in an editable install and need no reinstall.
 INPUTS := constraints.txt $(wildcard pyproject.toml */pyproject.toml backends/*/pyproject.toml integrations/*/pyproject.toml) \
           $(wildcard backends/*/CMakeLists.txt backends/*/native/* backends/*/native/*/*)
