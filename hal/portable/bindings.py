@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hal.portable import cache, sim
 from hal.portable.bound_window import BoundWindow
-from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source
+from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source, StreamEvent
 from hal.spec.errors import BackendUnavailable, CompileError, DeviceError
 
 _SIMULATOR: Final = "halSimulator"
@@ -270,42 +270,28 @@ class BoundProgram:
     functions: dict[str, Any] = field(default_factory=dict)
 
 
-class BoundEvent:
-    """See `runtime.Event`: before and after a launch, where times were asked for."""
+class BoundEvent(StreamEvent):
+    """See `runtime.StreamEvent`."""
 
     def __init__(self, runtime: Runtime, stream: Any, timed: bool) -> None:
-        self._runtime, self._stream, self._timed = runtime, stream, timed
-        self._marks: list[Any] = []
-        self.mark()
-
-    def mark(self) -> None:
-        """Note that the stream has come this far."""
-        if self._timed:
-            self._marks.append(self._runtime("EventCreate"))
-            self._runtime("EventRecord", self._marks[-1], self._stream)
+        self._runtime, self._stream = runtime, stream
+        super().__init__(timed, f"{runtime.bindings.prefix}EventElapsedTime")
 
     def wait(self) -> None:
-        """Return when it is done."""
+        """See `runtime.StreamEvent`."""
         self._runtime("StreamSynchronize", self._stream)
 
-    def seconds(self) -> float:
-        """By the device's clock.
+    def _made(self) -> Any:
+        return self._runtime("EventCreate")
 
-        Raises
-        ------
-        DeviceError
-            The device was not made with ``timed``.
-        """
-        if not self._timed:
-            raise DeviceError(
-                f"{self._runtime.bindings.prefix}EventElapsedTime: the device was opened without timed=True"
-            )
-        self.wait()
-        return float(self._runtime("EventElapsedTime", *self._marks)) * 1e-3
+    def _record(self, mark: Any) -> None:
+        self._runtime("EventRecord", mark, self._stream)
 
-    def __del__(self) -> None:
-        for event in self._marks:
-            self._runtime("EventDestroy", event)
+    def _milliseconds(self, begun: Any, ended: Any) -> float:
+        return float(self._runtime("EventElapsedTime", begun, ended))
+
+    def _destroy(self, mark: Any) -> None:
+        self._runtime("EventDestroy", mark)
 
 
 class BoundDevice(InPlace):

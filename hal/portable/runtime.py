@@ -7,16 +7,18 @@ A driver implements `Device`, `Allocator`, `Program`, `Queue` and `Event` in one
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 import numpy as np
 from torch import Tensor
 
 from hal.portable.cache import key
+from hal.spec.errors import DeviceError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -266,3 +268,59 @@ class InPlace:
 
     def finish(self) -> None:
         """Results are where torch looks for them: on its stream."""
+
+
+class StreamEvent(ABC):
+    """The half of an `Event` that is the same wherever a stream takes marks: one before a launch and one after it.
+
+    Parameters
+    ----------
+    timed : bool
+        Whether there are any: they cost two more calls for each launch.
+    clock : str
+        The driver's function that measures between two of them, for errors.
+    """
+
+    def __init__(self, timed: bool, clock: str) -> None:
+        self._marks: list[Any] = []
+        self._timed, self._clock = timed, clock
+        self.mark()
+
+    def mark(self) -> None:
+        """Note that the stream has come this far."""
+        if self._timed:
+            self._marks.append(self._made())
+            self._record(self._marks[-1])
+
+    def seconds(self) -> float:
+        """By the device's clock.
+
+        Raises
+        ------
+        DeviceError
+            The device was not made with ``timed``.
+        """
+        if not self._timed:
+            raise DeviceError(f"{self._clock}: the device was opened without timed=True")
+        self.wait()
+        return self._milliseconds(*self._marks) * 1e-3
+
+    def __del__(self) -> None:
+        for mark in self._marks:
+            self._destroy(mark)
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Return when the stream has done all it was given."""
+
+    @abstractmethod
+    def _made(self) -> Any: ...
+
+    @abstractmethod
+    def _record(self, mark: Any) -> None: ...
+
+    @abstractmethod
+    def _milliseconds(self, begun: Any, ended: Any) -> float: ...
+
+    @abstractmethod
+    def _destroy(self, mark: Any) -> None: ...

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hal.portable import cache
-from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source
+from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source, StreamEvent
 from hal.spec.errors import BackendUnavailable, CompileError, DeviceError, HalError
 
 LIBRARY_ENV: Final = "HAL_MUSA_LIBRARY"
@@ -124,43 +124,30 @@ class MusaProgram:
     functions: dict[str, ctypes.c_void_p] = field(default_factory=dict)
 
 
-class MusaEvent:
-    """See `runtime.Event`: before and after a launch, where times were asked for."""
+class MusaEvent(StreamEvent):
+    """See `runtime.StreamEvent`."""
 
     def __init__(self, library: Library, stream: ctypes.c_void_p, timed: bool) -> None:
         self._library, self._stream = library, stream
-        self._marks: list[ctypes.c_void_p] = []
-        self._timed = timed
-        self.mark()
-
-    def mark(self) -> None:
-        """Note that the stream has come this far."""
-        if self._timed:
-            self._marks.append(self._library.handle("muEventCreate", 0))
-            self._library("muEventRecord", self._marks[-1], self._stream)
+        super().__init__(timed, "muEventElapsedTime")
 
     def wait(self) -> None:
-        """Return when it is done."""
+        """See `runtime.StreamEvent`."""
         self._library("muStreamSynchronize", self._stream)
 
-    def seconds(self) -> float:
-        """By the device's clock.
+    def _made(self) -> ctypes.c_void_p:
+        return self._library.handle("muEventCreate", 0)
 
-        Raises
-        ------
-        DeviceError
-            The device was not made with ``timed``.
-        """
-        if not self._timed:
-            raise DeviceError("muEventElapsedTime: the device was opened without timed=True")
-        self.wait()
-        milliseconds = ctypes.c_float()
-        self._library("muEventElapsedTime", ctypes.byref(milliseconds), *self._marks)
-        return milliseconds.value * 1e-3
+    def _record(self, mark: ctypes.c_void_p) -> None:
+        self._library("muEventRecord", mark, self._stream)
 
-    def __del__(self) -> None:
-        for event in self._marks:
-            self._library("muEventDestroy_v2", event)
+    def _milliseconds(self, begun: ctypes.c_void_p, ended: ctypes.c_void_p) -> float:
+        found = ctypes.c_float()
+        self._library("muEventElapsedTime", ctypes.byref(found), begun, ended)
+        return found.value
+
+    def _destroy(self, mark: ctypes.c_void_p) -> None:
+        self._library("muEventDestroy_v2", mark)
 
 
 class _IpcHandle(ctypes.Structure):
