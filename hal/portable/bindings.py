@@ -26,9 +26,6 @@ from hal.portable.bound_window import BoundWindow
 from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source, StreamEvent
 from hal.spec.errors import BackendUnavailable, CompileError, DeviceError
 
-_SIMULATOR: Final = "halSimulator"
-"""A name that only the simulator's libraries have."""
-
 CALLS: Final = (
     "DeviceSynchronize",
     "DriverGetVersion",
@@ -202,7 +199,7 @@ def load(bindings: Bindings, compiles_only: bool = False) -> Runtime:
         ctypes.CDLL(simulator)
         files = dict.fromkeys(bindings.names, simulator)
     _load_libraries(bindings, files, module, rtc)
-    simulated = bool(module.has_symbol(_SIMULATOR))
+    simulated = bool(module.has_symbol(sim.MARK))
     if simulates and not simulated:
         raise BackendUnavailable(
             f"{sim.ENV}={os.environ[sim.ENV]}: {bindings.package} has loaded another library before"

@@ -101,7 +101,8 @@ class MusaBackend(Backend):
     def _probe_driver(self) -> Probe:
         from hal_musa import driver
 
-        facts = driver.MusaDevice(0).facts
+        device = driver.MusaDevice(0)
+        facts = device.facts
         details = {
             "runtime": "MUSA driver",
             "device": facts.name,
@@ -110,6 +111,9 @@ class MusaBackend(Backend):
         }
         if os.environ.get(driver.LIBRARY_ENV):
             details["simulation"] = f"{driver.LIBRARY_ENV} stands in for the driver"
+            return Probe(True, f"simulated {facts.name}", evidence="simulation", details=details)
+        if device.library.simulated:
+            details["simulation"] = "the libmusa.so that was found is the simulator's"
             return Probe(True, f"simulated {facts.name}", evidence="simulation", details=details)
         return Probe(True, f"{facts.name}, {facts.driver}", details=details)
 

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor
 
-from hal.portable import cache
+from hal.portable import cache, sim
 from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source, StreamEvent
 from hal.spec.errors import BackendUnavailable, CompileError, DeviceError, HalError
 
@@ -72,6 +72,11 @@ class Library:
             text = ctypes.c_char_p()
             self._library.muGetErrorName(code, ctypes.byref(text))
             raise DeviceError(f"{name}: {(text.value or b'unknown error').decode()} ({code})")
+
+    @property
+    def simulated(self) -> bool:
+        """Whether it is no driver but `hal.portable.sim`, by whatever way it was found."""
+        return hasattr(self._library, sim.MARK)
 
     def number(self, name: str, *arguments: Any) -> int:
         """What a function writes to the integer it is given first."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import types
 from collections.abc import Iterator, Mapping
@@ -116,6 +117,18 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         driver.Library()
     monkeypatch.setenv(driver.LIBRARY_ENV, "libc.so.6")
     assert driver.missing() == "muInit: libc.so.6 has no such function"
+
+
+def test_a_simulated_driver_is_simulation_by_whatever_way_it_was_found(tmp_path: Path) -> None:
+    """As in ``LD_LIBRARY_PATH``, under the driver's own name."""
+    (tmp_path / "libmusa.so").symlink_to(sim.library("musa"))
+    (tmp_path / "torch_musa.py").touch()
+    code = "from hal_musa.backend import MusaBackend as B; print(B().probe().evidence, B().probe().reason)"
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    there = os.environ | {"LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": path}
+    del there[driver.LIBRARY_ENV]
+    done = subprocess.run([sys.executable, "-c", code], env=there, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "simulation simulated mp_22\n", done.stdout + done.stderr
 
 
 def test_the_backend_takes_the_driver_where_all_is_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,9 @@ CHECK_ENV: Final = "HAL_SIM_CHECK"
 CACHE_ENV: Final = "HAL_SIM_CACHE"
 """Folder of the simulator's libraries; ``kernel-hal`` in the user's cache folder if unset."""
 
+MARK: Final = "halSimulator"
+"""A function that only the simulator's libraries have."""
+
 _HERE: Final = Path(__file__).parent
 _FLAGS: Final = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-pthread", f'-DHAL_SIM_FOLDER="{_HERE}"')
 

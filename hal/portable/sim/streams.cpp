@@ -13,6 +13,9 @@
 
 #include "simulator.h"
 
+/* In the library of every runtime, so that a driver can tell whom it is talking to. */
+extern "C" __attribute__((visibility("default"))) const char *halSimulator() { return "HAL_SIM"; }
+
 namespace sim {
 std::recursive_mutex gate;
 

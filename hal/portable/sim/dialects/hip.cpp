@@ -34,9 +34,6 @@ struct Program {
 };
 }  // namespace
 
-/* So that a driver can tell whom it is talking to. */
-TEXT halSimulator() { return "HAL_SIM"; }
-
 API hipInit(unsigned flags) {
   CALL return flags ? INVALID_VALUE : OK;
 }
