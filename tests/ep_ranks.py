@@ -115,9 +115,12 @@ def _rank(
     try:
         if before is not None:
             before(rank)
-        dist.init_process_group(
-            "gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks, timeout=timedelta(seconds=20)
-        )
+        meeting = dist.FileStore(store, ranks)
+        dist.init_process_group("gloo", store=meeting, rank=rank, world_size=ranks, timeout=timedelta(seconds=20))
+        # Nobody dies or sleeps before all others are connected to it.
+        if meeting.add("connected", 1) == ranks:
+            meeting.set("all connected", "")
+        meeting.wait(["all connected"])
         value = function(rank, *args)
     except BaseException as caught:
         error = caught

@@ -36,7 +36,7 @@ def test_a_dead_rank_is_named_and_the_others_do_not_wait_for_ever() -> None:
 
 @pytest.mark.long(8)
 def test_a_stuck_rank_is_named_and_not_those_that_wait_for_it() -> None:
-    done = run_ranks("conformance_ranks:one_hangs", 2, timeout=8)
+    done = run_ranks("conformance_ranks:one_hangs", 2, timeout=8)  # two messages on a busy machine
     assert done.culprits == (0,)
     assert done.message == "rank 0 is stuck in phase 'prepare' after 8 s"
 

@@ -23,7 +23,7 @@ from hal.reference import ep as oracle
 from hal.reference.ep import RankInput
 
 CASE = Case(tokens=(6, 6, 6), ranks=3, experts=9)
-TIMEOUT = 1.5
+TIMEOUT = 3.0
 
 
 def leftovers() -> set[str]:

@@ -16,7 +16,7 @@ from ep_ranks import run_ranks
 import hal
 from hal import EpFault, EpFaults, RankFailure
 
-TIMEOUT: Final = 1.5
+TIMEOUT: Final = 3.0
 NODES: Final = (4, 2)
 
 

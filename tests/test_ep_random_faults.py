@@ -23,7 +23,7 @@ import hal
 from hal import EpFault, EpFaults, RankFailure
 from hal.ep.faults import PHASES
 
-TIMEOUT: Final = 1.2
+TIMEOUT: Final = 2.5
 ROUNDS: Final = 3
 CALLS: Final = ("normal", "expand", "cached", "hook", "low_latency", "low_latency_hook")
 _COUNT: Final = int(os.environ.get("HAL_EP_FAULTS", "6"))
