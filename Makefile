@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 MYPY := nice $(BIN)/mypy --strict
 # Bytecode is made afterwards, by all cores.
 INSTALL := $(BIN)/pip install -q --no-compile -c constraints.txt
+# Large, and little of it is ever imported.
+SELDOM := site-packages/(transformers|sympy|networkx|fontTools|setuptools|pip)/
 # Of all distributions here, installed once and not once for each.
 BUILD_TOOLS := hatchling editables scikit-build-core nanobind cmake ninja
 DISTRIBUTIONS := . backends/cpu conformance backends/cuda backends/musa backends/rocm backends/dcu integrations/vllm integrations/sglang
@@ -62,12 +64,14 @@ docs: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/hal bench mla --quick
 
+# One core compiles the kernels while the other fetches and unpacks what the rest needs.
 $(VENV)/.installed: $(INPUTS)
 	@echo "Installing into $(VENV): torch and the compiled kernels take a few minutes, once."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(INSTALL) $(BUILD_TOOLS)
-	@$(INSTALL) --no-build-isolation $(foreach d,$(DISTRIBUTIONS),-e $(d)[dev])
-	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib $(DISTRIBUTIONS:.=hal) || true # templates are no Python
+	@$(INSTALL) --no-build-isolation --no-deps -e backends/cpu & compiled=$$!; \
+	  $(INSTALL) --no-build-isolation $(foreach d,$(filter-out backends/cpu,$(DISTRIBUTIONS)),-e $(d)[dev]) && wait $$compiled
+	@$(BIN)/python -m compileall -qq -j 0 -x '$(SELDOM)' $(VENV)/lib $(DISTRIBUTIONS:.=hal) || true # templates are no Python
 	@touch $@
 
 clean:
