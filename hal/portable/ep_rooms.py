@@ -6,12 +6,14 @@ were taken out before it sends there again. Rooms are of fixed size, so that not
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Final
+from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from hal.ep.lines import Message
@@ -82,9 +84,11 @@ class Rooms(NormalCalls):
         queue.finish()
 
     def _put_off(self, job: Callable[[], None]) -> Future[None]:
+        stream = current_stream(self._args.device)
+
         def run() -> None:
             self._worker = threading.get_ident()
-            with self._lock:
+            with self._lock, stream:
                 job()
 
         self._pool = self._pool or ThreadPoolExecutor(1, "hal-ep-rows")
@@ -126,3 +130,12 @@ class Rooms(NormalCalls):
         super().close()
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def current_stream(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """In another thread, whose own is another: the stream that is current here, in whose order the rows were made."""
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    module = torch.get_device_module(device)
+    within: contextlib.AbstractContextManager[Any] = module.stream(module.current_stream(device))
+    return within

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from hal.backend import Backend, Probe
 from hal.spec.capability import Capabilities, plain_dense
@@ -12,10 +13,15 @@ from hal.spec.errors import SpecError, UnsupportedError
 
 if TYPE_CHECKING:
     from hal.ep.engine import EpEngine
+    from hal.portable.mla import OnEachDevice
     from hal.spec.ep import EpBufferArgs
     from hal.spec.mla import MlaDecodeArgs
     from hal.spec.plan import MlaPlanArgs
     from hal_cuda.tiers import Tier
+
+
+EP: Final = "HAL_CUDA_EP"
+"""``1`` opens expert parallelism, which no device has executed yet; until one has conformed it is not declared."""
 
 
 class Planned:
@@ -78,9 +84,19 @@ class CudaBackend(Backend):
         return Probe(True, found.reason, details=details)
 
     def capabilities(self) -> Capabilities:
-        """Dense decode of plain caches. Packed caches, chosen tokens and expert parallelism are not written yet."""
+        """Dense decode of plain caches. Packed caches and chosen tokens are not written yet; see `EP`."""
+        from hal.portable import ep
+
         declared = plain_dense(("bfloat16", "float16"))
-        return Capabilities(device_types=("cuda",), mla_dense=declared, mla_sparse=None, ep=None)
+        communicates = ep.capabilities("ipc") if self._communicates else None
+        return Capabilities(device_types=("cuda",), mla_dense=declared, mla_sparse=None, ep=communicates)
+
+    @property
+    def _communicates(self) -> bool:
+        asked = os.environ.get(EP) or "0"
+        if asked not in ("0", "1"):
+            raise SpecError(EP, repr(asked), "0 or 1, or unset")
+        return asked == "1"
 
     def mla_plan(self, args: MlaPlanArgs) -> object:
         """Let the tier that will decode make its schedule."""
@@ -93,13 +109,25 @@ class CudaBackend(Backend):
         tier, planned = self._tier(args), args.schedule
         tier.decode(args, planned.of(tier) if isinstance(planned, Planned) else None)
 
+    @cached_property
+    def _sharing(self) -> OnEachDevice:
+        from hal.portable.mla import OnEachDevice
+        from hal_cuda import driver
+
+        return OnEachDevice(driver.CudaDevice)
+
     def ep_buffer(self, args: EpBufferArgs) -> EpEngine:
-        """Not written yet, and not declared."""
-        raise UnsupportedError("cuda", "group", "an expert-parallel group", "no expert parallelism yet")
+        """Open windows to the other ranks of the node, over the runtime's handles for other processes."""
+        from hal.portable import ep
+
+        if not self._communicates:
+            raise UnsupportedError("cuda", "group", "an expert-parallel group", f"none, but with {EP}=1")
+        device = self._sharing.on(args.device.index or 0).device
+        return ep.open_engine(args, device, "cuda")  # type: ignore[arg-type]
 
     def launches(self) -> Mapping[str, int]:
-        """Of all tiers."""
-        found: dict[str, int] = {}
+        """Of all tiers, and of expert parallelism."""
+        found = dict(self._sharing.launches()) if "_sharing" in self.__dict__ else {}
         for tier in self.tiers:
             found |= tier.launches()
         return found

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from hal.portable import cache
-from hal.portable.runtime import Argument, Facts, InPlace, Program, Source
+from hal.portable.ipc import IpcWindow
+from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source
 from hal.spec.errors import CompileError, DeviceError
 from hal_cuda.devices import architecture
 
@@ -28,6 +29,7 @@ CACHE_ENV: Final = "HAL_CUDA_CACHE"
 _STATIC_SHARED: Final = 48 << 10
 # As many as a processor has registers for: one more would wait until another is through with its share.
 _GROUPS: Final = 3
+_LAZY_PEER_ACCESS: Final = 1
 
 T = TypeVar("T")
 
@@ -137,9 +139,9 @@ class Module:
     def launch(
         self, kernel: str, grid: tuple[int, ...], block: tuple[int, ...], arguments: Sequence[Any], shared: int = 0
     ) -> None:
-        """Queue a kernel on torch's current stream of the device; tensors are passed by address.
+        """Queue a kernel on torch's current stream of the device; tensors and windows are passed by address.
 
-        ``arguments`` other than tensors must be of the kernel's own types: numpy scalars, or ints for 64-bit integers.
+        ``arguments`` other than those must be of the kernel's own types: numpy scalars, or ints for 64-bit integers.
 
         Raises
         ------
@@ -150,7 +152,7 @@ class Module:
         with torch.cuda.device(self.device):
             function = self._function(kernel, shared)
             stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(self.device).cuda_stream, self.device)
-            plain = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
+            plain = tuple(_plain(a) for a in arguments)
             with stream:
                 checked(f"cuLaunchKernel({kernel})", lambda: function(grid, block, plain, shared_mem=shared))
 
@@ -168,6 +170,12 @@ class Module:
             # More than the default has to be asked for.
             checked(f"cuFuncSetAttribute({kernel})", _allow_shared, found, shared)
         return found
+
+
+def _plain(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    return int(argument) if isinstance(argument, IpcWindow) else argument
 
 
 def _allow_shared(function: Any, shared: int) -> None:
@@ -191,12 +199,11 @@ class CudaEvent:
 
     started: torch.cuda.Event | None
     ended: torch.cuda.Event | None
-    device: int
+    stream: torch.cuda.Stream
 
     def wait(self) -> None:
-        """Return when it is done."""
-        end = self.ended.synchronize if self.ended is not None else lambda: torch.cuda.synchronize(self.device)
-        checked("cuEventSynchronize", end)
+        """Return when it is done, and all that its stream was given before."""
+        checked("cuStreamSynchronize", self.stream.synchronize)
 
     def seconds(self) -> float:
         """By the device's clock.
@@ -212,8 +219,58 @@ class CudaEvent:
         return float(checked("cuEventElapsedTime", self.started.elapsed_time, self.ended)) * 1e-3
 
 
+class CudaIpc:
+    """The runtime's calls, on one device.
+
+    Not torch's memory: a handle is of a whole allocation, of which torch's cache gives pieces to many.
+
+    Parameters
+    ----------
+    device : int
+    """
+
+    handle_bytes = 64
+
+    def __init__(self, device: int) -> None:
+        self._device = device
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        from cupy.cuda import runtime
+
+        with torch.cuda.device(self._device):
+            return checked(f"cuda{name[0].upper()}{name[1:]}", getattr(runtime, name), *arguments)
+
+    def make(self, size: int) -> int:
+        """See `Ipc`."""
+        try:
+            address = int(self._call("malloc", size))
+        except DeviceError as error:
+            raise DeviceError(
+                f"{error}: {size} bytes for other processes to read; torch keeps what it freed"
+            ) from error
+        self._call("memset", address, 0, size)
+        self._call("deviceSynchronize")
+        return address
+
+    def free(self, address: int) -> None:
+        """See `Ipc`."""
+        self._call("free", address)
+
+    def export(self, address: int) -> bytes:
+        """See `Ipc`."""
+        return bytes(self._call("ipcGetMemHandle", address))
+
+    def open(self, handle: bytes) -> int:
+        """See `Ipc`."""
+        return int(self._call("ipcOpenMemHandle", handle, _LAZY_PEER_ACCESS))
+
+    def shut(self, address: int) -> None:
+        """See `Ipc`."""
+        self._call("ipcCloseMemHandle", address)
+
+
 class CudaDevice(InPlace):
-    """See `runtime.Device`; its queue is torch's current stream, so that nothing here waits.
+    """See `runtime.SharingDevice`; its queue is torch's current stream, so that nothing here waits.
 
     Parameters
     ----------
@@ -221,6 +278,8 @@ class CudaDevice(InPlace):
     timed : bool
         Whether launches can be asked how long they took, which costs two more calls each.
     """
+
+    transport: Final = "ipc"
 
     def __init__(self, index: int, timed: bool = False) -> None:
         self.index = index
@@ -247,6 +306,18 @@ class CudaDevice(InPlace):
         except torch.OutOfMemoryError as error:
             raise DeviceError(f"cuMemAlloc of {size} bytes: {str(error).splitlines()[0]}") from error
 
+    @cached_property
+    def _ipc(self) -> CudaIpc:
+        return CudaIpc(self.index)
+
+    def window(self, size: int) -> IpcWindow:
+        """See `runtime.SharingDevice`."""
+        return IpcWindow.make(self._ipc, size)
+
+    def peer(self, handle: Handle) -> IpcWindow:
+        """See `runtime.SharingDevice`."""
+        return IpcWindow.open(self._ipc, handle)
+
     def build(self, source: Source) -> CudaProgram:
         """See `runtime.Device`."""
         cubin = compile_text(source.text("cuda"), Path(source.path), self.facts.name)
@@ -257,7 +328,7 @@ class CudaDevice(InPlace):
     ) -> CudaEvent:
         """See `runtime.Queue`."""
         assert isinstance(program, CudaProgram)
-        event = CudaEvent(self._mark(), None, self.index)
+        event = CudaEvent(self._mark(), None, torch.cuda.current_stream(self.index))
         program.module.launch(kernel, (groups, 1, 1), (threads, 1, 1), arguments)
         event.ended = self._mark()
         self._launches[kernel] += 1

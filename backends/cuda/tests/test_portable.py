@@ -124,6 +124,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[_PlayedModule]:
     properties = types.SimpleNamespace(multi_processor_count=5)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: None)
     return modules
 
 

@@ -1,0 +1,89 @@
+"""Expert parallelism over CUDA's driver without a device: its host code, played by the host, and what is declared."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from types import SimpleNamespace
+
+import ep_cases
+import played_ep
+import pytest
+import torch
+from ep_cases import Case
+from ep_ranks import run_ranks
+from hal_cuda import driver
+from hal_cuda.backend import EP, CudaBackend
+
+from hal.portable.ep_rooms import current_stream
+from hal.portable.runtime import Handle
+from hal.spec.errors import DeviceError, SpecError, UnsupportedError
+
+cupy = pytest.importorskip("cupy", reason="cupy is not installed")
+
+
+def test_it_is_declared_when_asked_for_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = CudaBackend()
+    monkeypatch.delenv(EP, raising=False)
+    assert backend.capabilities().ep is None
+    with pytest.raises(UnsupportedError, match=f"group.*{EP}=1"):
+        backend.ep_buffer(None)  # type: ignore[arg-type]
+    monkeypatch.setenv(EP, "1")
+    declared = backend.capabilities().ep
+    assert declared is not None and declared.transports[0] == "ipc"
+    monkeypatch.setenv(EP, "yes")
+    with pytest.raises(SpecError, match=f"{EP}: got 'yes'"):
+        backend.capabilities()
+
+
+def test_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    played_ep.put_in(monkeypatch.setattr)
+    device = driver.CudaDevice(0)
+    mine = device.window(4096)
+    assert mine.handle.size == 4096 and len(mine.handle.data) == 64
+    with pytest.raises(DeviceError, match=r"cudaIpcOpenMemHandle.*InvalidDevice"):
+        device.peer(mine.handle)  # a process does not open its own
+    with pytest.raises(DeviceError, match="0 bytes of handle, not 64"):
+        device.peer(Handle(4096))
+    mine.close()
+    mine.close()
+    with pytest.raises(DeviceError, match="cudaIpcGetMemHandle"):
+        _ = mine.handle
+    with pytest.raises(DeviceError, match=f"cudaMalloc.*{1 << 62} bytes"):
+        device.window(1 << 62)
+
+
+def test_what_is_put_off_to_a_thread_stays_on_the_stream_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered = []
+
+    @contextlib.contextmanager
+    def stream(which: str) -> Iterator[None]:
+        entered.append((which, threading.get_ident()))
+        yield
+
+    streams = {threading.get_ident(): "the caller's"}
+    current = lambda device: streams.get(threading.get_ident(), "a thread's own")  # noqa: E731
+    monkeypatch.setattr(
+        torch, "get_device_module", lambda device: SimpleNamespace(stream=stream, current_stream=current)
+    )
+    within = current_stream(torch.device("cuda:0"))
+    with ThreadPoolExecutor(1) as pool:
+        worker = pool.submit(lambda: (within.__enter__(), threading.get_ident())[1]).result()
+    assert entered == [("the caller's", worker)]
+
+
+@pytest.mark.long(8)
+def test_ranks_exchange_rows_through_each_others_windows() -> None:
+    case = Case(backend="played")
+    run_ranks(
+        2,
+        ep_cases.normal,
+        [replace(case, bias=1), replace(case, expand=True, tokens=(0, 9))],
+        limit=120,
+        before=played_ep.opened,
+    )
+    three = replace(case, ranks=3, tokens=(5, 0, 9), experts=10)
+    run_ranks(3, ep_cases.packed, [(three, "none")], limit=120, before=played_ep.opened)
