@@ -311,6 +311,7 @@ def test_a_reader_that_leaves_is_no_error(crowd: Interpreter) -> None:
     assert (done.returncode, done.stderr) == (1, "LOUD\n")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("closed", [0, 1, 2])
 def test_a_closed_stream_is_no_error(closed: int, bare: Interpreter, tmp_path: Path) -> None:
     # Native code of a plugin finds something open under the number too, and not a file that was opened meanwhile.

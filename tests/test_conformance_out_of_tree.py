@@ -47,6 +47,7 @@ def outside(bare: Interpreter, tmp_path_factory: pytest.TempPathFactory) -> Inte
     return bare.seeing(install(folder, vendor("acme"), vendor("lame", _CAUSAL_BUG)), suite_site(bare, folder / "suite"))
 
 
+@pytest.mark.sampled
 @pytest.mark.long(25)
 @pytest.mark.timeout(600)
 def test_an_installed_vendor_is_certified_and_its_certificate_binds_its_files(

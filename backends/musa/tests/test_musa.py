@@ -129,7 +129,8 @@ def test_a_backend_that_is_not_asked_imports_no_driver() -> None:
     assert done.stdout == "False\n"
 
 
-@pytest.mark.long(12)
+@pytest.mark.sampled
+@pytest.mark.long(20)
 def test_it_conforms() -> None:
     assert conform("musa", CHOSEN)["evidence"] == "simulation"
 

@@ -104,6 +104,7 @@ def test_expert_parallelism_is_not_declared() -> None:
         backend.ep_buffer(None)  # type: ignore[arg-type]
 
 
+@pytest.mark.sampled
 @pytest.mark.long(10)
 def test_the_suite_in_short() -> None:
     assert conform("rocm", CHOSEN)["evidence"] == "simulation"
