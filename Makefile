@@ -28,7 +28,7 @@ test: $(VENV)/.installed
 	$(MAKE) --no-print-directory --jobs 2 lint pytest
 
 pytest: $(VENV)/.installed
-	$(BIN)/pytest -n 4 --dist loadgroup --sample
+	$(BIN)/pytest -n 4 --dist loadgroup --no-loadscope-reorder --sample
 
 # What `hal new-backend` makes is held to the same types.
 lint: $(VENV)/.installed

@@ -1,14 +1,15 @@
 """What holds for every test of the repository.
 
 In CI nothing is skipped because a part is missing. With ``--sample`` a third of the tests that take long and have
-others of their kind are run, another third each time. Torch keeps to one thread, since tests run side by side and its
-threads would only wait for each other.
+others of their kind are run, another third each time. Tests of a module that share a fixture run in one process. Torch
+keeps to one thread, since tests run side by side and its threads would only wait for each other.
 """
 
 from __future__ import annotations
 
 import os
 import random
+from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
 from typing import TypeVar
@@ -28,11 +29,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sample", action="store_true", help="of the tests marked sampled, run the third the seed draws")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Start what takes long first, so that at the end no worker is left alone with it."""
     if config.getoption("--sample"):
         _sample(config, items)
-    items.sort(key=_seconds, reverse=True)
+    together = Counter[str]()
+    for item in items:
+        _keep_together(item)
+        together[_group(item)] += _seconds(item)
+    items.sort(key=lambda item: together[_group(item)], reverse=True)
 
 
 def _sample(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -46,10 +52,22 @@ def _sample(config: pytest.Config, items: list[pytest.Item]) -> None:
     items[:] = [item for item in items if item not in left_out]
 
 
+def _keep_together(item: pytest.Item) -> None:
+    """Let one worker run all tests of a module that share a fixture of it, which each worker would make for itself."""
+    made = getattr(item, "_fixtureinfo").name2fixturedefs.values()  # noqa: B009  (not pytest's public interface)
+    if any(definitions[-1].scope == "module" for definitions in made) and not item.get_closest_marker("xdist_group"):
+        item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
+def _group(item: pytest.Item) -> str:
+    mark = item.get_closest_marker("xdist_group")
+    return item.nodeid if mark is None else str(mark.args[0])
+
+
 def _seconds(item: pytest.Item) -> float:
-    """The argument of a test's mark ``long``."""
+    """The argument of a test's mark ``long``, else what a test takes in the mean."""
     mark = item.get_closest_marker("long")
-    return 0.0 if mark is None else float(mark.args[0])
+    return 0.3 if mark is None else float(mark.args[0])
 
 
 @pytest.hookimpl(wrapper=True)

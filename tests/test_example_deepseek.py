@@ -37,7 +37,7 @@ SEED = 1
 ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.timeout(120), pytest.mark.xdist_group("deepseek")]
 # First of all: the fork server of a process starts with what its first user wants loaded, here transformers.
-pytestmark.append(pytest.mark.long(200))
+pytestmark.append(pytest.mark.long(5))
 
 
 def requests_of(lengths: Sequence[int], new_tokens: int) -> tuple[Request, ...]:
