@@ -21,10 +21,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from hal.portable import cache, sim
+from hal.portable import cache, compiling, sim
 from hal.portable.bound_window import BoundWindow
 from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source, StreamEvent
-from hal.spec.errors import BackendUnavailable, CompileError, DeviceError
+from hal.spec.errors import BackendUnavailable, DeviceError
 
 CALLS: Final = (
     "DeviceSynchronize",
@@ -136,7 +136,8 @@ class Runtime:
             if int(error):
                 log = self._read(program, "GetProgramLog").rstrip(b"\0").decode(errors="replace")
                 message = f"{name}: {error.name} for {' '.join(options)}: the kernels do not build"
-                raise CompileError(message, log=log, source_path=source.path)
+                fix = f"the compiler is the one that the package {self.bindings.package} loads"
+                raise compiling.refusal(message, log, text, source.path, fix)
             return self._read(program, "GetCode")
         finally:
             self._compiler("DestroyProgram", program.createRef())

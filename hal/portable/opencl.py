@@ -18,10 +18,10 @@ from typing import Any, Final, TypeVar
 import torch
 from torch import Tensor
 
-from hal.portable import cache
+from hal.portable import cache, compiling
 from hal.portable.runtime import Argument, Facts, Handle, Program, Source
 from hal.portable.shared import SharedMemory
-from hal.spec.errors import BackendUnavailable, CompileError, DeviceError, SpecError
+from hal.spec.errors import BackendUnavailable, DeviceError, SpecError
 
 PLATFORM_ENV: Final = "HAL_OPENCL_PLATFORM"
 """Part of the name or vendor of the platform to use."""
@@ -319,25 +319,28 @@ class OpenClDevice:
         if self.keeps:
             return OpenClProgram(source, self._compiled(source))
         folder, name = cache.private_folder(_FOLDER), f"{source.key(self.facts)}.bin"
-        code = cache.kept(folder, name, lambda: self._code(source))
-        try:
-            program = pyopencl.Program(self.context, [self.handle], [code]).build()
-        except pyopencl.Error:
-            # Whole, and yet the driver does not take it: it has changed without saying so.
-            cache.drop(folder, name)
-            code = cache.kept(folder, name, lambda: self._code(source))
-            program = checked("clBuildProgram", pyopencl.Program(self.context, [self.handle], [code]).build)
+        program = cache.loaded(
+            folder,
+            name,
+            lambda: self._code(source),
+            lambda code: checked(
+                "clBuildProgram", lambda: pyopencl.Program(self.context, [self.handle], [code]).build()
+            ),
+            DeviceError,
+        )
         return OpenClProgram(source, program)
 
     def _compiled(self, source: Source) -> Any:
         import pyopencl
 
-        program = pyopencl.Program(self.context, source.text("opencl"))
+        text = source.text("opencl")
+        program = pyopencl.Program(self.context, text)
         try:
             return program.build("-cl-std=CL1.2")
         except pyopencl.Error as error:
             message = f"the OpenCL compiler of {self.platform} does not build the kernels"
-            raise CompileError(message, log=str(error), source_path=source.path) from error
+            fix = f"{PLATFORM_ENV} and {DEVICE_ENV} choose the device, whose driver has the compiler"
+            raise compiling.refusal(message, str(error), text, source.path, fix) from error
 
     def _code(self, source: Source) -> bytes:
         import pyopencl

@@ -9,8 +9,6 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
-import subprocess
-import tempfile
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,9 +20,9 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor
 
-from hal.portable import cache, sim
+from hal.portable import cache, compiling, sim
 from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source, StreamEvent
-from hal.spec.errors import BackendUnavailable, CompileError, DeviceError, HalError
+from hal.spec.errors import BackendUnavailable, DeviceError, HalError
 
 LIBRARY_ENV: Final = "HAL_MUSA_LIBRARY"
 """The driver's library; ``libmusa.so`` if unset."""
@@ -35,6 +33,7 @@ _SHARED_PER_BLOCK, _WARP_SIZE, _PROCESSORS, _MAJOR, _MINOR = 8, 10, 16, 75, 76
 """Numbers of device attributes."""
 _LAZY_PEER_ACCESS: Final = 1
 """How memory of another process is opened: of another device only where the two reach each other."""
+_FIX: Final = f"{HOME_ENV} names the toolkit whose mcc is used, before PATH"
 _FLAGS: Final = ("-std=c++17", "-O2", "-x", "musa", "--cuda-device-only")
 _GROUPS: Final = 3
 
@@ -106,11 +105,15 @@ def compiler() -> str:
     return found
 
 
+def _compiler_version() -> str:
+    return compiling.version(compiler(), _FIX)
+
+
 def missing() -> str:
     """Why this runtime cannot be used, in words; empty if it can."""
     try:
         Library().number("muDeviceGet", 0)
-        compiler()
+        _compiler_version()
     except HalError as error:
         return str(error).splitlines()[0]
     try:
@@ -287,11 +290,16 @@ class MusaDevice(InPlace):
     def build(self, source: Source) -> MusaProgram:
         """See `runtime.Device`."""
         facts = self.facts
-        text, made_by = source.text("musa"), compiler()
-        known = subprocess.run([made_by, "--version"], capture_output=True, text=True, check=False).stdout
-        name = f"{cache.key(text, facts.name, known, *_FLAGS)}.bin"
-        code = cache.kept(cache.private_folder("musa"), name, lambda: _compile(made_by, text, facts.name, source))
-        return MusaProgram(source, self.library.handle("muModuleLoadData", code))
+        text, library = source.text("musa"), self.library
+        name = f"{cache.key(text, facts.name, _compiler_version(), *_FLAGS)}.bin"
+        module = cache.loaded(
+            cache.private_folder("musa"),
+            name,
+            lambda: _compile(text, facts.name, source),
+            lambda code: library.handle("muModuleLoadData", code),
+            DeviceError,
+        )
+        return MusaProgram(source, module)
 
     def launch(
         self, program: Program, kernel: str, groups: int, threads: int, arguments: Sequence[Argument]
@@ -327,12 +335,6 @@ def _cell(argument: Any) -> Any:
     return ctypes.create_string_buffer(argument.tobytes())
 
 
-def _compile(made_by: str, text: str, arch: str, source: Source) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        made, from_file = Path(folder, "kernels.mubin"), Path(folder, "kernels.mu")
-        from_file.write_text(text)
-        line = [made_by, *_FLAGS, f"--offload-arch={arch}", "-o", str(made), str(from_file)]
-        done = subprocess.run(line, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise CompileError(f"mcc for {arch}: the kernels do not build", log=done.stderr, source_path=source.path)
-        return made.read_bytes()
+def _compile(text: str, arch: str, source: Source) -> bytes:
+    line = [compiler(), *_FLAGS, f"--offload-arch={arch}"]
+    return compiling.compiled(line, text, ".mu", f"mcc for {arch}: the kernels do not build", source.path, _FIX)

@@ -93,8 +93,35 @@ def test_a_compile_error_names_file_and_line(tmp_path: Path) -> None:
     wrong = source(tmp_path, "to[0] = valve;")
     with pytest.raises(CompileError, match="mcc for mp_22") as caught:
         driver.MusaDevice(0, memory="cpu").build(wrong)
-    assert caught.value.source_path == wrong.files[0]
+    assert (caught.value.source_path, caught.value.line) == (wrong.files[0], 3)
     assert f"{wrong.files[0]}:3" in caught.value.log and "valve" in caught.value.log
+    assert "MUSA_HOME names the toolkit whose mcc is used" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('case "$*" in *--version*) exit;; esac', "ended without an error and has written nothing"),
+        ('case "$*" in *--version*) exit;; esac; kill -9 $$', "mcc for mp_22: .* it was killed by SIGKILL"),
+        (None, "does not run .Exec format error.; MUSA_HOME names"),
+        ("kill -9 $$", "mcc --version: it was killed by SIGKILL, as for want of memory; MUSA_HOME names"),
+    ],
+)
+def test_an_mcc_that_does_not_work(
+    content: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    mcc = tmp_path / "bin" / "mcc"
+    mcc.write_text("" if content is None else f"#!/bin/sh\n{content}\n")
+    mcc.chmod(0o755)
+    monkeypatch.setenv(driver.HOME_ENV, str(tmp_path))
+    with pytest.raises((CompileError, BackendUnavailable), match=said) as caught:
+        driver.MusaDevice(0, memory="cpu").build(source(tmp_path, "to[0] = value;"))
+    # One that does not even run is why there is no such runtime.
+    out = isinstance(caught.value, BackendUnavailable)
+    assert driver.missing() == (
+        str(caught.value) if out else "torch_musa does not import: No module named 'torch_musa'"
+    )
 
 
 def test_code_is_kept_for_an_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
