@@ -101,8 +101,8 @@ def test_a_folder_below_one_that_others_can_write_to_is_not_trusted(
     shared.chmod(mode)
     with pytest.warns(UserWarning, match=f"others can write to {shared} .chmod go-w {shared}, or set {cache.ENV} to"):
         assert cache.private_folder("device") is None
+    monkeypatch.setenv(sim.CACHE_ENV, str(shared / "simulator"))
     with pytest.raises(BackendUnavailable, match=f"to build the simulator in: others can write to {shared} "):
-        monkeypatch.setenv(sim.CACHE_ENV, str(shared / "simulator"))
         sim.program("mcc")
     shared.chmod(mode | stat.S_ISVTX)
     assert cache.private_folder("device") == shared / "of mine" / "cache" / "device"

@@ -12,9 +12,7 @@ from hal.portable.runtime import Source
 from hal.spec.errors import BackendUnavailable, CompileError
 
 HEADER = "HAL_INLINE float kept(float x) {\n  return x;\n}\nHAL_INLINE float wrong(float x) {\n  return valve;\n}\n"
-KERNEL = (
-    '#include "wrong.h"\nHAL_KERNEL(8)\nvoid mine(HAL_GLOBAL float *to, float value) {\n  to[0] = wrong(value);\n}\n'
-)
+KERNEL = '#include "wrong.h"\nHAL_KERNEL(8)\nvoid mine(HAL_GLOBAL float *to, float x) {\n  to[0] = wrong(x);\n}\n'
 TEXT = '#line 1 "/k/first.h"\n#line 1 "/k/first.h.old"\n#line 1 "/k/second.h"\n#line 7 "/k/first.h"\n'
 
 
@@ -40,9 +38,7 @@ def test_the_file_that_the_log_blames_is_named(folder: Path) -> None:
     assert f"{folder / 'wrong.h'}:5" in str(error).splitlines() and "valve" in error.log and error.log in str(error)
 
 
-def test_it_says_what_to_do_and_keeps_what_the_compiler_was_given(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_says_what_to_do_and_keeps_what_was_compiled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CompileError) as caught:
         HostDevice().build(source(folder))
     kept = next((folder / "cache" / "refused").iterdir())
@@ -130,5 +126,5 @@ def test_a_compiler_that_is_gone_between_two_calls(folder: Path, monkeypatch: py
     monkeypatch.setenv("CXX", script(folder, "exit 0"))
     line = [compiler()]
     Path(line[0]).unlink()
-    with pytest.raises(CompileError, match="no: .*broken does not run"):
+    with pytest.raises(CompileError, match=r"no: .*broken does not run"):
         compiling.compiled(line, "", ".cpp", "no", "last.h", "do something")

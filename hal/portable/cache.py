@@ -1,7 +1,7 @@
 """Compiled code on disk: found again by what it was made from, whole or not at all.
 
-Code in the cache is run, so nobody else can write to its folder or put another in its place. Entries are renamed into place, so any number of
-processes may write the same one, and carry a checksum, so a damaged one is made anew.
+Code in the cache is run, so nobody else can write to its folder or put another in its place. Entries are renamed into
+place, so any number of processes may write the same one, and carry a checksum, so a damaged one is made anew.
 """
 
 from __future__ import annotations
