@@ -7,6 +7,7 @@ torch, as in simulation, tensors of the host are copied there and back (`hal.por
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import os
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from hal.portable import cache, compiling, sim
 from hal.portable.bound_window import BoundWindow
-from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source, StreamEvent
+from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source, StreamEvent, out_of_memory
 from hal.spec.errors import BackendUnavailable, DeviceError
 
 CALLS: Final = (
@@ -117,6 +118,14 @@ class Runtime:
             text = self._called(self.module, f"{self.bindings.prefix}GetErrorString", (error,))[1]
             raise DeviceError(f"{self.bindings.prefix}{name}: {error.name} ({int(error)}): {_text(text)}")
         return results
+
+    def lacking(self, call: str, size: int, error: object) -> DeviceError:
+        """What to raise where the current device does not give so many bytes."""
+        has = ""
+        with contextlib.suppress(DeviceError):
+            free, whole = self("MemGetInfo")
+            has = f"the device has {int(whole)} bytes, {int(free)} of them free"
+        return out_of_memory(call, size, has, error)
 
     def structure(self, name: str) -> Any:
         """A type of the runtime's."""
@@ -345,7 +354,7 @@ class BoundDevice(InPlace):
         try:
             return torch.empty(max(size, 16), dtype=torch.uint8, device=f"{self._torch.device}:{self.index}")
         except RuntimeError as error:
-            raise DeviceError(f"{size} bytes of the device: {str(error).splitlines()[0]}") from error
+            raise self.runtime.lacking("torch.empty", size, str(error).splitlines()[0]) from error
 
     def window(self, size: int) -> BoundWindow:
         """See `runtime.SharingDevice`."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hal.portable import cache, compiling
-from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source
+from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source, host_has, out_of_memory
 from hal.portable.shared import SharedMemory
 from hal.spec.errors import BackendUnavailable, DeviceError
 
@@ -95,7 +95,10 @@ class HostDevice(InPlace):
 
     def empty(self, size: int) -> Any:
         """See `runtime.Allocator`. What was never written is NaN wherever a float is read."""
-        return torch.full((max(size // 4, 4),), float("nan"))
+        try:
+            return torch.full((max(size // 4, 4),), float("nan"))
+        except RuntimeError as error:
+            raise out_of_memory("torch.full", size, host_has(), str(error).splitlines()[0]) from error
 
     def window(self, size: int) -> SharedMemory:
         """See `runtime.SharingDevice`."""

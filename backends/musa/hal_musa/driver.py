@@ -6,6 +6,7 @@ simulated library only; see the README.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hal.portable import cache, compiling, sim
-from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source, StreamEvent
+from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source, StreamEvent, out_of_memory
 from hal.spec.errors import BackendUnavailable, DeviceError, HalError
 
 LIBRARY_ENV: Final = "HAL_MUSA_LIBRARY"
@@ -261,16 +262,26 @@ class MusaDevice(InPlace):
         try:
             return torch.empty(max(size, 16), dtype=torch.uint8, device=self._memory)
         except RuntimeError as error:
-            raise DeviceError(f"muMemAlloc of {size} bytes: {str(error).splitlines()[0]}") from error
+            raise self._lacking("torch.empty", size, str(error).splitlines()[0]) from error
 
     def window(self, size: int) -> MusaWindow:
         """See `runtime.SharingDevice`."""
         library, address = self.library, ctypes.c_void_p()
-        library("muMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size))
+        try:
+            library("muMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size))
+        except DeviceError as error:
+            raise self._lacking("a window", size, error) from error
         made = MusaWindow(library, address, size, "muMemFree_v2")
         library("muMemsetD8_v2", address, ctypes.c_ubyte(0), ctypes.c_size_t(size))
         library("muStreamSynchronize", ctypes.c_void_p())
         return made
+
+    def _lacking(self, call: str, size: int, error: object) -> DeviceError:
+        free, whole, has = ctypes.c_size_t(), ctypes.c_size_t(), ""
+        with contextlib.suppress(DeviceError):
+            self.library("muMemGetInfo_v2", ctypes.byref(free), ctypes.byref(whole))
+            has = f"{self.facts.name} has {whole.value} bytes, {free.value} of them free"
+        return out_of_memory(call, size, has, error, "torch.musa.empty_cache() frees what torch keeps")
 
     def peer(self, handle: Handle) -> MusaWindow:
         """See `runtime.SharingDevice`; the driver knows the size."""

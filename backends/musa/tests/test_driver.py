@@ -175,6 +175,16 @@ def test_the_backend_takes_the_driver_where_all_is_there(monkeypatch: pytest.Mon
     assert backend.launches()["musa:mla_decode@mp_31"] == 1
 
 
+def test_more_memory_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver and torch are asked for it in ways of their own; both say what there is and what to do."""
+    device = driver.MusaDevice(0, memory="cpu")
+    helps = r"mp_22 has \d+ bytes, \d+ of them free; make the cache, .*; torch.musa.empty_cache\(\) frees"
+    with pytest.raises(DeviceError, match=rf"a window of {1 << 60} bytes: .*MUSA_ERROR_OUT_OF_MEMORY.*; {helps}"):
+        device.window(1 << 60)
+    with pytest.raises(DeviceError, match=rf"torch.empty of {1 << 60} bytes: .*; {helps}"):
+        device.empty(1 << 60)
+
+
 def test_windows_of_other_processes() -> None:
     device = driver.MusaDevice(0, memory="cpu")
     mine = device.window(4096)
