@@ -32,6 +32,8 @@ HOME_ENV: Final = "MUSA_HOME"
 
 _SHARED_PER_BLOCK, _WARP_SIZE, _PROCESSORS, _MAJOR, _MINOR = 8, 10, 16, 75, 76
 """Numbers of device attributes."""
+_MOST_LANES: Final = 32
+"""What the mask of a shuffle can name. Wider subgroups do without, as ``dialects/musa.h`` says."""
 _LAZY_PEER_ACCESS: Final = 1
 """How memory of another process is opened: of another device only where the two reach each other."""
 _FIX: Final = f"{HOME_ENV} names the toolkit whose mcc is used, before PATH"
@@ -254,7 +256,7 @@ class MusaDevice(InPlace):
             processors=attribute(_PROCESSORS),
             groups=_GROUPS,
             local_bytes=attribute(_SHARED_PER_BLOCK),
-            subgroup=attribute(_WARP_SIZE),
+            subgroup=width if (width := attribute(_WARP_SIZE)) <= _MOST_LANES else 1,
         )
 
     def empty(self, size: int) -> Tensor:

@@ -29,7 +29,7 @@ from hal.backend import Backend
 from hal.plugins import hookimpl
 from hal.portable import ep_node, sim
 from hal.portable.mla import PortableMla
-from hal.portable.runtime import Handle
+from hal.portable.runtime import Handle, Source
 from hal.spec.errors import BackendUnavailable, CompileError, DeviceError
 
 Toolkit = Mapping[str, str]
@@ -55,7 +55,7 @@ def toolkit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Toolkit]:
         yield variables
 
 
-@pytest.mark.parametrize(("arch", "subgroup"), [("21", 128), ("31", 32)])
+@pytest.mark.parametrize(("arch", "subgroup"), [("21", 1), ("31", 32)])
 def test_it_decodes_on_every_architecture(arch: str, subgroup: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(sim.ENV, f"musa:mp_{arch}")
     device = driver.MusaDevice(0, memory="cpu")
@@ -64,6 +64,16 @@ def test_it_decodes_on_every_architecture(arch: str, subgroup: int, monkeypatch:
     kernels.decode(args, None)
     assert agrees(args)
     assert device.launches() == {f"musa:{name}@mp_{arch}": 1 for name in ("mla_schedule", "mla_decode", "mla_merge")}
+
+
+def test_no_shuffle_has_a_mask_that_does_not_name_all_lanes(tmp_path: Path) -> None:
+    """Subgroups of 128 lanes do without, and the dialect refuses whoever asks for them."""
+    device = driver.MusaDevice(0, memory="cpu")
+    assert device.library.number("muDeviceGetAttribute", driver._WARP_SIZE, 0) == 128 and device.facts.subgroup == 1
+    path = source(tmp_path, "to[0] = value;").files
+    with pytest.raises(CompileError, match="a mask of 32 bits does not name the lanes of wider") as caught:
+        device.build(Source(path, (("HAL_SUBGROUP", 128),)))
+    assert Path(caught.value.source_path).name == "musa.h"
 
 
 def test_launches_can_be_timed(tmp_path: Path) -> None:
