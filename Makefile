@@ -46,7 +46,8 @@ lint: $(VENV)/.installed
 # Every case of the published sweep, about half an hour on two cores, and all of what the device kernels' tests draw from.
 sweep: $(VENV)/.installed
 	HAL_SWEEP=all HAL_COMPILE=all $(BIN)/pytest -n 2 -q \
-	  tests/test_mla_sweep.py backends/cuda/tests/test_interpreter.py backends/cuda/tests/test_compiled.py
+	  tests/test_mla_sweep.py tests/test_portable_compiled.py \
+	  backends/cuda/tests/test_interpreter.py backends/cuda/tests/test_compiled.py
 
 # The suite against the backend in force, with a report; see hal conform --help.
 conform: $(VENV)/.installed

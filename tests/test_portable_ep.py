@@ -25,7 +25,7 @@ from hal.portable import ep_node
 from hal.portable.ep_kernels import EpKernels, Rows
 from hal.portable.runtime import Handle
 from hal.portable.shared import SharedMemory
-from hal.spec.errors import DeviceError
+from hal.spec.errors import CompileError, DeviceError
 
 FIBRES = Case(backend=portable_backends.name(32))
 # Few kernels: each takes a second to compile, and test_portable_ep_kernels has them all.
@@ -164,6 +164,156 @@ def lacking(rank: int) -> None:
         back = buffer.combine(got.recv_x, got.handle)
         here = torch.stack([mine.topk_idx // 4 == r for r in range(2)]).any(2).sum(0)
         assert torch.equal(back.combined_x, (mine.x.float() * here[:, None]).to(mine.x.dtype))
+    dist.barrier()
+
+
+# Where it goes wrong: of rank 1 the driver's method, and from which call of it on, counted from the first dispatch.
+BROKEN = {
+    "compiler": ("build", CompileError("no compiler", log="its log", source_path="k.h"), False),
+    "device": ("launch", DeviceError("the device is lost"), False),
+    "memory": ("queue", MemoryError("no memory"), True),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_an_error_of_one_rank_is_told_to_all(how: str, before: partial[None]) -> None:
+    outcomes = run_ranks(3, erring, how, limit=60, before=before)
+    assert len(outcomes) == 3
+
+
+def erring(rank: int, how: str) -> None:
+    """Rank 1 raises what it came upon, the others name it with the reason, at once; nobody goes on afterwards."""
+    case = replace(FIBRES, ranks=3, tokens=(5, 7, 6))
+    method, error, packed = BROKEN[how]
+    device: Any = plugins.select(case.backend).backend.device  # type: ignore[attr-defined]
+    mine = case.inputs()[rank]
+
+    def broken(*given: Any) -> None:
+        raise error
+
+    with case.buffer(timeout=30.0) as buffer, pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(device, method, broken)
+            patch.setattr(buffer._engine._kernels, "_programs", {})
+
+        def call() -> None:
+            if packed:
+                buffer.low_latency_dispatch(mine.x, mine.topk_idx, use_fp8=False, return_recv_hook=True)[-1]()
+            else:
+                buffer.dispatch(mine.x, mine.topk_idx)
+
+        begin = time.monotonic()
+        with pytest.raises(type(error) if rank == 1 else RankFailure) as caught:
+            call()
+        assert rank == 1 or (caught.value.rank == 1 and str(error).splitlines()[0] in caught.value.reason)
+        assert time.monotonic() - begin < 15
+        if rank == 1:
+            patch.undo()
+        for again in (call, lambda: buffer.refuse(SpecError("x", 1, 2))):
+            with pytest.raises(RankFailure, match="rank 1 failed in .*" + type(error).__name__) as caught:
+                again()
+            assert caught.value.rank == 1
+        dist.barrier()
+
+
+def test_an_error_in_what_completes_a_call_is_told_too(before: partial[None]) -> None:
+    run_ranks(2, completing, limit=60, before=before)
+
+
+def completing(rank: int) -> None:
+    """Of a combine whose rows are there, and of a dispatch whose rows are sent behind the caller's back."""
+    mine = FIBRES.inputs()[rank]
+    device: Any = plugins.select(FIBRES.backend).backend.device  # type: ignore[attr-defined]
+
+    def broken(*given: Any) -> None:
+        raise DeviceError("the device is lost")
+
+    with FIBRES.buffer(timeout=30.0) as buffer:
+        got = buffer.dispatch(mine.x, mine.topk_idx)
+        back = buffer.combine(got.recv_x, got.handle, async_finish=True)
+        with pytest.MonkeyPatch.context() as patch:
+            if rank:
+                patch.setattr(device, "launch", broken)
+                with pytest.raises(DeviceError, match="is lost"):
+                    back.event.wait()
+            else:
+                # What it lacks is not of this call any more: the next one hears of it.
+                back.event.wait()
+                with pytest.raises(RankFailure, match="rank 1 failed in combine: DeviceError: the device is lost"):
+                    buffer.dispatch(mine.x, mine.topk_idx)
+        dist.barrier()
+    with FIBRES.buffer(timeout=30.0) as buffer:
+        held = [buffer.low_latency_dispatch(mine.x, mine.topk_idx, use_fp8=False) for _ in range(2)]
+        for one in held:
+            buffer.low_latency_combine(one.recv_x, mine.topk_idx, mine.topk_weights, one.handle)
+        engine: Any = buffer._engine
+        with pytest.MonkeyPatch.context() as patch:
+            if rank:
+                patch.setattr(engine, "_free_rooms", [[], []])
+                patch.setattr(engine, "_send_rows", broken)
+            later = buffer.low_latency_dispatch(mine.x, mine.topk_idx, use_fp8=False, return_recv_hook=True)
+            for _ in range(2):
+                with pytest.raises(RankFailure, match="rank 1 failed in low_latency_dispatch: DeviceError: the device"):
+                    later.hook()
+        dist.barrier()
+
+
+def test_an_error_of_one_rank_is_told_to_other_nodes(before: partial[None]) -> None:
+    run_ranks(4, far_away, limit=60, before=before)
+
+
+def far_away(rank: int) -> None:
+    """Of what happens inside rank 1's node, and of what happens to rank 2 between nodes."""
+    four = replace(FIBRES, ranks=4, tokens=(5, 0, 9, 3), per_node=2)
+    mine = four.inputs()[rank]
+    device: Any = plugins.select(four.backend).backend.device  # type: ignore[attr-defined]
+
+    def broken(*given: Any) -> None:
+        raise DeviceError("the device is lost")
+
+    for culprit, where in ((1, device), (2, None)):
+        with four.buffer(timeout=15.0) as buffer, pytest.MonkeyPatch.context() as patch:
+            if rank == culprit:
+                patch.setattr(*((where, "launch") if where else (buffer._engine._crossing, "share")), broken)
+            begin = time.monotonic()
+            # Those who have got what they wait for hear of it in the next call.
+            calls = (buffer.dispatch(mine.x, mine.topk_idx) for _ in range(2))
+            with pytest.raises(DeviceError if rank == culprit else RankFailure, match="the device is lost") as caught:
+                list(calls)
+            assert rank == culprit or caught.value.rank == culprit
+            assert time.monotonic() - begin < 12
+            with pytest.raises(RankFailure, match=f"rank {culprit} failed in .* the device is lost"):
+                buffer.dispatch(mine.x, mine.topk_idx)
+        dist.barrier()
+
+
+@pytest.mark.parametrize("begin", [2**31 - 3, 2**32 - 3])
+def test_operations_are_numbered_without_end(begin: int, before: partial[None]) -> None:
+    run_ranks(2, numbered, begin, limit=60, before=before)
+
+
+def numbered(rank: int, begin: int) -> None:
+    """Whatever fits into a flag: calls before, at and after it."""
+    mine = FIBRES.inputs()[rank]
+    here = torch.stack([mine.topk_idx // 4 == r for r in range(2)]).any(2).sum(0)
+    expected = (mine.x.float() * here[:, None]).to(mine.x.dtype)
+    times = torch.where(mine.topk_idx >= 0, mine.topk_weights, 0.0).sum(1, keepdim=True)
+    with FIBRES.buffer() as buffer:
+        engine: Any = buffer._engine
+        # Of two numbers 2**31 apart neither is the later; no flag stays so far behind.
+        for start in (begin // 2, begin):
+            engine._number = start
+            for turn in range(3):
+                # One of them is late: its flags are of the operation before when they are first looked at.
+                if turn % 2 == rank:
+                    time.sleep(0.05)
+                got = buffer.dispatch(mine.x, mine.topk_idx)
+                back = buffer.combine(got.recv_x, got.handle)
+                assert torch.equal(back.combined_x, expected)
+                packed = buffer.low_latency_dispatch(mine.x, mine.topk_idx, use_fp8=False)
+                back = buffer.low_latency_combine(packed.recv_x, mine.topk_idx, mine.topk_weights, packed.handle)
+                assert torch.allclose(back.combined_x.float(), mine.x.float() * times, rtol=0.02, atol=0.02)
+        assert engine._number > begin + 6
     dist.barrier()
 
 

@@ -175,8 +175,16 @@ def test_a_compile_error_names_file_and_line(tmp_path: Path) -> None:
     wrong = source(tmp_path, "to[0] = valve;")
     with pytest.raises(CompileError) as caught:
         HostDevice().build(wrong)
-    assert caught.value.source_path == wrong.files[0]
+    assert (caught.value.source_path, caught.value.line) == (wrong.files[0], 3)
     assert f"{wrong.files[0]}:3" in caught.value.log and "valve" in caught.value.log
+
+
+def test_more_memory_than_the_host_has() -> None:
+    helps = r"the host has \d+ bytes, \d+ of them free; make the cache, the batch or the buffer smaller"
+    with pytest.raises(DeviceError, match=rf"torch.full of {1 << 60} bytes: .*; {helps}"):
+        HostDevice().empty(1 << 60)
+    with pytest.raises(DeviceError, match=rf"of {1 << 60} bytes: .*; {helps}"):
+        HostDevice().window(1 << 60)
 
 
 @pytest.mark.parametrize("local_bytes", [1, 16 << 10, 48 << 10, 64 << 10, 128 << 10])

@@ -4,7 +4,7 @@ An engine receives validated arguments (`hal.spec.ep`). Its calls are collective
 same calls in the same order. Every call posts its work and returns a result whose tensors are complete once the
 result's ``finish`` has run; the front runs it at once, or hands it out as event or hook. An engine must notice when
 ranks disagree, when one stops answering, and when a window is damaged: it raises, it never hangs and never reads out of
-bounds.
+bounds. An error of one rank's own, as of its device, ends the buffer, and the other ranks are told (`own_failure`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from torch import Tensor
 
@@ -24,11 +25,20 @@ from hal.spec.ep import (
     EpLowLatencyDispatchArgs,
     EpLowLatencyHandle,
 )
-from hal.spec.errors import SpecError
+from hal.spec.errors import RankFailure, SpecError
 
 Finish = Callable[[], None]
 """Completes a posted call: waits for the other ranks and fills the result's tensors. Called exactly once, on any
 thread. Raises RankFailure when a rank does not answer."""
+
+
+_REASON: Final = 300
+
+
+def own_failure(rank: int, phase: str, error: BaseException) -> RankFailure:
+    """What all others raise of an error that came to a rank by itself, and this rank at every later call."""
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    return RankFailure(rank, phase, said if len(said) <= _REASON else f"{said[: _REASON - 1]}…")
 
 
 @dataclass(slots=True, eq=False)

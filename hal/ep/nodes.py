@@ -252,7 +252,9 @@ class NodesEngine(EpEngine):
 
     def _run(self, job: Callable[[], _T]) -> _T:
         """Make a call after all that were deferred before it."""
-        return job() if self._worker is None else self._worker.submit(job).result()
+        if self._worker is None:
+            return self._wire.blamed(job, self._node_engine.fail)
+        return self._worker.submit(self._wire.blamed, job, self._node_engine.fail).result()
 
     def _post(self, job: Callable[[], None], deferred: bool) -> Finish:
         """Make a call now, or behind the caller's back, in the order of the calls; what is returned waits for it."""
@@ -261,7 +263,7 @@ class NodesEngine(EpEngine):
             return lambda: None
         if self._worker is None:
             self._worker = ThreadPoolExecutor(1, "hal-ep-nodes")
-        posted: Future[None] = self._worker.submit(job)
+        posted: Future[None] = self._worker.submit(self._wire.blamed, job, self._node_engine.fail)
         return posted.result
 
     def _agree(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hal.ep.engine import EpDispatched, EpEngine, EpLowLatencyDispatched, Finish
 from hal.spec.ep import EpDispatchArgs, EpHandle, EpLowLatencyCombineArgs, EpLowLatencyDispatchArgs
+from hal.spec.errors import RankFailure
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,6 +36,9 @@ class NodeEngine(EpEngine):
 
     It delivers what it relays in the order of `Topology.sources`, that is, of the source's rank in the whole group.
     """
+
+    def fail(self, failure: RankFailure) -> None:
+        """Tell the node's other ranks at once of what happened to this one between nodes."""
 
     @abstractmethod
     def relay(self, args: EpDispatchArgs, tokens: Relayed) -> EpDispatched:

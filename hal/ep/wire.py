@@ -17,6 +17,7 @@ from typing import Any, Final, TypeVar
 import torch
 from torch import Tensor
 
+from hal.ep.engine import own_failure
 from hal.ep.posts import Posts
 from hal.spec.ep import EpBufferArgs
 from hal.spec.errors import RankFailure, SpecError
@@ -63,6 +64,8 @@ class Wire:
         self._posts = Posts(group)
         weakref.finalize(self, self._posts.close)  # its threads end even where nobody closes
         self._others = [rank for rank in range(args.num_ranks) if rank != args.rank]
+        per_node = args.ranks_per_node
+        self._away = [rank for rank in self._others if rank // per_node != args.rank // per_node]
         self._calls = 0
         self._broken: RankFailure | None = None
         self.absent: set[int] = set()
@@ -181,10 +184,39 @@ class Wire:
         """Run a call inside the node; a rank that fails there is told to the other nodes, who cannot see it."""
         try:
             return call()
-        except RankFailure as failure:
-            self._broken = failure
-            self._tell(failure)
+        except SpecError:
             raise
+        except BaseException as error:
+            self._break(error)
+            raise
+
+    def blamed(self, call: Callable[[], _T], tell: Callable[[RankFailure], None]) -> _T:
+        """Run a call; of an error of this rank's own, as of its memory, all others hear, those of its node twice.
+
+        Parameters
+        ----------
+        call : callable
+        tell : callable
+            Tells those who wait inside the node.
+        """
+        try:
+            return call()
+        except (SpecError, RankFailure):
+            raise
+        except BaseException as error:
+            if self._broken is None:
+                tell(own_failure(self._args.rank, "call between nodes", error))
+                self._break(error, [rank for rank in self._others if rank not in self._away])
+            raise
+
+    def _break(self, error: BaseException, near: Sequence[int] = ()) -> None:
+        """End every later call, and tell other nodes why; ranks of this one too, where they may not know yet."""
+        if isinstance(error, RankFailure):
+            self._broken = error
+        else:
+            self._broken = own_failure(self._args.rank, "call between nodes", error)
+            self._broken.__cause__ = error
+        self._tell(self._broken, near)
 
     def close(self) -> None:
         """Close the connections. Idempotent."""
@@ -199,15 +231,15 @@ class Wire:
             self._posts.send(rank, self._header("failed", (), (), text).view(torch.uint8), self._tag(0))
         self._left = set(self.absent)
 
-    def _tell(self, failure: RankFailure) -> None:
+    def _tell(self, failure: RankFailure, near: Sequence[int]) -> None:
         """In place of the next header; where failed ranks are masked, that is this one."""
         rank = self._args.rank if self._args.mask_ranks else failure.rank
         header = self._header("failed", (), (), (str(rank), failure.phase, failure.reason)).view(torch.uint8)
-        per_node = self._args.ranks_per_node
-        away = [rank for rank in self._others if rank // per_node != self._args.rank // per_node]
         self._calls += 1
         # A message leaves when its receiver asks for it; whoever is still computing will not be waited for long.
-        sends = [(rank, header) for rank in away if rank not in self.absent]
+        sends = [(rank, header) for rank in self._away if rank not in self.absent]
+        for rank in near:
+            self._posts.send(rank, header, self._tag(0))
         self._posts.trade(sends, (), self._tag(0), min(self._args.timeout, _PARTING))
 
     def _named_by_others(self, failed: dict[int, str]) -> RankFailure | None:

@@ -7,6 +7,7 @@ torch, as in simulation, tensors of the host are copied there and back (`hal.por
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import os
@@ -21,10 +22,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from hal.portable import cache, sim
+from hal.portable import cache, compiling, sim
 from hal.portable.bound_window import BoundWindow
-from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source, StreamEvent
-from hal.spec.errors import BackendUnavailable, CompileError, DeviceError
+from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source, StreamEvent, out_of_memory
+from hal.spec.errors import BackendUnavailable, DeviceError
 
 CALLS: Final = (
     "DeviceSynchronize",
@@ -118,6 +119,14 @@ class Runtime:
             raise DeviceError(f"{self.bindings.prefix}{name}: {error.name} ({int(error)}): {_text(text)}")
         return results
 
+    def lacking(self, call: str, size: int, error: object) -> DeviceError:
+        """What to raise where the current device does not give so many bytes."""
+        has = ""
+        with contextlib.suppress(DeviceError):
+            free, whole = self("MemGetInfo")
+            has = f"the device has {int(whole)} bytes, {int(free)} of them free"
+        return out_of_memory(call, size, has, error)
+
     def structure(self, name: str) -> Any:
         """A type of the runtime's."""
         return getattr(self.module, self.bindings.prefix + name)
@@ -136,7 +145,8 @@ class Runtime:
             if int(error):
                 log = self._read(program, "GetProgramLog").rstrip(b"\0").decode(errors="replace")
                 message = f"{name}: {error.name} for {' '.join(options)}: the kernels do not build"
-                raise CompileError(message, log=log, source_path=source.path)
+                fix = f"the compiler is the one that the package {self.bindings.package} loads"
+                raise compiling.refusal(message, log, text, source.path, fix)
             return self._read(program, "GetCode")
         finally:
             self._compiler("DestroyProgram", program.createRef())
@@ -344,7 +354,7 @@ class BoundDevice(InPlace):
         try:
             return torch.empty(max(size, 16), dtype=torch.uint8, device=f"{self._torch.device}:{self.index}")
         except RuntimeError as error:
-            raise DeviceError(f"{size} bytes of the device: {str(error).splitlines()[0]}") from error
+            raise self.runtime.lacking("torch.empty", size, str(error).splitlines()[0]) from error
 
     def window(self, size: int) -> BoundWindow:
         """See `runtime.SharingDevice`."""

@@ -27,12 +27,11 @@ class CombineCalls(RowCalls):
 
     def combine(self, args: EpCombineArgs) -> EpCombined:
         """Stage the rows where peers can read them; the finish fetches and sums."""
-        handle, weights = args.handle, args.topk_weights
-        out = torch.empty(handle.num_tokens, self._args.hidden, dtype=args.x.dtype, device=args.x.device)
-        sums = None
-        if weights is not None:
-            sums = torch.empty(handle.num_tokens, handle.topk, dtype=torch.float32, device=args.x.device)
-        with self._calling():
+        handle, weights, sums = args.handle, args.topk_weights, None
+        with self._calling("combine"):
+            out = torch.empty(handle.num_tokens, self._args.hidden, dtype=args.x.dtype, device=args.x.device)
+            if weights is not None:
+                sums = torch.empty(handle.num_tokens, handle.topk, dtype=torch.float32, device=args.x.device)
             op = self._begin("combine")
             aux = self._offer(op, handle, args.x, weights, _PLAIN if weights is None else _WEIGHTED)
 
@@ -51,7 +50,7 @@ class CombineCalls(RowCalls):
 
     def gather(self, x: Tensor, handle: EpHandle) -> Tensor:
         """One fetch into zeros."""
-        with self._calling():
+        with self._calling("combine"):
             op = self._begin("combine")
             self._offer(op, handle, x, None, _GATHERED)
             try:
@@ -62,8 +61,8 @@ class CombineCalls(RowCalls):
 
     def partial(self, x: Tensor, handle: EpHandle) -> Tensor:
         """The sum of `combine`, left in float32."""
-        out = torch.empty(handle.num_tokens, x.shape[1], dtype=torch.float32, device=x.device)
-        with self._calling():
+        with self._calling("combine"):
+            out = torch.empty(handle.num_tokens, x.shape[1], dtype=torch.float32, device=x.device)
             op = self._begin("combine")
             self._offer(op, handle, x, None, _PARTIAL)
             try:

@@ -203,15 +203,15 @@ class EpKernels:
         return out
 
     def signal(self, queue: Queue, flags: Memory, at: int, value: int) -> None:
-        """Set a flag once everything before it in the queue is done."""
-        self._launch(queue, FLAGS, "ep_signal", 1, 1, flags, *_int32(at, value))
+        """Set a flag once everything before it in the queue is done; of the value the last 32 bits."""
+        self._launch(queue, FLAGS, "ep_signal", 1, 1, flags, *_int32(at, _signed(value)))
 
     def seen(self, flags: Memory, count: int, stride: int, value: int, device: torch.device) -> list[int]:
-        """Flags as they are after looking for ``value`` a while."""
+        """Flags as they are after looking for ``value`` a while; `before` compares them."""
         queue = self.device.queue()
         found = torch.zeros(count, dtype=torch.int32, device=device)
         written = queue.write(found)[0]
-        self._launch(queue, FLAGS, "ep_await", count, 1, flags, written, *_int32(stride, value, _TURNS))
+        self._launch(queue, FLAGS, "ep_await", count, 1, flags, written, *_int32(stride, _signed(value), _TURNS))
         queue.finish()
         return found.tolist()
 
@@ -225,6 +225,16 @@ class EpKernels:
 
 def _word(row_bytes: int) -> int:
     return 16 if row_bytes % 16 == 0 else 4
+
+
+def before(flag: int, value: int) -> bool:
+    """Whether a flag has not come to a value yet; of both the last 32 bits count."""
+    return _signed(flag - value) < 0
+
+
+def _signed(value: int) -> int:
+    """The last 32 bits, as a kernel takes them."""
+    return (value + 2**31) % 2**32 - 2**31
 
 
 def _int32(*values: int) -> tuple[np.int32, ...]:

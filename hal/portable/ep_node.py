@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hal.ep.engine import Finish
+from hal.ep.engine import Finish, own_failure
 from hal.ep.layout import count_layout
 from hal.ep.lines import Lines, Message
 from hal.ep.neighbours import introduced
@@ -20,7 +20,7 @@ from hal.portable.ep_post import FLAG, Operation, Posting
 from hal.portable.ep_windows import Lease
 from hal.portable.runtime import SharingDevice
 from hal.spec.ep import EpBufferArgs, EpLayout
-from hal.spec.errors import DeviceError, HalError, RankFailure, SpecError, UnsupportedError
+from hal.spec.errors import DeviceError, RankFailure, SpecError, UnsupportedError
 
 _parting: list[NodeCalls] = []
 """Closed buffers whose windows others may still have open: a driver's IPC memory must not be freed before."""
@@ -58,15 +58,15 @@ class NodeCalls(Posting):
         with introduced(args, self._near) as met:
             self._lines = Lines(self._near.here, met.trade)
             try:
-                with _by_all(met.exchange):
+                with _by_all(met.exchange, args.rank):
                     mine = self._made()
-                with _by_all(met.exchange):
+                with _by_all(met.exchange, args.rank):
                     op = self._begin("open")
                     self._post(op, mine)
                     self._learned(op, self._await_letters(op))
                     self._done(op)
                 self._records.clear()
-            except HalError:
+            except BaseException:
                 self._lines.close()
                 self._windows.close()
                 raise
@@ -92,7 +92,7 @@ class NodeCalls(Posting):
 
     def refuse(self, phase: str, error: SpecError) -> SpecError:
         """Post the error in place of the call."""
-        with self._calling():
+        with self._calling(phase):
             op = self._begin("refuse")
             return self._refused(op, error)
 
@@ -105,6 +105,11 @@ class NodeCalls(Posting):
         finally:
             self._done(op)
         return error
+
+    def fail(self, failure: RankFailure) -> None:
+        """See `NodeEngine.fail`."""
+        with self._lock:
+            self._fail(failure)
 
     def set_mask(self, rank: int, masked: bool) -> None:
         """Not written, and not declared."""
@@ -149,8 +154,8 @@ class NodeCalls(Posting):
         return True
 
     @contextmanager
-    def _calling(self) -> Iterator[None]:
-        """One call at a time, after all that was put off before it."""
+    def _calling(self, phase: str) -> Iterator[None]:
+        """One call at a time, after all that was put off before it; what goes wrong in it ends the buffer."""
         job = self._job
         if job is not None and threading.get_ident() != self._worker:
             job.exception()
@@ -159,13 +164,14 @@ class NodeCalls(Posting):
                 raise SpecError("buffer", "a closed buffer", "one that is open")
             if self._failure is not None:
                 raise self._failure
-            yield
+            with self._blamed(phase):
+                yield
 
     def _finish(self, op: Operation, body: Callable[[], None]) -> Finish:
         """What completes a posted call."""
 
         def run() -> None:
-            with self._calling():
+            with self._calling(op.kind):
                 try:
                     body()
                 finally:
@@ -211,7 +217,7 @@ class NodeCalls(Posting):
 
 
 @contextmanager
-def _by_all(exchange: Any) -> Iterator[None]:
+def _by_all(exchange: Any, rank: int) -> Iterator[None]:
     """Do something that all ranks do, or none goes on."""
     failure: dict[str, Any] = {}
     try:
@@ -221,4 +227,7 @@ def _by_all(exchange: Any) -> Iterator[None]:
         raise
     except DeviceError as error:
         failure = {"device": SpecError("device", str(error), "one whose memory the ranks of a node can share")}
+    except BaseException as error:
+        exchange.leave(own_failure(rank, "opening the buffer", error))
+        raise
     agree(exchange, failure)

@@ -31,33 +31,34 @@ class NormalCalls(CombineCalls):
     def dispatch(self, args: EpDispatchArgs) -> EpDispatched:
         """Exchange counts, write rows into the receivers' windows; the finish puts them in order."""
         n = len(args.topk_idx)
-        positions = torch.arange(n, dtype=torch.int32, device=args.x.device)
-        return self._dispatch(args, Relayed([0, n], positions, torch.empty(0, dtype=torch.float32)))
+        with self._calling("dispatch"):
+            positions = torch.arange(n, dtype=torch.int32, device=args.x.device)
+            return self._dispatch(args, Relayed([0, n], positions, torch.empty(0, dtype=torch.float32)))
 
     def relay(self, args: EpDispatchArgs, tokens: Relayed) -> EpDispatched:
         """As `dispatch`, for tokens of several ranks."""
-        return self._dispatch(args, tokens)
+        with self._calling("dispatch"):
+            return self._dispatch(args, tokens)
 
     def _dispatch(self, args: EpDispatchArgs, tokens: Relayed) -> EpDispatched:
-        with self._calling():
-            op = self._begin("dispatch")
-            op.record["tokens"] = len(args.x)
-            bad = self._bad_experts(args.topk_idx)
-            if bad is not None:
-                raise self._refused(op, bad)
-            offer = self._windows.largest()
-            try:
-                routes = self._meet(op, args, tokens, offer)
-                into, lease = self._granted(op, args, routes, offer)
-            except SpecError:
-                self._windows.give_back(offer)
-                self._done(op)
-                raise
-            queue = self._kernels.device.queue()
-            self._push(queue, op, routes, args.x, _aux(args, tokens), into)
-            queue.finish()
-            self._expect(op, routes)
-            return self._receive(op, args, routes, into[self._near.here], lease)
+        op = self._begin("dispatch")
+        op.record["tokens"] = len(args.x)
+        bad = self._bad_experts(args.topk_idx)
+        if bad is not None:
+            raise self._refused(op, bad)
+        offer = self._windows.largest()
+        try:
+            routes = self._meet(op, args, tokens, offer)
+            into, lease = self._granted(op, args, routes, offer)
+        except SpecError:
+            self._windows.give_back(offer)
+            self._done(op)
+            raise
+        queue = self._kernels.device.queue()
+        self._push(queue, op, routes, args.x, _aux(args, tokens), into)
+        queue.finish()
+        self._expect(op, routes)
+        return self._receive(op, args, routes, into[self._near.here], lease)
 
     def _bad_experts(self, idx: Tensor) -> SpecError | None:
         if not len(idx) or not bool(((idx < -1) | (idx >= self._args.num_experts)).any()):

@@ -64,8 +64,8 @@ class PackedCalls(Rooms):
     def low_latency_dispatch(self, args: EpLowLatencyDispatchArgs) -> EpLowLatencyDispatched:
         """Send rows, cast where asked, to the receivers' rooms; the finish packs them."""
         n = len(args.x)
-        positions = torch.arange(n, dtype=torch.int32, device=args.x.device)
-        with self._calling():
+        with self._calling("low_latency_dispatch"):
+            positions = torch.arange(n, dtype=torch.int32, device=args.x.device)
             error = self._third() or self._bad_experts(args.topk_idx)
             if error is not None:
                 raise self._refused(self._begin("low_latency_dispatch"), error)
@@ -78,7 +78,7 @@ class PackedCalls(Rooms):
 
     def reserve_packed(self, args: EpLowLatencyDispatchArgs) -> EpLowLatencyDispatched:
         """Make the tensors."""
-        with self._calling():
+        with self._calling("low_latency_dispatch"):
             error = self._third()
             if error is not None:
                 raise error
@@ -86,7 +86,7 @@ class PackedCalls(Rooms):
 
     def relay_packed(self, args: EpLowLatencyDispatchArgs, reserved: EpLowLatencyDispatched, tokens: Relayed) -> Finish:
         """Send several ranks' tokens."""
-        with self._calling():
+        with self._calling("low_latency_dispatch"):
             return self._send_packed(args, reserved, tokens, False)
 
     def _third(self) -> SpecError | None:
@@ -248,7 +248,7 @@ class PackedCalls(Rooms):
 
     def low_latency_combine(self, args: EpLowLatencyCombineArgs) -> EpLowLatencyCombined:
         """Stage packed rows; the finish fetches and sums."""
-        with self._calling():
+        with self._calling("low_latency_combine"):
             op = self._offer_packed(args)
 
         def finish() -> None:
@@ -261,7 +261,7 @@ class PackedCalls(Rooms):
 
     def gather_packed(self, args: EpLowLatencyCombineArgs) -> Tensor:
         """One fetch into zeros."""
-        with self._calling():
+        with self._calling("low_latency_combine"):
             op = self._offer_packed(args)
             try:
                 tables = [table for _, table, _, _ in self._fetch_packed(op, args)]

@@ -12,16 +12,18 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from torch import Tensor
 
+from hal.ep.engine import own_failure
 from hal.ep.fields import Fields, differing
 from hal.ep.lines import Lines, Message
 from hal.ep.neighbours import Neighbours
 from hal.ep.relay import NodeEngine
-from hal.portable.ep_kernels import EpKernels
+from hal.portable.ep_kernels import EpKernels, before
 from hal.portable.ep_windows import Lease, Windows
 from hal.portable.runtime import SharingDevice, Window
 from hal.spec.ep import EpBufferArgs
@@ -221,7 +223,7 @@ class Posting(NodeEngine):
 
         def missing() -> list[int]:
             seen = self._kernels.seen(self._flags.window.memory, self._near.ranks, FLAG, op.number, self._args.device)
-            return [peer for peer, number in enumerate(seen) if number < op.number]
+            return [peer for peer, number in enumerate(seen) if before(number, op.number)]
 
         self._wait(op, "receive", missing, waits, _NAPS[0])
 
@@ -271,6 +273,17 @@ class Posting(NodeEngine):
                 if self._near.first + peer != failure.rank:
                     self._try_to_tell(peer, {"failure": [failure.rank, failure.phase, failure.reason]})
         return self._failure
+
+    @contextmanager
+    def _blamed(self, phase: str) -> Iterator[None]:
+        """Of an error of this rank's own, as of its device, all ranks hear: the others would wait for it in vain."""
+        try:
+            yield
+        except (SpecError, RankFailure):
+            raise
+        except BaseException as error:
+            self._fail(own_failure(self._args.rank, phase, error)).__cause__ = error
+            raise
 
     def _try_to_tell(self, peer: int, message: Message) -> None:
         with contextlib.suppress(RankFailure):

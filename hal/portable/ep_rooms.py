@@ -88,7 +88,7 @@ class Rooms(NormalCalls):
 
         def run() -> None:
             self._worker = threading.get_ident()
-            with self._lock, stream:
+            with self._lock, self._blamed("low_latency_dispatch"), stream:
                 job()
 
         self._pool = self._pool or ThreadPoolExecutor(1, "hal-ep-rows")

@@ -10,7 +10,6 @@ import ctypes
 import os
 import re
 import shutil
-import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,11 +21,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from hal.portable import cache
-from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source
+from hal.portable import cache, compiling
+from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source, host_has, out_of_memory
 from hal.portable.shared import SharedMemory
-from hal.spec.errors import BackendUnavailable, CompileError, DeviceError
+from hal.spec.errors import BackendUnavailable, DeviceError
 
+FIX: Final = "CXX names the C++ compiler"
+"""What decides which one is used."""
 _FLAGS: Final = ("-std=c++17", "-O1", "-g0", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off")
 _SIMULATOR: Final = Path(__file__).parent / "dialects" / "host.cpp"
 _KERNEL: Final = re.compile(r"HAL_KERNEL\(\w+\)\s*void (\w+)\(")
@@ -40,7 +41,10 @@ def compiler() -> str:
     BackendUnavailable
         There is none.
     """
-    found = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
+    chosen = os.environ.get("CXX")
+    found = next(filter(None, map(shutil.which, (chosen,) if chosen else ("c++", "g++", "clang++"))), None)
+    if found is None and chosen:
+        raise BackendUnavailable(f"CXX={chosen}: no such program; name one, without options, or unset it")
     if found is None:
         raise BackendUnavailable("no C++ compiler: install g++, or set CXX")
     return found
@@ -86,12 +90,15 @@ class HostDevice(InPlace):
     def facts(self) -> Facts:
         """As given; the driver is the compiler."""
         subgroup, processors, local_bytes = self._shape
-        version = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=False).stdout
+        version = compiling.version(compiler(), FIX)
         return Facts("fibres", version.split("\n")[0], "host", processors, 2, local_bytes, subgroup)
 
     def empty(self, size: int) -> Any:
         """See `runtime.Allocator`. What was never written is NaN wherever a float is read."""
-        return torch.full((max(size // 4, 4),), float("nan"))
+        try:
+            return torch.full((max(size // 4, 4),), float("nan"))
+        except RuntimeError as error:
+            raise out_of_memory("torch.full", size, host_has(), str(error).splitlines()[0]) from error
 
     def window(self, size: int) -> SharedMemory:
         """See `runtime.SharingDevice`."""
@@ -108,12 +115,19 @@ class HostDevice(InPlace):
         calls = (f'extern "C" void call_{k}(void **given) {{ Call<{k}>::by_address(given); }}\n' for k in kernels)
         text += f'#line 1 "{_SIMULATOR}"\n{_SIMULATOR.read_text()}{"".join(calls)}'
         folder, name = cache.private_folder("host"), f"{cache.key(text, self.facts.driver, *_FLAGS)}.so"
-        code = cache.kept(folder, name, lambda: _compile(text, source))
-        # Loaded from a copy of its own: the entry may be replaced, and two programs must not share local memory.
-        with tempfile.NamedTemporaryFile(suffix=".so") as file:
-            file.write(code)
-            file.flush()
-            return HostProgram(source, ctypes.CDLL(file.name))
+        line, message = [compiler(), *_FLAGS], f"{compiler()}: the kernels do not build"
+        try:
+            library = cache.loaded(
+                folder,
+                name,
+                lambda: compiling.compiled(line, text, ".cpp", message, source.path, FIX),
+                _library,
+                OSError,
+            )
+        except OSError as error:
+            message = f"{line[0]}: what it has written does not load"
+            raise compiling.refusal(message, str(error), text, source.path, FIX) from error
+        return HostProgram(source, library)
 
     def launch(
         self, program: Program, kernel: str, groups: int, threads: int, arguments: Sequence[Argument]
@@ -150,12 +164,9 @@ def _cell(argument: Any) -> Any:
     return ctypes.create_string_buffer(argument.tobytes())
 
 
-def _compile(text: str, source: Source) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        made, from_file = Path(folder, "kernels.so"), Path(folder, "kernels.cpp")
-        from_file.write_text(text)
-        line = [compiler(), *_FLAGS, "-o", str(made), str(from_file)]
-        done = subprocess.run(line, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise CompileError(f"{line[0]}: the kernels do not build", log=done.stderr, source_path=source.path)
-        return made.read_bytes()
+def _library(code: bytes) -> ctypes.CDLL:
+    # From a copy of its own: the entry may be replaced, and two programs must not share local memory.
+    with tempfile.NamedTemporaryFile(suffix=".so") as file:
+        file.write(code)
+        file.flush()
+        return ctypes.CDLL(file.name)

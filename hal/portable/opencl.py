@@ -18,10 +18,10 @@ from typing import Any, Final, TypeVar
 import torch
 from torch import Tensor
 
-from hal.portable import cache
-from hal.portable.runtime import Argument, Facts, Handle, Program, Source
+from hal.portable import cache, compiling
+from hal.portable.runtime import LESS, Argument, Facts, Handle, Program, Source, out_of_memory
 from hal.portable.shared import SharedMemory
-from hal.spec.errors import BackendUnavailable, CompileError, DeviceError, SpecError
+from hal.spec.errors import BackendUnavailable, DeviceError, SpecError
 
 PLATFORM_ENV: Final = "HAL_OPENCL_PLATFORM"
 """Part of the name or vendor of the platform to use."""
@@ -31,6 +31,7 @@ DEVICE_ENV: Final = "HAL_OPENCL_DEVICE"
 _FOLDER: Final = "opencl"
 _INSTALL: Final = "pip install pyopencl"
 _MOST_LOCAL: Final = 128 << 10
+_OTHER_DEVICE: Final = f"release what was adopted, or let {PLATFORM_ENV} or {DEVICE_ENV} name a larger device"
 
 T = TypeVar("T")
 
@@ -119,7 +120,7 @@ def checked(name: str, function: Callable[..., T], *arguments: Any, **options: A
     try:
         return function(*arguments, **options)
     except pyopencl.MemoryError as error:
-        raise DeviceError(f"{name}: out of device memory: {error}; use smaller batches or caches") from error
+        raise DeviceError(f"{name}: out of device memory: {error}; {LESS}; {_OTHER_DEVICE}") from error
     except pyopencl.Error as error:
         raise DeviceError(f"{name}: {error}") from error
 
@@ -154,38 +155,55 @@ class OpenClProgram:
 
 @dataclass(slots=True, eq=False)
 class Adopted:
-    """A tensor of the host with a copy on the device, for as long as it is not released.
+    """A tensor of the host with a copy on the device, until it is released or its memory becomes another.
 
-    Changes that torch makes are noticed and cost a new copy of the whole at the next call; `update` copies a part.
+    Changes that torch makes are noticed and cost a new copy of the whole at the next call; `update` copies a part. A
+    tensor that was given other memory, as by ``resize_`` or ``set_``, is moved with every call again.
     """
 
     tensor: Tensor
     buffer: Any
     device: OpenClDevice
     version: int
+    place: tuple[int, int]
+    storage: torch.UntypedStorage
 
     def update(self, first: int, last: int) -> None:
-        """Copy ``tensor[first:last]`` and take the device's copy for the newest: no other element has changed."""
+        """Copy ``tensor[first:last]`` and take the device's copy for the newest: no other element has changed.
+
+        Raises
+        ------
+        SpecError
+            The copy was given up.
+        """
+        if self not in self.device.current():
+            raise SpecError("tensor", "one that is not adopted any more", "one whose memory has stayed; adopt it again")
         start, size = _bytes(self.tensor[first:last])
         if size:
             self._copy(start, size)
         self.version = self.tensor._version
 
     def release(self) -> None:
-        """Forget the copy; the tensor is moved with every call again."""
-        self.device.adopted.pop(self.tensor.data_ptr(), None)
+        """Forget the copy; the tensor is moved with every call again. Idempotent."""
+        if self in self.device.adopted:
+            self.device.adopted.remove(self)
+
+    def stays(self) -> bool:
+        """Whether the tensor's memory is what it was when it was adopted."""
+        same = self.tensor.untyped_storage()._cdata == self.storage._cdata
+        return same and _bytes(self.tensor) == self.place
 
     def fresh(self) -> Any:
         """The buffer, once it holds what the tensor holds."""
         if self.version != self.tensor._version:
-            self._copy(*_bytes(self.tensor))
+            self._copy(*self.place)
             self.version = self.tensor._version
         return self.buffer
 
     def _copy(self, start: int, size: int) -> None:
         import pyopencl
 
-        offset = start - self.tensor.data_ptr()
+        offset = start - self.place[0]
         copy = pyopencl.enqueue_copy
         checked("clEnqueueWriteBuffer", copy, self.device.commands, self.buffer, _host(start, size), dst_offset=offset)
 
@@ -205,7 +223,7 @@ class OpenClDevice:
 
     def __init__(self, platform: Platform, unified: bool | None = None) -> None:
         self.platform = platform
-        self.adopted: dict[int, Adopted] = {}
+        self.adopted: list[Adopted] = []
         self._unified = unified
         self._launches: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -276,8 +294,25 @@ class OpenClDevice:
         """See `runtime.Allocator`."""
         import pyopencl
 
-        flags = pyopencl.mem_flags.READ_WRITE
-        return checked(f"clCreateBuffer of {size} bytes", pyopencl.Buffer, self.context, flags, max(size, 16))
+        return self.buffer(pyopencl.mem_flags.READ_WRITE, max(size, 16))
+
+    def buffer(self, flags: int, size: int, start: int | None = None) -> Any:
+        """Memory of the device, of or for so many bytes of the host that begin there.
+
+        Raises
+        ------
+        DeviceError
+            There is not so much, in one piece or at all.
+        """
+        import pyopencl
+
+        given = {"size": size} if start is None else {"hostbuf": _host(start, size)}
+        try:
+            return pyopencl.Buffer(self.context, flags, **given)
+        except pyopencl.Error as error:
+            piece, whole = self.handle.max_mem_alloc_size, self.handle.global_mem_size
+            has = f"{self.facts.name} has {whole} bytes, at most {piece} of them in one piece"
+            raise out_of_memory("clCreateBuffer", size, has, error, _OTHER_DEVICE) from error
 
     def window(self, size: int) -> OpenClWindow:
         """See `runtime.SharingDevice`."""
@@ -290,20 +325,37 @@ class OpenClDevice:
     def adopt(self, tensor: Tensor) -> Adopted | None:
         """Give a tensor a copy on the device that stays there; None where the device reads the host's memory anyway.
 
+        A tensor that is adopted already has the copy it has.
+
         Raises
         ------
         SpecError
-            torch does not count what is written to it, so a stale copy would go unnoticed.
+            It is no tensor of the host; it has memory in common with another that is adopted; or torch does not count
+            what is written to it, so a stale copy would go unnoticed.
         """
+        kind = f"{tensor.device.type}, {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
+        if kind != "cpu, torch.strided":
+            raise SpecError("tensor", kind, "a strided tensor of the host")
         if self.unified:
             return None
         if tensor.is_inference():
             raise SpecError("tensor", "an inference tensor", "one whose changes torch counts")
-        start, size = _bytes(tensor)
-        adopted = Adopted(tensor, self.empty(size), self, tensor._version - 1)
-        adopted.fresh()
-        self.adopted[start] = adopted
+        place = start, size = _bytes(tensor)
+        for one in self.current():
+            if one.tensor is tensor:
+                return one
+            if size and start < sum(one.place) and one.place[0] < start + size:
+                raise SpecError("tensor", "memory that another adopted tensor has too", "the other one; or release it")
+        adopted = Adopted(tensor, self.empty(size), self, tensor._version, place, tensor.untyped_storage())
+        if size:
+            adopted._copy(*place)
+        self.adopted.append(adopted)
         return adopted
+
+    def current(self) -> list[Adopted]:
+        """Adopted tensors whose memory is what it was; the others are given up, for theirs may be anybody's by now."""
+        self.adopted[:] = [one for one in self.adopted if one.stays()]
+        return list(self.adopted)
 
     @cached_property
     def keeps(self) -> bool:
@@ -319,25 +371,28 @@ class OpenClDevice:
         if self.keeps:
             return OpenClProgram(source, self._compiled(source))
         folder, name = cache.private_folder(_FOLDER), f"{source.key(self.facts)}.bin"
-        code = cache.kept(folder, name, lambda: self._code(source))
-        try:
-            program = pyopencl.Program(self.context, [self.handle], [code]).build()
-        except pyopencl.Error:
-            # Whole, and yet the driver does not take it: it has changed without saying so.
-            cache.drop(folder, name)
-            code = cache.kept(folder, name, lambda: self._code(source))
-            program = checked("clBuildProgram", pyopencl.Program(self.context, [self.handle], [code]).build)
+        program = cache.loaded(
+            folder,
+            name,
+            lambda: self._code(source),
+            lambda code: checked(
+                "clBuildProgram", lambda: pyopencl.Program(self.context, [self.handle], [code]).build()
+            ),
+            DeviceError,
+        )
         return OpenClProgram(source, program)
 
     def _compiled(self, source: Source) -> Any:
         import pyopencl
 
-        program = pyopencl.Program(self.context, source.text("opencl"))
+        text = source.text("opencl")
+        program = pyopencl.Program(self.context, text)
         try:
             return program.build("-cl-std=CL1.2")
         except pyopencl.Error as error:
             message = f"the OpenCL compiler of {self.platform} does not build the kernels"
-            raise CompileError(message, log=str(error), source_path=source.path) from error
+            fix = f"{PLATFORM_ENV} and {DEVICE_ENV} choose the device, whose driver has the compiler"
+            raise compiling.refusal(message, str(error), text, source.path, fix) from error
 
     def _code(self, source: Source) -> bytes:
         import pyopencl
@@ -390,8 +445,7 @@ class OpenClWindow:
             raise DeviceError(f"{device.facts.name} has memory of its own, which OpenCL cannot share with processes")
         flags = pyopencl.mem_flags.READ_WRITE | pyopencl.mem_flags.USE_HOST_PTR
         start, size = _bytes(shared.memory)
-        name = f"clCreateBuffer of {size} bytes"
-        self.memory: Any = checked(name, pyopencl.Buffer, device.context, flags, hostbuf=_host(start, size))
+        self.memory: Any = device.buffer(flags, size, start)
         self._shared = shared
 
     @property
@@ -427,7 +481,7 @@ class OpenClQueue:
             if resident is not None:
                 return resident
         how = flags.USE_HOST_PTR if self._device.unified else flags.COPY_HOST_PTR
-        return self._buffer(flags.READ_ONLY | how, start, size)
+        return self._device.buffer(flags.READ_ONLY | how, size, start)
 
     def write(self, tensor: Tensor) -> tuple[Any, tuple[int, ...]]:
         """See `runtime.Queue`."""
@@ -436,7 +490,8 @@ class OpenClQueue:
         if self._device.unified:
             self._held.append(tensor)
             flags = pyopencl.mem_flags.WRITE_ONLY | pyopencl.mem_flags.USE_HOST_PTR
-            return self._buffer(flags, *_bytes(tensor)), tensor.stride()
+            start, size = _bytes(tensor)
+            return self._device.buffer(flags, size, start), tensor.stride()
         # Between the elements of the tensor may lie others', which must not be written: they come back packed.
         packed = torch.empty(tensor.shape, dtype=tensor.dtype)
         buffer = self._device.empty(_bytes(packed)[1])
@@ -459,16 +514,10 @@ class OpenClQueue:
         checked("clFinish", self._device.commands.finish)
         self._held.clear()
 
-    def _buffer(self, flags: int, start: int, size: int) -> Any:
-        import pyopencl
-
-        name = f"clCreateBuffer of {size} bytes"
-        return checked(name, pyopencl.Buffer, self._device.context, flags, hostbuf=_host(start, size))
-
     def _resident(self, start: int, size: int) -> Any | None:
         """The device's copy of these bytes, if they lie within a tensor that was adopted."""
-        for first, adopted in self._device.adopted.items():
-            length = _bytes(adopted.tensor)[1]
+        for adopted in self._device.current():
+            first, length = adopted.place
             if first <= start and start + size <= first + length:
                 whole = adopted.fresh()
                 if (start, size) == (first, length):

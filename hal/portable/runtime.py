@@ -6,6 +6,7 @@ A driver implements `Device`, `Allocator`, `Program`, `Queue` and `Event` in one
 
 from __future__ import annotations
 
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,34 @@ Number: TypeAlias = np.int32 | np.int64 | np.float32
 
 _HERE: Final = Path(__file__).parent
 _INCLUDE: Final = re.compile(r'#include "([\w.]+)"')
+
+
+LESS: Final = "make the cache, the batch or the buffer smaller, or close other users of the device"
+"""What helps where memory is lacking, whatever the device."""
+
+
+def out_of_memory(call: str, size: int, has: str, error: object, fix: str = "") -> DeviceError:
+    """What to raise where a device does not give so many bytes.
+
+    Parameters
+    ----------
+    call : str
+        Of the driver, that was refused.
+    size : int
+    has : str
+        What there is, in words; empty where the driver does not say.
+    error : object
+        The driver's own.
+    fix : str
+        What else than `LESS` helps with this driver.
+    """
+    return DeviceError(f"{call} of {size} bytes: {'; '.join(filter(None, (str(error), has, LESS, fix)))}")
+
+
+def host_has() -> str:
+    """How much memory the host has, in words."""
+    page, free, whole = (os.sysconf(f"SC_{name}") for name in ("PAGE_SIZE", "AVPHYS_PAGES", "PHYS_PAGES"))
+    return f"the host has {page * whole} bytes, {page * free} of them free"
 
 
 @dataclass(frozen=True, slots=True)

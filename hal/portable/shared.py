@@ -14,7 +14,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from hal.portable.runtime import Handle
+from hal.portable.runtime import Handle, host_has, out_of_memory
 from hal.spec.errors import DeviceError
 
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -34,7 +34,7 @@ class SharedMemory:
             self.memory: Tensor = torch.frombuffer(mmap.mmap(file, size), dtype=torch.uint8)
         except (OSError, ValueError) as error:
             os.close(file)
-            raise DeviceError(f"mmap of {size} bytes: {error}") from error
+            raise out_of_memory("mmap", size, host_has(), error) from error
         # From here on its own to close: twice would close what somebody else has opened meanwhile.
         self._file = file
         self._size = size
@@ -50,13 +50,13 @@ class SharedMemory:
         try:
             file = os.memfd_create("hal-window", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except OSError as error:
-            raise DeviceError(f"memfd of {size} bytes: {error}") from error
+            raise out_of_memory("memfd", size, host_has(), error) from error
         try:
             os.ftruncate(file, size)
             fcntl.fcntl(file, fcntl.F_ADD_SEALS, _SEALS)
         except (OSError, OverflowError) as error:
             os.close(file)
-            raise DeviceError(f"memfd of {size} bytes: {error}") from error
+            raise out_of_memory("memfd", size, host_has(), error) from error
         return SharedMemory(file, size)
 
     @staticmethod

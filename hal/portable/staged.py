@@ -35,7 +35,7 @@ class Buffer(int):
         try:
             memory = runtime("Malloc", size)
         except DeviceError as error:
-            raise DeviceError(f"{size} bytes of the device: {error}") from error
+            raise runtime.lacking("memory", size, error) from error
         made = cls(int(memory))
         made._runtime, made._memory = runtime, memory
         return made

@@ -84,12 +84,27 @@ class BackendUnavailable(HalError, RuntimeError):
 
 
 class CompileError(HalError, RuntimeError):
-    """A kernel did not compile; carries the compiler's own log and the path of the source."""
+    """A kernel did not compile.
 
-    def __init__(self, message: str, *, log: str, source_path: str) -> None:
-        super().__init__(f"{message}\n{source_path}\n{log}")
+    Attributes
+    ----------
+    log : str
+        The compiler's own.
+    source_path : str
+        The file it blames; where it names none, the one to look at first.
+    line : int or None
+        The line it blames there.
+    fix : str
+        What to do.
+    """
+
+    def __init__(self, message: str, *, log: str, source_path: str, line: int | None = None, fix: str = "") -> None:
+        where = source_path if line is None else f"{source_path}:{line}"
+        super().__init__("\n".join(filter(None, (message, where, fix, log))))
         self.log = log
         self.source_path = source_path
+        self.line = line
+        self.fix = fix
 
 
 class RankFailure(HalError, RuntimeError):

@@ -17,10 +17,10 @@ from typing import Any, Final, TypeVar
 import torch
 from torch import Tensor
 
-from hal.portable import cache
+from hal.portable import cache, compiling
 from hal.portable.ipc import IpcWindow
 from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source
-from hal.spec.errors import CompileError, DeviceError
+from hal.spec.errors import DeviceError
 from hal_cuda.devices import architecture
 
 CACHE_ENV: Final = "HAL_CUDA_CACHE"
@@ -114,7 +114,8 @@ def _compile(text: str, source: Path, flags: tuple[str, ...], headers: dict[str,
         nvrtc.compileProgram(program, flags)
     except nvrtc.NVRTCError as error:
         log = nvrtc.getProgramLog(program)
-        raise CompileError(f"NVRTC: {error} for {' '.join(flags)}", log=log, source_path=str(source)) from error
+        message, fix = f"NVRTC: {error} for {' '.join(flags)}", "the compiler is the NVRTC that cupy loads"
+        raise compiling.refusal(message, log, text, str(source), fix) from error
     cubin: bytes = checked("nvrtcGetCUBIN", nvrtc.getCUBIN, program)
     checked("nvrtcDestroyProgram", nvrtc.destroyProgram, program)
     # cupy leaves out the last byte, as it does with the zero that ends a text; here it is the last of a program header.

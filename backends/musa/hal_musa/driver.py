@@ -6,11 +6,10 @@ simulated library only; see the README.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
-import subprocess
-import tempfile
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,9 +21,9 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor
 
-from hal.portable import cache, sim
-from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source, StreamEvent
-from hal.spec.errors import BackendUnavailable, CompileError, DeviceError, HalError
+from hal.portable import cache, compiling, sim
+from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source, StreamEvent, out_of_memory
+from hal.spec.errors import BackendUnavailable, DeviceError, HalError
 
 LIBRARY_ENV: Final = "HAL_MUSA_LIBRARY"
 """The driver's library; ``libmusa.so`` if unset."""
@@ -33,8 +32,11 @@ HOME_ENV: Final = "MUSA_HOME"
 
 _SHARED_PER_BLOCK, _WARP_SIZE, _PROCESSORS, _MAJOR, _MINOR = 8, 10, 16, 75, 76
 """Numbers of device attributes."""
+_MOST_LANES: Final = 32
+"""What the mask of a shuffle can name. Wider subgroups do without, as ``dialects/musa.h`` says."""
 _LAZY_PEER_ACCESS: Final = 1
 """How memory of another process is opened: of another device only where the two reach each other."""
+_FIX: Final = f"{HOME_ENV} names the toolkit whose mcc is used, before PATH"
 _FLAGS: Final = ("-std=c++17", "-O2", "-x", "musa", "--cuda-device-only")
 _GROUPS: Final = 3
 
@@ -106,11 +108,15 @@ def compiler() -> str:
     return found
 
 
+def _compiler_version() -> str:
+    return compiling.version(compiler(), _FIX)
+
+
 def missing() -> str:
     """Why this runtime cannot be used, in words; empty if it can."""
     try:
         Library().number("muDeviceGet", 0)
-        compiler()
+        _compiler_version()
     except HalError as error:
         return str(error).splitlines()[0]
     try:
@@ -250,7 +256,7 @@ class MusaDevice(InPlace):
             processors=attribute(_PROCESSORS),
             groups=_GROUPS,
             local_bytes=attribute(_SHARED_PER_BLOCK),
-            subgroup=attribute(_WARP_SIZE),
+            subgroup=width if (width := attribute(_WARP_SIZE)) <= _MOST_LANES else 1,
         )
 
     def empty(self, size: int) -> Tensor:
@@ -258,16 +264,26 @@ class MusaDevice(InPlace):
         try:
             return torch.empty(max(size, 16), dtype=torch.uint8, device=self._memory)
         except RuntimeError as error:
-            raise DeviceError(f"muMemAlloc of {size} bytes: {str(error).splitlines()[0]}") from error
+            raise self._lacking("torch.empty", size, str(error).splitlines()[0]) from error
 
     def window(self, size: int) -> MusaWindow:
         """See `runtime.SharingDevice`."""
         library, address = self.library, ctypes.c_void_p()
-        library("muMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size))
+        try:
+            library("muMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size))
+        except DeviceError as error:
+            raise self._lacking("a window", size, error) from error
         made = MusaWindow(library, address, size, "muMemFree_v2")
         library("muMemsetD8_v2", address, ctypes.c_ubyte(0), ctypes.c_size_t(size))
         library("muStreamSynchronize", ctypes.c_void_p())
         return made
+
+    def _lacking(self, call: str, size: int, error: object) -> DeviceError:
+        free, whole, has = ctypes.c_size_t(), ctypes.c_size_t(), ""
+        with contextlib.suppress(DeviceError):
+            self.library("muMemGetInfo_v2", ctypes.byref(free), ctypes.byref(whole))
+            has = f"{self.facts.name} has {whole.value} bytes, {free.value} of them free"
+        return out_of_memory(call, size, has, error, "torch.musa.empty_cache() frees what torch keeps")
 
     def peer(self, handle: Handle) -> MusaWindow:
         """See `runtime.SharingDevice`; the driver knows the size."""
@@ -287,11 +303,16 @@ class MusaDevice(InPlace):
     def build(self, source: Source) -> MusaProgram:
         """See `runtime.Device`."""
         facts = self.facts
-        text, made_by = source.text("musa"), compiler()
-        known = subprocess.run([made_by, "--version"], capture_output=True, text=True, check=False).stdout
-        name = f"{cache.key(text, facts.name, known, *_FLAGS)}.bin"
-        code = cache.kept(cache.private_folder("musa"), name, lambda: _compile(made_by, text, facts.name, source))
-        return MusaProgram(source, self.library.handle("muModuleLoadData", code))
+        text, library = source.text("musa"), self.library
+        name = f"{cache.key(text, facts.name, _compiler_version(), *_FLAGS)}.bin"
+        module = cache.loaded(
+            cache.private_folder("musa"),
+            name,
+            lambda: _compile(text, facts.name, source),
+            lambda code: library.handle("muModuleLoadData", code),
+            DeviceError,
+        )
+        return MusaProgram(source, module)
 
     def launch(
         self, program: Program, kernel: str, groups: int, threads: int, arguments: Sequence[Argument]
@@ -327,12 +348,6 @@ def _cell(argument: Any) -> Any:
     return ctypes.create_string_buffer(argument.tobytes())
 
 
-def _compile(made_by: str, text: str, arch: str, source: Source) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        made, from_file = Path(folder, "kernels.mubin"), Path(folder, "kernels.mu")
-        from_file.write_text(text)
-        line = [made_by, *_FLAGS, f"--offload-arch={arch}", "-o", str(made), str(from_file)]
-        done = subprocess.run(line, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise CompileError(f"mcc for {arch}: the kernels do not build", log=done.stderr, source_path=source.path)
-        return made.read_bytes()
+def _compile(text: str, arch: str, source: Source) -> bytes:
+    line = [compiler(), *_FLAGS, f"--offload-arch={arch}"]
+    return compiling.compiled(line, text, ".mu", f"mcc for {arch}: the kernels do not build", source.path, _FIX)

@@ -29,7 +29,7 @@ from hal.backend import Backend
 from hal.plugins import hookimpl
 from hal.portable import ep_node, sim
 from hal.portable.mla import PortableMla
-from hal.portable.runtime import Handle
+from hal.portable.runtime import Handle, Source
 from hal.spec.errors import BackendUnavailable, CompileError, DeviceError
 
 Toolkit = Mapping[str, str]
@@ -55,7 +55,7 @@ def toolkit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Toolkit]:
         yield variables
 
 
-@pytest.mark.parametrize(("arch", "subgroup"), [("21", 128), ("31", 32)])
+@pytest.mark.parametrize(("arch", "subgroup"), [("21", 1), ("31", 32)])
 def test_it_decodes_on_every_architecture(arch: str, subgroup: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(sim.ENV, f"musa:mp_{arch}")
     device = driver.MusaDevice(0, memory="cpu")
@@ -64,6 +64,16 @@ def test_it_decodes_on_every_architecture(arch: str, subgroup: int, monkeypatch:
     kernels.decode(args, None)
     assert agrees(args)
     assert device.launches() == {f"musa:{name}@mp_{arch}": 1 for name in ("mla_schedule", "mla_decode", "mla_merge")}
+
+
+def test_no_shuffle_has_a_mask_that_does_not_name_all_lanes(tmp_path: Path) -> None:
+    """Subgroups of 128 lanes do without, and the dialect refuses whoever asks for them."""
+    device = driver.MusaDevice(0, memory="cpu")
+    assert device.library.number("muDeviceGetAttribute", driver._WARP_SIZE, 0) == 128 and device.facts.subgroup == 1
+    path = source(tmp_path, "to[0] = value;").files
+    with pytest.raises(CompileError, match="a mask of 32 bits does not name the lanes of wider") as caught:
+        device.build(Source(path, (("HAL_SUBGROUP", 128),)))
+    assert Path(caught.value.source_path).name == "musa.h"
 
 
 def test_launches_can_be_timed(tmp_path: Path) -> None:
@@ -93,8 +103,35 @@ def test_a_compile_error_names_file_and_line(tmp_path: Path) -> None:
     wrong = source(tmp_path, "to[0] = valve;")
     with pytest.raises(CompileError, match="mcc for mp_22") as caught:
         driver.MusaDevice(0, memory="cpu").build(wrong)
-    assert caught.value.source_path == wrong.files[0]
+    assert (caught.value.source_path, caught.value.line) == (wrong.files[0], 3)
     assert f"{wrong.files[0]}:3" in caught.value.log and "valve" in caught.value.log
+    assert "MUSA_HOME names the toolkit whose mcc is used" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('case "$*" in *--version*) exit;; esac', "ended without an error and has written nothing"),
+        ('case "$*" in *--version*) exit;; esac; kill -9 $$', "mcc for mp_22: .* it was killed by SIGKILL"),
+        (None, "does not run .Exec format error.; MUSA_HOME names"),
+        ("kill -9 $$", "mcc --version: it was killed by SIGKILL, as for want of memory; MUSA_HOME names"),
+    ],
+)
+def test_an_mcc_that_does_not_work(
+    content: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    mcc = tmp_path / "bin" / "mcc"
+    mcc.write_text("" if content is None else f"#!/bin/sh\n{content}\n")
+    mcc.chmod(0o755)
+    monkeypatch.setenv(driver.HOME_ENV, str(tmp_path))
+    with pytest.raises((CompileError, BackendUnavailable), match=said) as caught:
+        driver.MusaDevice(0, memory="cpu").build(source(tmp_path, "to[0] = value;"))
+    # One that does not even run is why there is no such runtime.
+    out = isinstance(caught.value, BackendUnavailable)
+    assert driver.missing() == (
+        str(caught.value) if out else "torch_musa does not import: No module named 'torch_musa'"
+    )
 
 
 def test_code_is_kept_for_an_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +183,16 @@ def test_the_backend_takes_the_driver_where_all_is_there(monkeypatch: pytest.Mon
     backend.mla_decode(args)
     assert agrees(args)
     assert backend.launches()["musa:mla_decode@mp_31"] == 1
+
+
+def test_more_memory_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver and torch are asked for it in ways of their own; both say what there is and what to do."""
+    device = driver.MusaDevice(0, memory="cpu")
+    helps = r"mp_22 has \d+ bytes, \d+ of them free; make the cache, .*; torch.musa.empty_cache\(\) frees"
+    with pytest.raises(DeviceError, match=rf"a window of {1 << 60} bytes: .*MUSA_ERROR_OUT_OF_MEMORY.*; {helps}"):
+        device.window(1 << 60)
+    with pytest.raises(DeviceError, match=rf"torch.empty of {1 << 60} bytes: .*; {helps}"):
+        device.empty(1 << 60)
 
 
 def test_windows_of_other_processes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -210,6 +211,78 @@ def test_an_adopted_cache_is_copied_once_and_noticed_when_it_changes(
     assert agrees(args) and len(moved) == 2
 
 
+@pytest.mark.parametrize("how", ["resize_", "set_", "storage"])
+def test_a_tensor_that_was_given_other_memory_is_adopted_no_more(discrete: opencl.OpenClDevice, how: str) -> None:
+    """Whatever lies where it lay is another tensor's."""
+    kv, kernels = cached(), PortableMla(discrete)
+    adopted, seen = discrete.adopt(kv), kv[0]
+    assert adopted is not None
+    other = -kv
+    if how == "resize_":
+        kv.resize_(1, 40, 64, 1, 64)[0, :4] = other[0]
+    elif how == "set_":
+        kv.set_(other)
+        other *= 2  # a change that is not counted for kv
+        seen.copy_(kv[0])
+    else:
+        kv.untyped_storage().resize_(2 * kv.nbytes)
+    kernels.decode(args := decode_args(kv[0, :4]), None)
+    assert agrees(args)
+    kernels.decode(args := decode_args(seen), None)
+    assert agrees(args) and not discrete.adopted
+    with pytest.raises(SpecError, match="not adopted any more"):
+        adopted.update(0, 1)
+    adopted.release()
+    again = discrete.adopt(kv)
+    kernels.decode(args := decode_args(kv[0, :4]), None)
+    assert agrees(args) and discrete.adopted == [again]
+    assert again is not None
+    again.release()
+
+
+def test_memory_has_one_copy(discrete: opencl.OpenClDevice) -> None:
+    """A tensor that is adopted twice has one; a part of it, or more than it, is refused."""
+    kv, kernels = cached(3), PortableMla(discrete)
+    part = discrete.adopt(kv[1])
+    assert part is not None
+    for overlapping in (kv, kv[:2], kv[1, 2:], kv[1].view(-1)):
+        with pytest.raises(SpecError, match="memory that another adopted tensor has too"):
+            discrete.adopt(overlapping)
+    assert discrete.adopt(part.tensor) is part
+    before, after = discrete.adopt(kv[0]), discrete.adopt(kv[2])
+    part.release()
+    part.release()
+    assert discrete.adopted == [before, after]
+    kv *= 2
+    for layer in range(3):
+        kernels.decode(args := decode_args(kv[layer]), None)
+        assert agrees(args)
+    for one in (before, after):
+        assert one is not None
+        one.release()
+
+
+def test_a_tensor_of_nothing_is_adopted_like_others(discrete: opencl.OpenClDevice) -> None:
+    nothing, kernels = torch.empty(0, 64, 1, 64, dtype=torch.bfloat16), PortableMla(discrete)
+    adopted, more = discrete.adopt(nothing), discrete.adopt(torch.empty(0))
+    assert adopted is not None and more is not None and more is not adopted
+    adopted.update(0, 0)
+    lengths = torch.zeros(2, dtype=torch.int32)
+    kernels.decode(args := decode_args(nothing, cache_seqlens=lengths), None)
+    assert not args.out.any() and args.lse.isposinf().all()
+    nothing.resize_(4, 64, 1, 64).copy_(cached()[0])
+    kernels.decode(args := decode_args(nothing), None)
+    assert agrees(args)
+    more.release()
+    assert not discrete.adopted
+
+
+@pytest.mark.parametrize("wrong", [torch.empty(4, device="meta"), torch.eye(2).to_sparse(), None, [1.0]])
+def test_what_is_no_tensor_of_the_host_is_not_adopted(discrete: opencl.OpenClDevice, wrong: Any) -> None:
+    with pytest.raises(SpecError, match=r"tensor: got .*; legal: a strided tensor of the host"):
+        discrete.adopt(wrong)
+
+
 def test_what_torch_does_not_watch_is_not_adopted(discrete: opencl.OpenClDevice) -> None:
     with torch.inference_mode():
         unwatched = torch.zeros(4)
@@ -235,13 +308,30 @@ def test_a_compile_error_names_file_and_line(chosen: opencl.Platform, tmp_path: 
     wrong = source(tmp_path, "to[0] = valve;")
     with pytest.raises(CompileError) as caught:
         opencl.OpenClDevice(chosen).build(wrong)
-    assert caught.value.source_path == wrong.files[0]
+    assert (caught.value.source_path, caught.value.line) == (wrong.files[0], 3)
+    assert "HAL_OPENCL_PLATFORM and HAL_OPENCL_DEVICE choose the device" in caught.value.fix
     assert f"{wrong.files[0]}:3" in caught.value.log and "valve" in caught.value.log
 
 
 def test_more_memory_than_there_is(chosen: opencl.Platform) -> None:
-    with pytest.raises(DeviceError, match=f"clCreateBuffer of {1 << 50} bytes: "):
-        opencl.OpenClDevice(chosen).empty(1 << 50)
+    device = opencl.OpenClDevice(chosen)
+    most, whole = device.handle.max_mem_alloc_size, device.handle.global_mem_size
+    has = f"{device.facts.name} has {whole} bytes, at most {most} of them in one piece; make the cache, the batch"
+    for size in (most + 1, 1 << 50):
+        with pytest.raises(
+            DeviceError, match=rf"clCreateBuffer of {size} bytes: .*{re.escape(has)}.* HAL_OPENCL_DEVICE"
+        ):
+            device.empty(size)
+
+
+def test_a_kernel_that_finds_no_memory_says_what_to_do() -> None:
+    import pyopencl
+
+    def refused() -> None:
+        raise pyopencl.MemoryError("clEnqueueNDRangeKernel", pyopencl.status_code.MEM_OBJECT_ALLOCATION_FAILURE)
+
+    with pytest.raises(DeviceError, match=r"mine: out of device memory: .*; make the cache, .*HAL_OPENCL_DEVICE name"):
+        opencl.checked("mine", refused)
 
 
 def test_launches_are_timed_and_compiled_code_is_kept(

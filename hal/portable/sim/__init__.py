@@ -10,15 +10,14 @@ from __future__ import annotations
 import fcntl
 import os
 import platform
-import subprocess
 import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
-from hal.portable import cache
-from hal.portable.host import compiler
-from hal.spec.errors import BackendUnavailable, CompileError
+from hal.portable import cache, compiling
+from hal.portable.host import FIX, compiler
+from hal.spec.errors import BackendUnavailable
 
 ENV: Final = "HAL_SIM"
 """``runtime:chip``, for instance of the runtime whose C names are in ``dialects/runtime.cpp``."""
@@ -83,9 +82,11 @@ def _built(name: str, dialect: str, *flags: str) -> Path:
 
 def _made(name: str, *line: str) -> Path:
     """What the compiler makes of this line, kept."""
-    folder = cache.private_folder("simulator", variable=CACHE_ENV)
-    if folder is None:
-        raise BackendUnavailable(f"{ENV}: no private folder to build the simulator in: set {CACHE_ENV}")
+    try:
+        folder = cache.safe_folder("simulator", variable=CACHE_ENV)
+    except OSError as error:
+        where = f"no private folder to build the simulator in: {error}; set {CACHE_ENV}"
+        raise BackendUnavailable(f"{ENV}: {where}") from error
     made = folder / name
     if made.exists():
         return made
@@ -96,10 +97,8 @@ def _made(name: str, *line: str) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as work:
             output = Path(work, name)
             whole = [compiler(), *_FLAGS, *line, "-o", str(output)]
-            done = subprocess.run(whole, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise CompileError("the simulator does not build", log=done.stderr, source_path=line[0])
-            output.replace(made)
+            given = "".join(f'#line 1 "{one}"\n' for one in line if one.endswith(".cpp"))
+            compiling.output(whole, output, given, "the simulator does not build", line[0], FIX).replace(made)
     return made
 
 
@@ -107,7 +106,7 @@ def _made(name: str, *line: str) -> Path:
 def _digest() -> str:
     """What the library is made from."""
     files = [path.read_text() for path in sorted(_HERE.rglob("*")) if path.suffix in (".cpp", ".h")]
-    known = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=False).stdout
+    known = compiling.version(compiler(), FIX)
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -86,6 +86,11 @@ API muMemFree_v2(void *base) {
   CALL streams::drain();
   return memory::release(base);
 }
+API muMemGetInfo_v2(size_t *free, size_t *total) {
+  CALL *total = memory::total();
+  *free = *total - memory::in_use();
+  return OK;
+}
 API muMemsetD8_v2(void *to, unsigned char value, size_t size) {
   CALL int refused = streams::fill(nullptr, to, value, size);
   return refused ? refused : streams::synchronize(nullptr);
