@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from hal.portable import cache, compiling, sim
-from hal.portable.bound_window import BoundWindow
+from hal.portable.bound_ipc import BoundIpc
+from hal.portable.ipc import IpcWindow
 from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source, StreamEvent, out_of_memory
 from hal.spec.errors import BackendUnavailable, DeviceError
 
@@ -356,15 +357,17 @@ class BoundDevice(InPlace):
         except RuntimeError as error:
             raise self.runtime.lacking("torch.empty", size, str(error).splitlines()[0]) from error
 
-    def window(self, size: int) -> BoundWindow:
-        """See `runtime.SharingDevice`."""
-        self.runtime("SetDevice", self.index)
-        return BoundWindow.make(self.runtime, size)
+    @cached_property
+    def _ipc(self) -> BoundIpc:
+        return BoundIpc(self.runtime, self.index)
 
-    def peer(self, handle: Handle) -> BoundWindow:
+    def window(self, size: int) -> IpcWindow:
         """See `runtime.SharingDevice`."""
-        self.runtime("SetDevice", self.index)
-        return BoundWindow.open(self.runtime, handle)
+        return IpcWindow.make(self._ipc, size)
+
+    def peer(self, handle: Handle) -> IpcWindow:
+        """See `runtime.SharingDevice`."""
+        return IpcWindow.open(self._ipc, handle)
 
     def build(self, source: Source) -> BoundProgram:
         """See `runtime.Device`."""

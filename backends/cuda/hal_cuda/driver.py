@@ -6,6 +6,7 @@ Every call of the driver or the compiler goes through `checked`, which turns its
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from hal.portable import cache, compiling
 from hal.portable.ipc import IpcWindow
-from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source
+from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source, out_of_memory
 from hal.spec.errors import DeviceError
 from hal_cuda.devices import architecture
 
@@ -220,6 +221,15 @@ class CudaEvent:
         return float(checked("cuEventElapsedTime", self.started.elapsed_time, self.ended)) * 1e-3
 
 
+def lacking(call: str, size: int, error: object) -> DeviceError:
+    """What to raise where the current device does not give so many bytes."""
+    has = ""
+    with contextlib.suppress(RuntimeError, AssertionError):
+        free, whole = torch.cuda.mem_get_info()
+        has = f"the device has {whole} bytes, {free} of them free"
+    return out_of_memory(call, size, has, error, "torch.cuda.empty_cache() frees what torch keeps")
+
+
 class CudaIpc:
     """The runtime's calls, on one device.
 
@@ -305,7 +315,7 @@ class CudaDevice(InPlace):
         try:
             return torch.empty(size, dtype=torch.uint8, device=f"cuda:{self.index}")
         except torch.OutOfMemoryError as error:
-            raise DeviceError(f"cuMemAlloc of {size} bytes: {str(error).splitlines()[0]}") from error
+            raise lacking("torch.empty", size, str(error).splitlines()[0]) from error
 
     @cached_property
     def _ipc(self) -> CudaIpc:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from hal.portable import cache, compiling, sim
+from hal.portable.ipc import IpcWindow
 from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source, StreamEvent, out_of_memory
 from hal.spec.errors import BackendUnavailable, DeviceError, HalError
 
@@ -167,39 +168,50 @@ class _IpcHandle(ctypes.Structure):
     _fields_: ClassVar = [("reserved", ctypes.c_ubyte * 64)]
 
 
-class MusaWindow:
-    """See `runtime.Window`: memory of this process, or another's that was opened here.
+class MusaIpc:
+    """The driver's calls; see `hal.portable.ipc`.
 
-    Attributes
+    Parameters
     ----------
-    memory : MusaWindow
-        Itself: an address is all that kernels need.
+    device : MusaDevice
     """
 
-    def __init__(self, library: Library, address: ctypes.c_void_p, size: int, free: str) -> None:
-        self._library, self._address, self._size, self._free = library, address, size, free
+    handle_bytes = ctypes.sizeof(_IpcHandle)
 
-    @property
-    def memory(self) -> MusaWindow:
-        """See `runtime.Window`."""
-        return self
+    def __init__(self, device: MusaDevice) -> None:
+        self._device = device
 
-    def data_ptr(self) -> int:
-        """Where it begins."""
-        return self._address.value or 0
+    def make(self, size: int) -> int:
+        """See `Ipc`."""
+        library, address = self._device.library, ctypes.c_void_p()
+        try:
+            library("muMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size))
+        except DeviceError as error:
+            raise self._device.lacking("a window", size, error) from error
+        library("muMemsetD8_v2", address, ctypes.c_ubyte(0), ctypes.c_size_t(size))
+        library("muStreamSynchronize", ctypes.c_void_p())
+        return address.value or 0
 
-    @property
-    def handle(self) -> Handle:
-        """See `runtime.Window`."""
+    def free(self, address: int) -> None:
+        """See `Ipc`."""
+        self._device.library("muMemFree_v2", ctypes.c_void_p(address))
+
+    def export(self, address: int) -> bytes:
+        """See `Ipc`."""
         made = _IpcHandle()
-        self._library("muIpcGetMemHandle", ctypes.byref(made), self._address)
-        return Handle(self._size, bytes(made.reserved))
+        self._device.library("muIpcGetMemHandle", ctypes.byref(made), ctypes.c_void_p(address))
+        return bytes(made.reserved)
 
-    def close(self) -> None:
-        """See `runtime.Window`."""
-        if self._address:
-            address, self._address = self._address, ctypes.c_void_p()
-            self._library(self._free, address)
+    def open(self, handle: bytes) -> int:
+        """See `Ipc`."""
+        address, given = ctypes.c_void_p(), _IpcHandle.from_buffer_copy(handle)
+        flags = ctypes.c_uint(_LAZY_PEER_ACCESS)
+        self._device.library("muIpcOpenMemHandle_v2", ctypes.byref(address), given, flags)
+        return address.value or 0
+
+    def shut(self, address: int) -> None:
+        """See `Ipc`."""
+        self._device.library("muIpcCloseMemHandle", ctypes.c_void_p(address))
 
 
 class MusaDevice(InPlace):
@@ -264,37 +276,30 @@ class MusaDevice(InPlace):
         try:
             return torch.empty(max(size, 16), dtype=torch.uint8, device=self._memory)
         except RuntimeError as error:
-            raise self._lacking("torch.empty", size, str(error).splitlines()[0]) from error
+            raise self.lacking("torch.empty", size, str(error).splitlines()[0]) from error
 
-    def window(self, size: int) -> MusaWindow:
-        """See `runtime.SharingDevice`."""
-        library, address = self.library, ctypes.c_void_p()
-        try:
-            library("muMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size))
-        except DeviceError as error:
-            raise self._lacking("a window", size, error) from error
-        made = MusaWindow(library, address, size, "muMemFree_v2")
-        library("muMemsetD8_v2", address, ctypes.c_ubyte(0), ctypes.c_size_t(size))
-        library("muStreamSynchronize", ctypes.c_void_p())
-        return made
-
-    def _lacking(self, call: str, size: int, error: object) -> DeviceError:
+    def lacking(self, call: str, size: int, error: object) -> DeviceError:
+        """What to raise where the device does not give so many bytes."""
         free, whole, has = ctypes.c_size_t(), ctypes.c_size_t(), ""
         with contextlib.suppress(DeviceError):
             self.library("muMemGetInfo_v2", ctypes.byref(free), ctypes.byref(whole))
             has = f"{self.facts.name} has {whole.value} bytes, {free.value} of them free"
         return out_of_memory(call, size, has, error, "torch.musa.empty_cache() frees what torch keeps")
 
-    def peer(self, handle: Handle) -> MusaWindow:
+    @cached_property
+    def _ipc(self) -> MusaIpc:
+        return MusaIpc(self)
+
+    def window(self, size: int) -> IpcWindow:
+        """See `runtime.SharingDevice`."""
+        return IpcWindow.make(self._ipc, size)
+
+    def peer(self, handle: Handle) -> IpcWindow:
         """See `runtime.SharingDevice`; the driver knows the size."""
-        if len(handle.data) != ctypes.sizeof(_IpcHandle):
-            raise DeviceError(f"a window with {len(handle.data)} bytes of handle, not {ctypes.sizeof(_IpcHandle)}")
-        library, address = self.library, ctypes.c_void_p()
-        given = _IpcHandle.from_buffer_copy(handle.data)
-        library("muIpcOpenMemHandle_v2", ctypes.byref(address), given, ctypes.c_uint(_LAZY_PEER_ACCESS))
+        opened = IpcWindow.open(self._ipc, handle)
         base, size = ctypes.c_void_p(), ctypes.c_size_t()
-        library("muMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), address)
-        opened = MusaWindow(library, address, handle.size, "muIpcCloseMemHandle")
+        address = ctypes.c_void_p(opened)
+        self.library("muMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), address)
         if size.value < handle.size:
             opened.close()
             raise DeviceError(f"a window of {handle.size} bytes: there are {size.value}")
@@ -343,8 +348,10 @@ class MusaDevice(InPlace):
 
 def _cell(argument: Any) -> Any:
     """Memory that holds an argument."""
-    if isinstance(argument, (Tensor, MusaWindow)):
+    if isinstance(argument, Tensor):
         return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, int):
+        return ctypes.c_void_p(argument)
     return ctypes.create_string_buffer(argument.tobytes())
 
 
