@@ -72,7 +72,8 @@ def garbage_entries(context: Context) -> None:
     draw = context.draw()
     page = draw.page()
     lengths = (1, page, draw.rng.randint(1, 6 * page), 0 if context.index % 2 else 1)
-    context.check(draw.base().but(lengths=lengths, garbage=_GARBAGE[context.index % len(_GARBAGE)], data=draw.data()))
+    case = draw.base().but(lengths=lengths, garbage=_GARBAGE[context.index % len(_GARBAGE)], data=draw.data())
+    context.check(case.but(table_layout=("contiguous", "wide")[context.index // 2 % 2]))
 
 
 @holds("MLA-25")
@@ -91,6 +92,7 @@ def strided_queries(context: Context) -> None:
     layout = ("padded", "heads_first", "odd", "contiguous")[context.index % 4]
     starts = draw.starts("q") if context.index % 4 == 3 or (context.index >= 4 and draw.rng.random() < 0.5) else {}
     context.check(draw.base().but(q_layout=layout, s_q=max(draw.queries()[:2]), data=draw.data(), **starts))
+    context.check(draw.base().but(q_layout="expanded", lengths=draw.lengths(most=70, batch=(2, 3)), data="hot"))
 
 
 @holds("MLA-27")
@@ -104,6 +106,8 @@ def strided_cache(context: Context) -> None:
     starts = draw.starts("kv") if draw.rng.random() < 0.5 else {}
     context.check(draw.base().but(kv_layout=layout, **draw.heads(kv_heads), data=draw.data(), **starts))
     context.check(draw.base().but(lengths=draw.lengths(most=70), data=draw.data(), **draw.starts("kv")))
+    once = draw.heads((2, 3, 4, 8)) if context.index % 2 else {}
+    context.check(draw.base().but(lengths=draw.lengths(most=70), kv_layout="expanded", data=draw.data(), **once))
 
 
 @holds("MLA-28")
@@ -114,6 +118,7 @@ def strided_out_and_tables(context: Context) -> None:
     case = draw.base().but(lengths=draw.lengths(batch=(2, 5)), s_q=max(draw.queries()[:2]), data=draw.data())
     context.check(case.but(out_layout=out_layout, table_layout="strided"))
     context.check(case.but(out_layout=("contiguous", out_layout)[context.index % 2], **draw.starts("out", "table")))
+    context.check(case.but(table_layout="expanded", data="hot"))
 
 
 @holds("MLA-40")
