@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
@@ -14,17 +15,20 @@ import hal
 from hal.spec.capability import Capabilities, EpCapabilities, MlaCapabilities
 from hal.spec.errors import HalError
 from hal.spec.limits import DENSE_LSE, DENSE_OUT, Limits
+from hal_conformance import manners
 from hal_conformance.case import MlaCase
 from hal_conformance.cover import Labels, labels
-from hal_conformance.decode import Expected, Outcome, Verdict, call, expect, judge
+from hal_conformance.decode import Around, Expected, Outcome, Verdict, call, expect, judge
 from hal_conformance.draw import SEARCH, Draw
 from hal_conformance.inputs import Inputs, build
 from hal_conformance.table import Mode, Obligation
-from hal_conformance.threads import few_threads, is_small
+from hal_conformance.threads import few_threads, is_small, side_by_side
 
 if TYPE_CHECKING:
     from hal_conformance.witness import Tape
 
+
+Made = TypeVar("Made")
 
 _QUICK_HAND = 3
 """Values of a range that one case of a quick run tries; a default run tries all of them."""
@@ -100,6 +104,8 @@ class Settings:
         Empty for the first device type the backend declares.
     patience : float
         Times all timeouts: more than 1 for a simulator.
+    evidence : str
+        How kernels run here, once the backend was asked.
     """
 
     backend: str
@@ -108,6 +114,7 @@ class Settings:
     tighten: float = 1.0
     device: str = ""
     patience: float = 1.0
+    evidence: str = ""
 
 
 class Context:
@@ -178,12 +185,12 @@ class Context:
         """The tensors of a case."""
         return build(case, self.tensor_seed() if seed is None else seed)
 
-    def run(self, inputs: Inputs, *, plan: hal.MlaPlan | None = None) -> Outcome:
+    def run(self, inputs: Inputs, *, plan: hal.MlaPlan | None = None, around: Around = nullcontext) -> Outcome:
         """One watched call; whatever it raises is the backend's failure."""
         if not self.record.problems:
             self.record.case, self.record.tensors = inputs.case.to_dict(), inputs.seed
         try:
-            outcome = call(inputs, self.backend, plan=plan)
+            outcome = call(inputs, self.backend, plan=plan, around=around)
         except Exception as error:
             raise BackendRaised(inputs.case, error) from error
         self._outcomes.append(outcome)
@@ -197,6 +204,15 @@ class Context:
         if any(text.startswith(("out is", "lse is")) for text in outcome.problems):
             raise Stop
         return outcome
+
+    def together(self, calls: Sequence[Callable[[], Made]]) -> list[Made | BaseException]:
+        """Make calls in as many threads at once; what each gave, or raised."""
+        as_it_was = manners.shared()
+        found = side_by_side(calls) if self.tape is None else self.tape.together(calls)
+        changed = manners.changed(as_it_was)
+        if changed:
+            self.problem(f"calls of two threads changed {', '.join(changed)}, which the whole process shares")
+        return found
 
     def look_back(self) -> None:
         """See that no call of this case wrote once it had returned."""

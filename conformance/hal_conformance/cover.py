@@ -130,8 +130,8 @@ def factors(declared: MlaCapabilities) -> tuple[Factor, ...]:
     free_queries = others(declared.s_q, s_q, QUERIES_PLANNED)
     least_queries = {a: min(free_queries) if a == OTHER else int(a) for a in s_q}
     views = ("contiguous", "padded", "odd", "heads_first", "expanded")
-    caches = ("contiguous", "padded_row", "padded_token", "padded_block", "odd", "heads_first", "blocks_inner")
-    caches += ("expanded",)
+    padded = ("padded_row", "padded_token", "padded_block", "odd")
+    caches = ("contiguous", *padded, "heads_first", "blocks_inner", "expanded")
 
     def flag(declared_too: bool) -> tuple[str, ...]:
         return ("no", "yes") if declared_too else ("no",)

@@ -157,6 +157,7 @@ class Session:
             self.facts = self.worker.ask(self._request("facts"), 60.0 * self.settings.patience)
         except (WorkerDied, WorkerHangs) as error:
             self.facts = {"error": f"asking the backend what it is: {error}\n{error.output}"}
+        self.settings.evidence = self.facts.get("evidence") or ""
         declared = self.facts.get("capabilities")
         self.capabilities = Capabilities.from_dict(declared) if declared else None
 

@@ -10,12 +10,16 @@ What a tape cannot show is memory around outputs and inputs that were changed: t
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import EntryPoint
+from itertools import chain
 from pathlib import Path
-from typing import Any, Final
+from types import CodeType
+from typing import Any, Final, TypeVar
 
 import hal
 from hal import plugins
@@ -29,12 +33,19 @@ from hal_conformance.checks import load
 from hal_conformance.context import BackendRaised, Context, Settings, Stop
 from hal_conformance.parcel import pack, unpack_plain
 from hal_conformance.table import BY_ID
+from hal_conformance.threads import side_by_side
 
 SHARE: Final = 20
 """One case in so many is judged again, and at least one of every obligation that compares numbers."""
 
 _ORACLE: Final = reference.mla_decode
 """As it was before any backend was loaded."""
+
+_LOCK: Final = threading.Lock()
+_HELD: Final[dict[Any, tuple[CodeType, int]]] = {}
+"""Functions that are out of reach: their code, and for how many threads."""
+
+Made = TypeVar("Made")
 
 _KERNEL: Final = "tape:mla_decode@tape"
 
@@ -50,6 +61,30 @@ class Tape:
     def __init__(self, entries: list[Any] | None = None) -> None:
         self.playing = entries is not None
         self.entries: deque[Any] = deque(entries or ())
+        self._here = threading.local()
+
+    @property
+    def in_a_thread(self) -> bool:
+        """Whether this is one of several threads that make calls at once."""
+        return hasattr(self._here, "entries")
+
+    def note(self, entry: Any) -> None:
+        """Write down what a call gave."""
+        (self._here.entries if self.in_a_thread else self.entries).append(entry)
+
+    def together(self, calls: Sequence[Callable[[], Made]]) -> list[Made | BaseException]:
+        """Make calls side by side, and write down what they gave one after the other; played, one after the other."""
+        if self.playing:
+            return [_made(call) for call in calls]
+        entries: list[list[Any]] = [[] for _ in calls]
+
+        def through(call: Callable[[], Made], mine: list[Any]) -> Made:
+            self._here.entries = mine
+            return call()
+
+        found = side_by_side([partial(through, *pair) for pair in zip(calls, entries, strict=True)])
+        self.entries.extend(chain(*entries))
+        return found
 
     def through(self, make: Callable[[], Any]) -> Any:
         """Make a call and write down what it gave; or, while playing, only say what was written down."""
@@ -68,6 +103,15 @@ class Tape:
     def read(path: Path) -> Tape:
         """Read a file; nothing in it is executed."""
         return Tape(unpack_plain(path.read_bytes()))
+
+
+def _made(call: Callable[[], Made]) -> Made | BaseException:
+    try:
+        return call()
+    except Departed:
+        raise
+    except Exception as error:
+        return error
 
 
 class Departed(Exception):
@@ -96,14 +140,14 @@ class Recorder(Backend):
         """As the backend; that it made one is written down."""
         with self._watched():
             made = self.inner.mla_plan(args)
-        self.tape.entries.append({"plan": True})
+        self.tape.note({"plan": True})
         return made
 
     def mla_decode(self, args: MlaDecodeArgs) -> None:
         """As the backend; what it wrote is written down."""
         with self._watched(), out_of_reach(_ORACLE):
             self.inner.mla_decode(args)
-        self.tape.entries.append({"out": args.out.detach().cpu().clone(), "lse": args.lse.detach().cpu().clone()})
+        self.tape.note({"out": args.out.detach().cpu().clone(), "lse": args.lse.detach().cpu().clone()})
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -111,10 +155,12 @@ class Recorder(Backend):
         try:
             yield
         except Exception as error:
-            self.tape.entries.append({"raised": type(error).__name__, "text": str(error)})
+            self.tape.note({"raised": type(error).__name__, "text": str(error)})
             raise
         finally:
-            self.changed.update(manners.changed(as_it_was))
+            # What one of several threads finds changed may be about to be set back by another.
+            if not self.tape.in_a_thread:
+                self.changed.update(manners.changed(as_it_was))
 
     def ep_buffer(self, args: Any) -> Any:
         """As the backend."""
@@ -128,12 +174,19 @@ class Recorder(Backend):
 @contextmanager
 def out_of_reach(function: Any) -> Iterator[None]:
     """Make a function of the oracle raise for everybody who holds it: a backend computes by itself."""
-    kept = function.__code__
-    function.__code__ = _refuses.__code__
+    with _LOCK:
+        kept, users = _HELD.pop(function, (function.__code__, 0))
+        _HELD[function] = kept, users + 1
+        function.__code__ = _refuses.__code__
     try:
         yield
     finally:
-        function.__code__ = kept
+        with _LOCK:
+            kept, users = _HELD.pop(function)
+            if users > 1:
+                _HELD[function] = kept, users - 1
+            else:
+                function.__code__ = kept
 
 
 def _refuses(*args: object, **keywords: object) -> None:

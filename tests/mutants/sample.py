@@ -23,6 +23,10 @@ Part = tuple[Tensor, Tensor, Tensor]
 """Unnormalised out [s, h_q, d_v], running maximum [s, h_q], running sum [s, h_q]."""
 
 
+ROOM: Any = {"dtype": torch.float32, "device": "cpu"}
+"""Of what is computed: torch's defaults are the caller's."""
+
+
 def dense(**changes: Any) -> MlaCapabilities:
     """Everything a dense backend can declare."""
     everything: dict[str, Any] = {
@@ -123,7 +127,7 @@ class Sample(Backend):
 
     def heads(self, args: MlaDecodeArgs, kv_head: int) -> Tensor:
         group = args.h_q // args.h_kv
-        return torch.arange(kv_head * group, (kv_head + 1) * group)
+        return torch.arange(kv_head * group, (kv_head + 1) * group, device="cpu")
 
     def scale(self, args: MlaDecodeArgs) -> float:
         return args.softmax_scale
@@ -134,18 +138,18 @@ class Sample(Backend):
     def seen(self, args: MlaDecodeArgs, s_q: int, length: int) -> Tensor:
         """How many keys each query sees."""
         if not args.causal:
-            return torch.full((s_q,), length)
-        return (length - s_q + 1 + torch.arange(s_q)).clamp(0)
+            return torch.full((s_q,), length, device="cpu")
+        return (length - s_q + 1 + torch.arange(s_q, device="cpu")).clamp(0)
 
     def values(self, args: MlaDecodeArgs, keys: Tensor) -> Tensor:
         return keys[:, : args.head_dim_v]
 
     def attend(self, args: MlaDecodeArgs, q: Tensor, keys: Tensor, a: int, z: int, length: int) -> Part:
         s_q = q.shape[0]
-        out = torch.zeros(s_q, args.h_q, args.head_dim_v)
-        top = torch.full((s_q, args.h_q), -torch.inf)
-        total = torch.zeros(s_q, args.h_q)
-        hidden = torch.arange(a, z) >= self.seen(args, s_q, length)[:, None]
+        out = torch.zeros(s_q, args.h_q, args.head_dim_v, **ROOM)
+        top = torch.full((s_q, args.h_q), -torch.inf, **ROOM)
+        total = torch.zeros(s_q, args.h_q, **ROOM)
+        hidden = torch.arange(a, z, device="cpu") >= self.seen(args, s_q, length)[:, None]
         for h in range(args.h_kv):
             heads = self.heads(args, h)
             scores = self.scores(args, q[:, heads], keys[a:z, h])
@@ -168,9 +172,9 @@ class Sample(Backend):
         return weights.sum(-1)
 
     def merge(self, args: MlaDecodeArgs, q: Tensor, parts: list[Part]) -> tuple[Tensor, Tensor]:
-        out = torch.zeros(*q.shape[:2], args.head_dim_v)
-        total = torch.zeros(q.shape[:2])
-        top = torch.full(q.shape[:2], -torch.inf)
+        out = torch.zeros(*q.shape[:2], args.head_dim_v, **ROOM)
+        total = torch.zeros(q.shape[:2], **ROOM)
+        top = torch.full(q.shape[:2], -torch.inf, **ROOM)
         for part_out, m, part_total in parts:
             highest = torch.maximum(top, m)
             base = highest.masked_fill(highest == -torch.inf, 0)

@@ -22,7 +22,6 @@ from hal_conformance.draw import (
     within,
 )
 
-
 _ALIVE = 9
 """Plans that are there at once: more than a small ring has room for."""
 
