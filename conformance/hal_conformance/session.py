@@ -17,10 +17,11 @@ from hal_conformance.context import Settings
 from hal_conformance.cover import Labels, legal_pairs, pairs_of
 from hal_conformance.process import Secluded, Worker, WorkerDied, WorkerHangs
 from hal_conformance.requirements import REQUIREMENTS
+from hal_conformance.sizes import Sizes
 from hal_conformance.table import BY_ID, LEVELS, OBLIGATIONS, Obligation
 from hal_conformance.totals import Totals
 from hal_conformance.waivers import Waiver
-from hal_conformance.witness import SHARE, is_judged_twice
+from hal_conformance.witness import SHARE, is_judged_apart, is_judged_twice
 
 Status = Literal["PASS", "FAIL", "CRASH", "TIMEOUT", "ERROR", "REFUSED", "UNCOVERED", "BLOCKED", "WAIVED", "SKIPPED"]
 """``REFUSED``: not declared, and the call was seen to raise `UnsupportedError`. ``UNCOVERED``: declared, but this suite
@@ -90,6 +91,14 @@ def _require_case(obligation: Obligation, index: int, count: int, mode: str) -> 
         raise SpecError("--case", f"{obligation.id}@….{index}", f"0…{count - 1}: a {mode} run has no other of it")
 
 
+def _failure(answer: dict[str, Any]) -> dict[str, Any]:
+    """What a result keeps of a case that failed."""
+    if "error" in answer:
+        return {"status": "ERROR", "problems": answer["problems"], "output": answer["output"]}
+    kept = {key: answer[key] for key in ("problems", "case", "diagnosis") if answer.get(key)}
+    return {"status": "FAIL", **kept}
+
+
 def fresh_seed() -> int:
     """A seed nobody chose."""
     return random.SystemRandom().randrange(2**31)
@@ -141,6 +150,7 @@ class Session:
         self.facts: dict[str, Any] = {}
         self.capabilities: Capabilities | None = None
         self.tried: set[Labels] = set()
+        self.sizes = Sizes()
 
     @property
     def filtered(self) -> bool:
@@ -297,7 +307,8 @@ class Session:
             progress(obligation.id, done, len(indices))
             failure = self._one(obligation, index, operation, result, totals)
             if failure is None and index in again and result.calls:
-                failure = self._apart(obligation, index)
+                judged = self._apart(obligation, index)
+                failure = _failure(judged) if judged["problems"] else None
                 result.witnessed.append(index)
             if failure is not None:
                 failure["index"] = index
@@ -327,7 +338,7 @@ class Session:
         # Hypotheses are many runs of the reference: one diagnosis an obligation.
         request["diagnose"] = not result.failures
         try:
-            answer = self.worker.ask(request, obligation.timeout * self.settings.patience)
+            answer = self._answer(obligation, request, result)
         except WorkerDied as died:
             return {"status": "CRASH", "problems": [f"the process was {died.how}"], "output": died.output}
         except WorkerHangs as hangs:
@@ -341,25 +352,46 @@ class Session:
         result.calls += answer["calls"]
         evidence = {"index": index, "calls": answer["calls"], "launches": answer.get("launches", {})}
         self.tried.update(tuple(row) for row in answer.get("tried", []))
+        if "sizes" in answer:
+            self.sizes.merge(answer["sizes"])
         result.notes += [text for text in answer.get("notes", []) if text not in result.notes]
         result.cases.append(evidence | {"seconds": round(answer.get("seconds", 0.0), 6)})
         for name, count in answer.get("launches", {}).items():
             result.launches[name] = result.launches.get(name, 0) + count
         totals.add(answer.get("errors", []))
-        if not answer["problems"]:
-            return None
-        kept = {key: answer[key] for key in ("problems", "case", "diagnosis") if answer.get(key)}
-        return {"status": "FAIL", **kept}
+        return _failure(answer) if answer["problems"] else None
+
+    def _answer(self, obligation: Obligation, request: dict[str, Any], result: Result) -> dict[str, Any]:
+        """What became of a case. Its numbers are judged apart; beside the backend only what is wrong is looked at."""
+        limit = obligation.timeout * self.settings.patience
+        if request["op"] != "case" or not is_judged_apart(obligation.id):
+            return self.worker.ask(request, limit)
+        played = self.worker.ask(request | {"blind": True}, limit)
+        if "error" in played:
+            return played
+        if not played["problems"]:
+            judged = self._apart(obligation, request["index"])
+            if not judged["problems"]:
+                result.witnessed.append(request["index"])
+                return played | {key: judged[key] for key in ("errors", "tried", "sizes")}
+            played = judged if "error" in judged else played | {"problems": judged["problems"]}
+        if "error" in played:
+            return played
+        explained = self.worker.ask(request, limit)
+        if self.waivers:
+            # With the reference at hand: nothing that counts may come from this process any more.
+            self.worker.stop()
+        return explained if explained.get("problems") else played
 
     @staticmethod
     def _judged_twice(obligation: Obligation, indices: list[int]) -> set[int]:
         """Cases to judge again apart from the backend. Which they are, no process of the backend's learns before."""
-        if not is_judged_twice(obligation.id) or not indices:
+        if not is_judged_twice(obligation.id) or is_judged_apart(obligation.id) or not indices:
             return set()
         return set(random.SystemRandom().sample(indices, -(-len(indices) // SHARE)))
 
-    def _apart(self, obligation: Obligation, index: int) -> dict[str, Any] | None:
-        """Judge a case that passed once more, in a process without the backend; the failure, or None."""
+    def _apart(self, obligation: Obligation, index: int) -> dict[str, Any]:
+        """Judge a case in a process without the backend."""
         limit = obligation.timeout * self.settings.patience
         with tempfile.TemporaryDirectory() as folder:
             tape = str(Path(folder) / "tape")
@@ -373,12 +405,9 @@ class Session:
             except (WorkerDied, WorkerHangs) as error:
                 answer = {"error": f"the case could not be judged apart: {error}", "output": error.output}
         if "error" in answer:
-            lines = answer["error"].strip().splitlines()
-            return {"status": "ERROR", "problems": [lines[-1]], "output": answer.get("output", answer["error"])}
-        if not answer["problems"]:
-            return None
-        apart = [f"passed beside the backend, but judged apart from it: {text}" for text in answer["problems"]]
-        return {"status": "FAIL", "problems": apart}
+            return {"problems": [answer["error"].strip().splitlines()[-1]], "output": answer["error"]} | answer
+        apart = "passed beside the backend, but judged apart from it"
+        return answer | {"problems": [f"{apart}: {text}" for text in answer["problems"]]}
 
     def _lost(self, obligation: Obligation, error: WorkerDied | WorkerHangs) -> Result:
         status: Status = "CRASH" if isinstance(error, WorkerDied) else "TIMEOUT"

@@ -1,25 +1,29 @@
-"""Judges cases again in a process that never loads the backend.
+"""Judges cases in a process that never loads the backend.
 
-A check runs beside the backend, which could reach it: replace the reference, loosen the limits, silence the judge.
-So what the backend gives in a case is written down (`Tape`), and afterwards, for cases nobody knows before, the same
-check runs again in another process, from the same seeds, with the tape in the backend's place (`Replayer`). There the
-numbers are judged by files that nothing but this suite has touched.
-
-What a tape cannot show is memory around outputs and inputs that were changed: those are looked at in place.
+What runs beside a backend it could reach: replace the reference, loosen the limits, silence the judge. So beside it
+nothing is judged by its numbers. What it gives in a case is written down (`Tape`): all of the memory that it was given
+to write to, margins and gaps included, and a sum over the bytes of every input as it left them. Then the same check
+runs in another process, from the same seeds, with the tape in the backend's place (`Replayer`), and judges by files
+that nothing but this suite has touched. Ranks of expert-parallel calls are judged where they are started, and a share
+of them again.
 """
 
 from __future__ import annotations
 
 import threading
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.metadata import EntryPoint
 from itertools import chain
 from pathlib import Path
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any, Final, TypeVar
+
+import torch
+from torch import Tensor
 
 import hal
 from hal import plugins
@@ -36,10 +40,18 @@ from hal_conformance.table import BY_ID
 from hal_conformance.threads import side_by_side
 
 SHARE: Final = 20
-"""One case in so many is judged again, and at least one of every obligation that compares numbers."""
+"""Of expert-parallel cases one in so many is judged again, and at least one of every obligation."""
 
-_ORACLE: Final = reference.mla_decode
+_ORACLE: Final = [
+    held
+    for held in vars(reference).values()
+    if isinstance(held, FunctionType) and held.__module__ == reference.__name__
+]
 """As it was before any backend was loaded."""
+
+_WHOLE: Final = 1 << 30
+_END: Final = 1 << 24
+"""Bytes of an input up to which all are summed up, and how many of a larger one: its last, where its used pages are."""
 
 _LOCK: Final = threading.Lock()
 _HELD: Final[dict[Any, tuple[CodeType, int]]] = {}
@@ -47,12 +59,19 @@ _HELD: Final[dict[Any, tuple[CodeType, int]]] = {}
 
 Made = TypeVar("Made")
 
+_CLOSED: Final = ExitStack()
+
 _KERNEL: Final = "tape:mla_decode@tape"
 
 
 def is_judged_twice(obligation: str) -> bool:
     """Whether an obligation compares numbers; those of L0 are about what a backend says of itself."""
     return not obligation.startswith("CAP")
+
+
+def is_judged_apart(obligation: str) -> bool:
+    """Whether every case of an obligation is judged in the other process, and beside the backend none."""
+    return obligation.startswith("MLA")
 
 
 class Tape:
@@ -145,9 +164,13 @@ class Recorder(Backend):
 
     def mla_decode(self, args: MlaDecodeArgs) -> None:
         """As the backend; what it wrote is written down."""
-        with self._watched(), out_of_reach(_ORACLE):
+        with self._watched(), out_of_reach(*_ORACLE):
             self.inner.mla_decode(args)
-        self.tape.note({"out": args.out.detach().cpu().clone(), "lse": args.lse.detach().cpu().clone()})
+        entry: dict[str, Any] = {name: memory_of(to).cpu().clone() for name, to in _outputs(args).items()}
+        if args.q.device.type == "cpu":
+            # Elsewhere a NaN that fills memory may have other bits.
+            entry["sums"] = sums(args)
+        self.tape.note(entry | {"shapes": _shapes(args)})
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -171,22 +194,67 @@ class Recorder(Backend):
         return self.inner.launches()
 
 
+def memory_of(tensor: Tensor) -> Tensor:
+    """All bytes of the allocation that a tensor is a view of."""
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+
+
+def _outputs(args: MlaDecodeArgs) -> dict[str, Tensor]:
+    return {"out": args.out, "lse": args.lse}
+
+
+def _shapes(args: MlaDecodeArgs) -> list[list[int]]:
+    return [list(tensor.shape) for tensor in _outputs(args).values()]
+
+
+def sums(args: MlaDecodeArgs) -> dict[str, int]:
+    """A checksum over the memory of every input."""
+    names = ("q", "kv_cache", "block_table", "cache_seqlens", "cu_seqlens_q")
+    found = {}
+    for name in names:
+        tensor = getattr(args, name)
+        if tensor is not None:
+            memory = memory_of(tensor.detach())
+            found[name] = zlib.crc32((memory if len(memory) <= _WHOLE else memory[-_END:]).numpy().data)
+    return found
+
+
 @contextmanager
-def out_of_reach(function: Any) -> Iterator[None]:
-    """Make a function of the oracle raise for everybody who holds it: a backend computes by itself."""
+def out_of_reach(*functions: Any) -> Iterator[None]:
+    """Make functions of the oracle raise for everybody who holds them: a backend computes by itself."""
     with _LOCK:
-        kept, users = _HELD.pop(function, (function.__code__, 0))
-        _HELD[function] = kept, users + 1
-        function.__code__ = _refuses.__code__
+        for function in functions:
+            kept, users = _HELD.pop(function, (function.__code__, 0))
+            _HELD[function] = kept, users + 1
+            function.__code__ = _refuses.__code__
     try:
         yield
     finally:
         with _LOCK:
-            kept, users = _HELD.pop(function)
-            if users > 1:
-                _HELD[function] = kept, users - 1
-            else:
-                function.__code__ = kept
+            for function in functions:
+                kept, users = _HELD.pop(function)
+                if users > 1:
+                    _HELD[function] = kept, users - 1
+                else:
+                    function.__code__ = kept
+
+
+def close_the_reference() -> None:
+    """Put it out of reach in this process, before anything of the backend is there to take a copy."""
+    _CLOSED.enter_context(out_of_reach(*_ORACLE))
+
+
+@contextmanager
+def within_reach() -> Iterator[None]:
+    """Let the suite itself ask the reference here for a while: to explain what others judged already."""
+    if not _HELD:
+        yield
+        return
+    _CLOSED.close()
+    try:
+        yield
+    finally:
+        close_the_reference()
 
 
 def _refuses(*args: object, **keywords: object) -> None:
@@ -223,6 +291,7 @@ class Replayer(Backend):
         self.declared: Capabilities | None = None
         self.tape = Tape([])
         self.decodes = 0
+        self.changed: set[str] = set()
 
     def probe(self) -> Probe:
         """It is there."""
@@ -254,10 +323,16 @@ class Replayer(Backend):
         """What the backend wrote, again."""
         entry = self._next()
         self.decodes += 1
-        for name, into in (("out", args.out), ("lse", args.lse)):
-            if name not in entry or entry[name].shape != into.shape or entry[name].dtype != into.dtype:
-                raise Departed("a decode of other sizes than the backend was seen to answer")
-            into.copy_(entry[name])
+        if entry.get("shapes") != _shapes(args):
+            raise Departed("a decode of other sizes than the backend was seen to answer")
+        for name, into in _outputs(args).items():
+            memory = memory_of(into)
+            if entry[name].shape != memory.shape:
+                raise Departed("a decode into other memory than the backend was seen to write")
+            memory.copy_(entry[name])
+        if "sums" in entry:
+            mine = sums(args)
+            self.changed.update(name for name in mine if mine[name] != entry["sums"].get(name))
 
     def ep_buffer(self, args: Any) -> Any:
         """Ranks are replayed as a whole."""
@@ -283,6 +358,7 @@ def witness(request: dict[str, Any]) -> dict[str, Any]:
     settings.device = "cpu"
     capabilities = Capabilities.from_dict({**request["capabilities"], "device_types": ["cpu"]})
     _REPLAYER.declared, _REPLAYER.decodes = capabilities, 0
+    _REPLAYER.changed.clear()
     _REPLAYER.tape = tape = Tape.read(Path(request["tape"]))
     here = EntryPoint(settings.backend, __name__, plugins.GROUP)
     plugins._registry = plugins.Registry([here])  # in place of all that is installed
@@ -298,4 +374,6 @@ def witness(request: dict[str, Any]) -> dict[str, Any]:
         context.problem(str(raised))
     if tape.entries and not context.record.problems:
         context.problem(f"{len(tape.entries)} calls of the backend are none of this case")
-    return {"problems": context.record.problems}
+    for name in sorted(_REPLAYER.changed):
+        context.problem(f"the input {name} was changed by a call")
+    return context.record.to_dict()

@@ -10,7 +10,7 @@ from hal.spec.validation import set_validation, validation_level
 from hal_conformance.case import MlaCase
 from hal_conformance.checks import holds
 from hal_conformance.context import Context
-from hal_conformance.decode import call, expect, judge
+from hal_conformance.decode import call
 from hal_conformance.draw import Draw
 from hal_conformance.inputs import Inputs
 from hal_conformance.memory import Guarded, place
@@ -161,7 +161,7 @@ def _bad_length(context: Context, inputs: Inputs, blocks: int) -> str:
 
 def _spoiled(context: Context, good: MlaCase, spoil: Callable[[Context, Inputs, int], str]) -> None:
     inputs = context.make(good)
-    expected = expect(_without_the_last(inputs))
+    expected = context.expect(_without_the_last(inputs))
     inputs = dataclasses.replace(inputs, kv_cache=_between_blocks(inputs.kv_cache))
     what = spoil(context, inputs, inputs.kv_cache.view.shape[0])
     inputs.seal()
@@ -176,11 +176,10 @@ def _spoiled(context: Context, good: MlaCase, spoil: Callable[[Context, Inputs, 
     else:
         for text in outcome.problems:
             context.problem(text)
-        others = judge(outcome.out[:-1], outcome.lse[:-1], expected, *context.limits())
         # Around the cache and in its unused pages there is NaN: a result that read there shows it.
         if not bool(outcome.out.isfinite().all()):
             context.problem(f"{what} was read through: the result holds NaN from outside")
-        elif not others.ok:
+        elif not context.right(outcome.out[:-1], outcome.lse[:-1], expected):
             context.problem(f"{what}: other sequences than this are wrong")
     _refused_in_full(context, inputs, what)
 

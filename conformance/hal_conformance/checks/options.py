@@ -12,7 +12,7 @@ import hal
 from hal_conformance.case import MlaCase
 from hal_conformance.checks import holds
 from hal_conformance.context import Context
-from hal_conformance.decode import Outcome, expect, judge, plan_for
+from hal_conformance.decode import Outcome, plan_for
 from hal_conformance.draw import Draw, head_pairs
 from hal_conformance.inputs import Inputs
 from hal_conformance.memory import same_bits
@@ -155,7 +155,7 @@ def _again(context: Context, case: MlaCase, repeats: int) -> None:
     inputs, first, verdict = context.check(case)
     if not verdict.ok:
         return
-    expected = expect(inputs)
+    expected = context.expect(inputs)
     positional, keywords = inputs.arguments()
     keywords |= {"batch_invariant": case.batch_invariant, "backend": context.backend}
     wrong = changed = 0
@@ -164,7 +164,7 @@ def _again(context: Context, case: MlaCase, repeats: int) -> None:
         if same_bits(out, first.out) and same_bits(lse, first.lse):
             continue
         changed += 1
-        wrong += not judge(out, lse, expected, *context.limits()).ok
+        wrong += not context.right(out, lse, expected)
     context.record.calls += repeats
     if wrong:
         context.problem(f"{wrong} of {repeats} repetitions of one call were wrong, the others right: a race")

@@ -15,7 +15,7 @@ import hal
 from hal_conformance.case import MlaCase
 from hal_conformance.checks import holds
 from hal_conformance.context import BackendRaised, Context
-from hal_conformance.decode import Outcome, expect, judge, plan_for
+from hal_conformance.decode import Outcome, plan_for
 from hal_conformance.draw import Draw
 from hal_conformance.inputs import Inputs
 from hal_conformance.memory import Guarded, same_bits
@@ -152,9 +152,9 @@ def _right_every_time(context: Context, case: MlaCase, inputs: Inputs, given: Re
     if isinstance(given, BaseException):
         raise BackendRaised(case, given) from given
     context.record.calls += len(given)
-    expected, unlike = expect(inputs), given[:1]
+    expected, unlike = context.expect(inputs), given[:1]
     unlike += [one for one in given[1:] if not (same_bits(one[0], given[0][0]) and same_bits(one[1], given[0][1]))]
-    wrong = sum(not judge(*one, expected, *context.limits()).ok for one in unlike)
+    wrong = sum(not context.right(*one, expected) for one in unlike)
     if wrong:
-        out, lse = next(one for one in unlike if not judge(*one, expected, *context.limits()).ok)
+        out, lse = next(one for one in unlike if not context.right(*one, expected))
         context.compare(inputs, Outcome(out, lse, [], {}, 0.0), expected, what="beside a call of another thread: ")
