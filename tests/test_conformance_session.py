@@ -125,7 +125,7 @@ def test_a_fallback_is_seen_where_it_happens() -> None:
     assert statuses(session) == {"CAP-07": "PASS", "MLA-09": "FAIL"}
     assert "no kernel of this backend was launched" in session.results["MLA-09"].message
     cases = run("sample", "MLA-09").results["MLA-09"].cases
-    assert [c["launches"] for c in cases] == [{"torch:attend@cpu": 1}] * 4
+    assert [c["launches"] for c in cases] == [{"torch:attend@cpu": n} for n in (1, 1, 1, 2)]
 
 
 def test_an_obligation_that_calls_nothing_is_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:

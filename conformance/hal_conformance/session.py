@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final, Literal
 
 from hal.spec.capability import Capabilities
 from hal.spec.errors import SpecError
+from hal_conformance.apart import ask
 from hal_conformance.context import Settings
 from hal_conformance.cover import Labels, legal_pairs, pairs_of
 from hal_conformance.process import Secluded, Worker, WorkerDied, WorkerHangs
@@ -21,7 +20,6 @@ from hal_conformance.sizes import Sizes
 from hal_conformance.table import BY_ID, LEVELS, OBLIGATIONS, Obligation
 from hal_conformance.totals import Totals
 from hal_conformance.waivers import Waiver
-from hal_conformance.witness import SHARE, is_judged_apart, is_judged_twice
 
 Status = Literal["PASS", "FAIL", "CRASH", "TIMEOUT", "ERROR", "REFUSED", "UNCOVERED", "BLOCKED", "WAIVED", "SKIPPED"]
 """``REFUSED``: not declared, and the call was seen to raise `UnsupportedError`. ``UNCOVERED``: declared, but this suite
@@ -32,10 +30,6 @@ RED: Final = ("FAIL", "CRASH", "TIMEOUT", "ERROR")
 
 STOP_AFTER: Final = 3
 """Failing cases of an obligation after which the rest of its cases are not run."""
-
-
-_STARTING: Final = 60.0
-"""Seconds the witness has to import what it needs."""
 
 
 @dataclass(slots=True)
@@ -89,14 +83,6 @@ def _require_case(obligation: Obligation, index: int, count: int, mode: str) -> 
     """Refuse a case that a run of this kind does not have."""
     if not 0 <= index < count:
         raise SpecError("--case", f"{obligation.id}@….{index}", f"0…{count - 1}: a {mode} run has no other of it")
-
-
-def _failure(answer: dict[str, Any]) -> dict[str, Any]:
-    """What a result keeps of a case that failed."""
-    if "error" in answer:
-        return {"status": "ERROR", "problems": answer["problems"], "output": answer["output"]}
-    kept = {key: answer[key] for key in ("problems", "case", "diagnosis") if answer.get(key)}
-    return {"status": "FAIL", **kept}
 
 
 def fresh_seed() -> int:
@@ -164,7 +150,7 @@ class Session:
     def learn(self) -> None:
         """Ask the worker what it sees of the backend: capabilities, versions, hashes."""
         try:
-            self.facts = self.worker.ask(self._request("facts"), 60.0 * self.settings.patience)
+            self.facts = self.worker.ask(self.request("facts"), 60.0 * self.settings.patience)
         except (WorkerDied, WorkerHangs) as error:
             self.facts = {"error": f"asking the backend what it is: {error}\n{error.output}"}
         self.settings.evidence = self.facts.get("evidence") or ""
@@ -268,7 +254,7 @@ class Session:
                 obligation.id, "UNCOVERED", f"{requirement.title}: declared, and not tested by this suite yet"
             )
         try:
-            answer = self.worker.ask(self._request("count", obligation, 0), 60.0 * self.settings.patience)
+            answer = self.worker.ask(self.request("count", obligation, 0), 60.0 * self.settings.patience)
         except (WorkerDied, WorkerHangs) as error:
             return self._lost(obligation, error)
         if "error" in answer:
@@ -302,14 +288,9 @@ class Session:
     ) -> Result:
         result = Result(obligation.id, "PASS", planned=len(indices))
         totals = Totals()
-        again = self._judged_twice(obligation, indices) if operation == "case" else set()
         for done, index in enumerate(indices):
             progress(obligation.id, done, len(indices))
             failure = self._one(obligation, index, operation, result, totals)
-            if failure is None and index in again and result.calls:
-                judged = self._apart(obligation, index)
-                failure = _failure(judged) if judged["problems"] else None
-                result.witnessed.append(index)
             if failure is not None:
                 failure["index"] = index
                 failure["reproduce"] = self.reproduce(obligation, index)
@@ -334,11 +315,11 @@ class Session:
     ) -> dict[str, Any] | None:
         """Run one case; the failure, or None."""
         result.executed += 1
-        request = self._request(operation, obligation, index)
+        request = self.request(operation, obligation, index)
         # Hypotheses are many runs of the reference: one diagnosis an obligation.
         request["diagnose"] = not result.failures
         try:
-            answer = self._answer(obligation, request, result)
+            answer = ask(self, obligation, request)
         except WorkerDied as died:
             return {"status": "CRASH", "problems": [f"the process was {died.how}"], "output": died.output}
         except WorkerHangs as hangs:
@@ -359,55 +340,12 @@ class Session:
         for name, count in answer.get("launches", {}).items():
             result.launches[name] = result.launches.get(name, 0) + count
         totals.add(answer.get("errors", []))
-        return _failure(answer) if answer["problems"] else None
-
-    def _answer(self, obligation: Obligation, request: dict[str, Any], result: Result) -> dict[str, Any]:
-        """What became of a case. Its numbers are judged apart; beside the backend only what is wrong is looked at."""
-        limit = obligation.timeout * self.settings.patience
-        if request["op"] != "case" or not is_judged_apart(obligation.id):
-            return self.worker.ask(request, limit)
-        played = self.worker.ask(request | {"blind": True}, limit)
-        if "error" in played:
-            return played
-        if not played["problems"]:
-            judged = self._apart(obligation, request["index"])
-            if not judged["problems"]:
-                result.witnessed.append(request["index"])
-                return played | {key: judged[key] for key in ("errors", "tried", "sizes")}
-            played = judged if "error" in judged else played | {"problems": judged["problems"]}
-        if "error" in played:
-            return played
-        explained = self.worker.ask(request, limit)
-        if self.waivers:
-            # With the reference at hand: nothing that counts may come from this process any more.
-            self.worker.stop()
-        return explained if explained.get("problems") else played
-
-    @staticmethod
-    def _judged_twice(obligation: Obligation, indices: list[int]) -> set[int]:
-        """Cases to judge again apart from the backend. Which they are, no process of the backend's learns before."""
-        if not is_judged_twice(obligation.id) or is_judged_apart(obligation.id) or not indices:
-            return set()
-        return set(random.SystemRandom().sample(indices, -(-len(indices) // SHARE)))
-
-    def _apart(self, obligation: Obligation, index: int) -> dict[str, Any]:
-        """Judge a case in a process without the backend."""
-        limit = obligation.timeout * self.settings.patience
-        with tempfile.TemporaryDirectory() as folder:
-            tape = str(Path(folder) / "tape")
-            try:
-                answer = self.worker.ask(self._request("tape", obligation, index) | {"tape": tape}, limit)
-                if "error" not in answer:
-                    assert self.capabilities is not None
-                    request = self._request("witness", obligation, index)
-                    request |= {"tape": tape, "capabilities": self.capabilities.to_dict()}
-                    answer = self.witness.ask(request, limit + _STARTING)
-            except (WorkerDied, WorkerHangs) as error:
-                answer = {"error": f"the case could not be judged apart: {error}", "output": error.output}
-        if "error" in answer:
-            return {"problems": [answer["error"].strip().splitlines()[-1]], "output": answer["error"]} | answer
-        apart = "passed beside the backend, but judged apart from it"
-        return answer | {"problems": [f"{apart}: {text}" for text in answer["problems"]]}
+        if answer.get("witnessed"):
+            result.witnessed.append(index)
+        if not answer["problems"]:
+            return None
+        kept = {key: answer[key] for key in ("problems", "case", "diagnosis") if answer.get(key)}
+        return {"status": "FAIL", **kept}
 
     def _lost(self, obligation: Obligation, error: WorkerDied | WorkerHangs) -> Result:
         status: Status = "CRASH" if isinstance(error, WorkerDied) else "TIMEOUT"
@@ -420,7 +358,8 @@ class Session:
         line = f"hal conform --backend {self.settings.backend} --case {obligation.id}@{self.settings.seed}.{index}"
         return " ".join([line, *self._options()])
 
-    def _request(self, operation: str, obligation: Obligation | None = None, index: int = 0) -> dict[str, Any]:
+    def request(self, operation: str, obligation: Obligation | None = None, index: int = 0) -> dict[str, Any]:
+        """What a process is asked."""
         request: dict[str, Any] = {"op": operation, "settings": dataclasses.asdict(self.settings), "index": index}
         if obligation is not None:
             request["obligation"] = obligation.id

@@ -4,8 +4,8 @@ What runs beside a backend it could reach: replace the reference, loosen the lim
 nothing is judged by its numbers. What it gives in a case is written down (`Tape`): all of the memory that it was given
 to write to, margins and gaps included, and a sum over the bytes of every input as it left them. Then the same check
 runs in another process, from the same seeds, with the tape in the backend's place (`Replayer`), and judges by files
-that nothing but this suite has touched. Ranks of expert-parallel calls are judged where they are started, and a share
-of them again.
+that nothing but this suite has touched. Ranks of expert-parallel calls are judged where they are started, and again
+there.
 """
 
 from __future__ import annotations
@@ -38,9 +38,6 @@ from hal_conformance.context import BackendRaised, Context, Settings, Stop
 from hal_conformance.parcel import pack, unpack_plain
 from hal_conformance.table import BY_ID
 from hal_conformance.threads import side_by_side
-
-SHARE: Final = 20
-"""Of expert-parallel cases one in so many is judged again, and at least one of every obligation."""
 
 _ORACLE: Final = [
     held
