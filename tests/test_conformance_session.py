@@ -217,12 +217,34 @@ def test_a_waiver_file_that_is_wrong_is_a_wrong_request(tmp_path: Path, text: st
         ["matrix", "/nowhere.json"],
         ["bisect", "MLA-07", "--backend", "cpu"],
         ["bisect", "MLA-07@1.99999", "--backend", "cpu"],
+        ["bisect", "SPA-01@1.0", "--backend", "cpu"],
+        ["bisect", "CAP-01@1.0", "--backend", "cpu"],
+        ["bisect", "EPN-01@1.0", "--backend", "cpu"],
+        ["--backend", "cpu", "bisect", "MLA-07@1.0", "--backend", "cpu"],
+        ["--quick", "matrix", "/nowhere.json"],
     ],
     ids=" ".join,
 )
 def test_wrong_requests_exit_with_2(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HAL_BACKEND", raising=False)
     assert CliRunner().invoke(app, arguments).exit_code == 2
+
+
+def test_a_wrong_request_says_what_is_legal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HAL_BACKEND", raising=False)
+
+    def said(*arguments: str) -> str:
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 2
+        assert "Traceback" not in done.output
+        return done.output
+
+    assert "SPA-01 is not tested by this suite yet" in said("bisect", "SPA-01@1.0", "-b", "cpu")
+    assert "only a decode has stages" in said("bisect", "EPN-01@1.0", "-b", "cpu")
+    assert "--quick, --seed before matrix would not be heard" in said("--quick", "--seed", "1", "matrix", "a.json")
+    for device in ("bogus", "cuda"):
+        assert f"--device {device}: cpu has cpu" in said("-b", "cpu", "--device", device, "--only", "CAP-01")
+    assert "MLA-07@1.9999; legal: MLA-07@1.0 to MLA-07@1.23" in said("-b", "cpu", "--case", "MLA-07@1.9999")
 
 
 def test_levels_follow_from_their_obligations() -> None:

@@ -86,6 +86,7 @@ def issue(report: dict[str, Any]) -> dict[str, Any] | None:
         "levels": {r["id"]: r["verdict"] for r in report["levels"] if r["verdict"] in ("PASS", "WAIVED")},
         "undeclared": [r["id"] for r in report["levels"] if r["verdict"] == "UNDECLARED"],
         "waivers": report["waivers"],
+        "sizes": report.get("sizes", []),
         "seed": report["run"]["seed"],
         "issued": report["run"]["started"],
         "report_hash": report_hash(report),

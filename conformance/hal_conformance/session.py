@@ -79,10 +79,12 @@ class Result:
         return BY_ID[self.id]
 
 
-def _require_case(obligation: Obligation, index: int, count: int, mode: str) -> None:
+def _require_case(obligation: Obligation, index: int, count: int, settings: Settings) -> None:
     """Refuse a case that a run of this kind does not have."""
     if not 0 <= index < count:
-        raise SpecError("--case", f"{obligation.id}@….{index}", f"0…{count - 1}: a {mode} run has no other of it")
+        name = f"{obligation.id}@{settings.seed}"
+        legal = f"{name}.0" if count == 1 else f"{name}.0 to {name}.{count - 1}"
+        raise SpecError("--case", f"{name}.{index}", f"{legal}, which a {settings.mode} run of this seed has")
 
 
 def fresh_seed() -> int:
@@ -247,7 +249,7 @@ class Session:
         if capabilities is None and not obligation.gate:
             return Result(obligation.id, "BLOCKED", "the backend could not be asked what it declares")
         if capabilities is not None and not requirement.declared(capabilities):
-            _require_case(obligation, self.case or 0, 1, self.settings.mode)
+            _require_case(obligation, self.case or 0, 1, self.settings)
             return self._cases(obligation, [0], "refusal", progress)
         if not obligation.covered:
             return Result(
@@ -261,7 +263,7 @@ class Session:
             return Result(obligation.id, "ERROR", answer["error"])
         if self.case is None:
             return self._cases(obligation, list(range(answer["count"])), "case", progress)
-        _require_case(obligation, self.case, answer["count"], self.settings.mode)
+        _require_case(obligation, self.case, answer["count"], self.settings)
         return self._cases(obligation, [self.case], "case", progress)
 
     def _blocked(self, obligation: Obligation) -> str:

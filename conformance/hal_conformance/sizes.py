@@ -51,9 +51,9 @@ class Sizes:
 
 
 def _declared(declared: MlaCapabilities | None, name: str) -> str:
-    return str(getattr(declared, name)) if declared is not None and name in _DECLARED else "any"
+    return str(getattr(declared, name)) if declared is not None and name in _DECLARED else "any size"
 
 
 def sentence(rows: Iterable[dict[str, Any]]) -> str:
     """All of it in one line."""
-    return ", ".join(f"{row['axis']} {row['least']}…{row['largest']} of {row['declared']}" for row in rows)
+    return ", ".join(f"{row['axis']} {row['least']}…{row['largest']} (declared: {row['declared']})" for row in rows)

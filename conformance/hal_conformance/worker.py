@@ -70,6 +70,10 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         if operation == "bisect":
             from hal_conformance.bisect import bisect
 
+            context = _context(settings, request["obligation"], 0)
+            requirement = REQUIREMENTS[context.obligation.requires]
+            if not requirement.declared(context.capabilities):
+                return {"refused": f"{requirement.title} is not declared"}
             contexts = (_context(replace(settings, mode=mode), request["obligation"], 0) for mode in _MODES)
             count = max(map(_count, contexts))
             if request["index"] >= count:
