@@ -168,7 +168,7 @@ def _refuse_options(context: typer.Context, command: str) -> None:
         wrong_request(f"{', '.join(given)} before {command} would not be heard: write options after its name")
 
 
-def _require_device(session: Session) -> None:
+def require_device(session: Session) -> None:
     """Exit with 2 unless the backend declares the type of the device that was asked for."""
     import torch
 
@@ -202,7 +202,7 @@ def _run(session: Session, out: Path, older: dict[str, Any] | None) -> int:
                 wrong_request(
                     f"{session.settings.backend} is not available on this machine, so nothing can be tested: {reason}"
                 )
-        _require_device(session)
+        require_device(session)
         with _progress(console) as progress:
             task = progress.add_task("", total=None)
             for obligation in OBLIGATIONS:
