@@ -20,7 +20,7 @@ from hal_conformance import manners
 from hal_conformance.case import MlaCase
 from hal_conformance.cli import app
 from hal_conformance.decode import call
-from hal_conformance.facts import reaches, unlisted
+from hal_conformance.facts import of_dependencies, reaches, required, unlisted
 from hal_conformance.inputs import build
 from hal_conformance.parcel import pack, unpack_plain
 from hal_conformance.process import Secluded, Worker
@@ -161,6 +161,31 @@ def test_a_distribution_that_reaches_into_its_judge_is_named(tmp_path: Path) -> 
         "sitecustomize.py is executed wherever Python starts",
         "sly.pth is executed wherever Python starts",
         "torch/sly.py lies in the package torch",
+    ]
+
+
+def test_a_dependency_that_reaches_into_its_judge_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However far down, and unless the suite has it too."""
+    groups = {"hal.backends": {"far": "hal_far"}}
+    made = (
+        Distribution(name, "x = 1\n", entry_points=groups if name == "hal-far" else {})
+        for name in ("hal-far", "far-below", "deep-down")
+    )
+    folder = install(tmp_path, *made)
+    for name, needs in (
+        ("hal_far", "Far_Below>=1"),
+        ("far_below", "deep.down[x]; python_version > '3'"),
+        ("deep_down", "torch\nRequires-Dist: hal-far"),
+    ):
+        path = folder / f"{name}-1.0.dist-info" / "METADATA"
+        path.write_text(path.read_text().rstrip() + f"\nRequires-Dist: {needs}\n")
+    record = folder / "deep_down-1.0.dist-info" / "RECORD"
+    record.write_text(record.read_text() + "deep.pth,,\ntorch/sly.py,,\n")
+    monkeypatch.syspath_prepend(str(folder))
+    assert required("hal-far") > {"hal-far", "far-below", "deep-down", "torch"}
+    assert of_dependencies(importlib.metadata.distribution("hal-far")) == [
+        "its dependency deep-down: deep.pth is executed wherever Python starts",
+        "its dependency deep-down: torch/sly.py lies in the package torch",
     ]
 
 

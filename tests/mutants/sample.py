@@ -6,7 +6,9 @@ Every stage is a method, so that a planted bug is one override. It is also the s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +27,21 @@ Part = tuple[Tensor, Tensor, Tensor]
 
 ROOM: Any = {"dtype": torch.float32, "device": "cpu"}
 """Of what is computed: torch's defaults are the caller's."""
+
+
+_ALONE = threading.Lock()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """How torch cuts a product over threads would show in its bits. The setting is the process's: one call at a time."""
+    with _ALONE:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def dense(**changes: Any) -> MlaCapabilities:
@@ -80,6 +97,10 @@ class Sample(Backend):
     def mla_decode(self, args: MlaDecodeArgs) -> None:
         self.decodes += 1
         self.refuse_bad_indices(args)
+        with one_thread():
+            self.attend_all(args)
+
+    def attend_all(self, args: MlaDecodeArgs) -> None:
         for j in range(args.batch):
             start, stop = self.rows(args, j)
             if start < stop:
