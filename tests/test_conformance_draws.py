@@ -249,6 +249,16 @@ def _mutants_are_installed() -> Iterator[None]:
         ("mutant-eight-causal-queries", "MLA-07", "quick"),
         ("mutant-two-hundred-fifty-six-heads", "MLA-47", "quick"),
         ("mutant-forty-heads", "MLA-12", "default"),
+        ("mutant-tokens-past16384-lost", "MLA-33", "quick"),
+        ("mutant-masked-before-scaling", "MLA-32", "quick"),
+        ("mutant-plan-keeps-the-scale", "MLA-10", "quick"),
+        ("mutant-one-past-the-cache", "MLA-40", "quick"),
+        ("mutant-reads-the-next-row", "MLA-40", "quick"),
+        ("mutant-query-stride-of-none", "MLA-26", "quick"),
+        ("mutant-keeps-what-it-gathered", "MLA-49", "quick"),
+        ("mutant-indices-of-the-default-device", "MLA-50", "quick"),
+        ("mutant-scale-of-another-thread", "MLA-51", "quick"),
+        ("mutant-refuses-large-caches", "MLA-48", "quick"),
     ],
 )
 def test_what_was_once_certified_is_not_any_more(name: str, obligation: str, mode: Any, kept_worker: Worker) -> None:
@@ -259,6 +269,8 @@ def test_what_was_once_certified_is_not_any_more(name: str, obligation: str, mod
     result = session.run_one(BY_ID[obligation])
     assert result.status == "FAIL", result.message
     covered = session.coverage()
+    if obligation in ("MLA-40", "MLA-48"):
+        return  # Their first call is wrong already.
     assert 0 < covered["covered"] < covered["pairs"]
 
 

@@ -34,7 +34,7 @@ _ALONE = threading.Lock()
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """How torch cuts a product over threads would show in its bits. The setting is the process's: one call at a time."""
+    """Torch's cut of a product over threads would show in its bits; the setting is the process's: calls take turns."""
     with _ALONE:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
