@@ -52,7 +52,11 @@ def _mutants_are_installed() -> Iterator[None]:
         # Which of the two it is depends on who is faster: the thread that stores, or the suite as it copies the result.
         ("mutant-stores-later", "MLA-01", "out was written after the call had returned|out differs from the reference"),
         ("mutant-blinds-the-guards", "MLA-01", "judged apart from it: 8 elements of memory around out were written"),
-        ("mutant-rotates-queries-in-place", "MLA-01", "judged apart from it: the input q was changed by a call"),
+        (
+            "mutant-rotates-queries-in-place",
+            "MLA-01",
+            "the input q was changed by a call|out differs from the reference",
+        ),
         ("mutant-copies-the-reference", "CAP-05", "asked the reference"),
         ("mutant-leaves-its-dtype", "MLA-01", "a call changed torch's default dtype"),
     ],

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 Made = TypeVar("Made")
 
+_DIAGNOSED = 10_000_000
+"""Elements that the reference gathers for a case, up to which what is wrong is looked for."""
+
 _QUICK_HAND = 3
 """Values of a range that one case of a quick run tries; a default run tries all of them."""
 
@@ -257,7 +260,7 @@ class Context:
             if not self.record.problems:
                 self.record.case, self.record.tensors = inputs.case.to_dict(), inputs.seed
             self.problem(what + explain(verdict))
-            if self.record.diagnosis is None and self.wants_diagnosis:
+            if self.record.diagnosis is None and self.wants_diagnosis and _is_diagnosed(inputs.case):
                 from hal_conformance.diagnosis import diagnose
 
                 with few_threads(is_small(inputs.case)):
@@ -306,6 +309,11 @@ class Context:
         if not verdict.ok:
             self.problem(f"{what}: {explain(verdict, 'the first result')}")
         return verdict.ok
+
+
+def _is_diagnosed(case: MlaCase) -> bool:
+    """Whether the reference can be asked dozens of times, once for every hypothesis."""
+    return sum(case.lengths) * case.h_kv * case.d <= _DIAGNOSED
 
 
 def explain(verdict: Verdict, against: str = "the reference") -> str:
