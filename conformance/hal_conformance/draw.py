@@ -39,7 +39,7 @@ MOST_QUERIES: Final = 64
 BATCHES: Final = (65, 300)
 """A batch that fills more than a warp's worth of anything: its sequences are short."""
 
-HUGE_BATCHES: Final = (513, 1100)
+HUGE_BATCHES: Final = (513, 640)
 """More than any block has threads; of one head and hardly any token."""
 
 

@@ -157,7 +157,10 @@ def _many_plans(context: Context, draw: Draw, case: MlaCase) -> None:
     """Make plans, and only then use them, in another order than they were made in."""
     d, d_v = draw.smallest_dims()
     thin = case.but(d=d, d_v=d_v, h_q=draw.heads_for(case.h_kv, 4), data="hot")
-    every = [thin.but(lengths=draw.ordinary(n + case.s_q for n in draw.lengths(batch=(1, 3)))) for _ in range(_ALIVE)]
+    # From long to short: what is computed by a later plan instead of its own misses tokens.
+    drawn = [draw.lengths(most=600 if n < _ALIVE // 2 else 60, batch=(1, 3)) for n in range(_ALIVE)]
+    drawn.sort(key=min, reverse=True)
+    every = [thin.but(lengths=draw.ordinary(n + case.s_q for n in lengths)) for lengths in drawn]
     alive = [(inputs, plan_for(inputs, context.backend)) for inputs in map(context.make, every)]
     draw.rng.shuffle(alive)
     for number, (inputs, plan) in enumerate(alive):
