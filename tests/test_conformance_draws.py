@@ -95,7 +95,7 @@ CHECKED: tuple[str, ...] = tuple(
     for o in of_level("L1") + of_level("L2")
     # The others make calls of their own beside those that `Context.check` makes.
     if o.id not in ("MLA-10", "MLA-36", "MLA-37", "MLA-38", "MLA-39", "MLA-40", "MLA-41", "MLA-42", "MLA-43", "MLA-44")
-    and o.id not in ("MLA-46", "MLA-47", "MLA-48")
+    and o.id not in ("MLA-46", "MLA-47", "MLA-48", "MLA-49", "MLA-50", "MLA-51")
 )
 
 
@@ -249,6 +249,11 @@ def _mutants_are_installed() -> Iterator[None]:
         ("mutant-eight-causal-queries", "MLA-07", "quick"),
         ("mutant-two-hundred-fifty-six-heads", "MLA-47", "quick"),
         ("mutant-forty-heads", "MLA-12", "default"),
+        ("mutant-plan-keeps-the-scale", "MLA-10", "quick"),
+        ("mutant-one-past-the-cache", "MLA-40", "quick"),
+        ("mutant-keeps-what-it-gathered", "MLA-49", "quick"),
+        ("mutant-scale-of-another-thread", "MLA-51", "quick"),
+        ("mutant-refuses-large-caches", "MLA-48", "quick"),
     ],
 )
 def test_what_was_once_certified_is_not_any_more(name: str, obligation: str, mode: Any, kept_worker: Worker) -> None:
@@ -259,6 +264,8 @@ def test_what_was_once_certified_is_not_any_more(name: str, obligation: str, mod
     result = session.run_one(BY_ID[obligation])
     assert result.status == "FAIL", result.message
     covered = session.coverage()
+    if obligation in ("MLA-40", "MLA-48"):
+        return  # Their first call is wrong already.
     assert 0 < covered["covered"] < covered["pairs"]
 
 

@@ -50,6 +50,27 @@ def test_cache_layouts_are_views_of_other_strides(layout: str) -> None:
     assert same_bits(view.kv_cache.view, plain.kv_cache.view)
 
 
+@pytest.mark.parametrize(("layout", "dim"), [("q_layout", 0), ("kv_layout", 2), ("table_layout", 0)])
+def test_what_is_expanded_is_in_memory_once(layout: str, dim: int) -> None:
+    inputs = build(SMALL.but(h_kv=2, pages="ordered", **{layout: "expanded"}), 1)
+    view = {"q_layout": inputs.q, "kv_layout": inputs.kv_cache, "table_layout": inputs.block_table}[layout].view
+    assert view.shape[dim] > 1
+    assert view.stride(dim) == 0
+    assert all(guarded.overrun() == "" == guarded.modified() for guarded in inputs.guarded())
+    outcome = call(inputs, "cpu")
+    assert outcome.problems == []
+    assert judge(outcome.out, outcome.lse, expect(inputs), DENSE_OUT, DENSE_LSE).ok
+
+
+def test_a_wide_table_has_columns_nobody_uses_and_a_pool_edges_of_its_own() -> None:
+    wide = build(SMALL.but(table_layout="wide", garbage=-7), 1)
+    assert wide.table.shape[1] > 1024
+    assert int((wide.table != -7).sum()) == 1 + 3
+    table = build(SMALL.but(lengths=(1600, 800), pages="pool"), 1).table
+    edges = [*table[0, [0, 99]].tolist(), *table[1, [0, 49]].tolist()]
+    assert len({*edges} - {*table[0, 1:99].tolist(), *table[1, 1:49].tolist()}) == 4
+
+
 def test_shared_pages_are_shared() -> None:
     case = SMALL.but(lengths=(70, 70, 70), pages="shared")
     table = build(case, 1).table[:, :5].tolist()

@@ -51,7 +51,7 @@ def made(*waivers: Waiver, mode: str = "default", **changed: str) -> dict[str, A
         declared = REQUIREMENTS[o.requires].declared(capabilities)
         status = changed.get(o.id.replace("-", "_"), "PASS" if declared else "REFUSED")
         count = max(o.count("default"), 1)
-        result = Result(o.id, status, "", count, count, count, seconds=0.1, witnessed=[0])  # type: ignore[arg-type]
+        result = Result(o.id, status, "", count, count, count, seconds=0.1, witnessed=[*range(count)])  # type: ignore[arg-type]
         if status == "FAIL":
             result.message = "out differs"
             result.failures = [{"status": "FAIL", "problems": ["out differs"], "reproduce": "hal conform", "index": 0}]

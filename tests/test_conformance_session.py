@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hal_conformance import html, report, verdict
+import typer
+from hal_conformance import cli, html, report, verdict
 from hal_conformance.cli import app
 from hal_conformance.context import Settings
 from hal_conformance.process import Worker
@@ -125,7 +126,7 @@ def test_a_fallback_is_seen_where_it_happens() -> None:
     assert statuses(session) == {"CAP-07": "PASS", "MLA-09": "FAIL"}
     assert "no kernel of this backend was launched" in session.results["MLA-09"].message
     cases = run("sample", "MLA-09").results["MLA-09"].cases
-    assert [c["launches"] for c in cases] == [{"torch:attend@cpu": 1}] * 4
+    assert [c["launches"] for c in cases] == [{"torch:attend@cpu": n} for n in (1, 1, 1, 2)]
 
 
 def test_an_obligation_that_calls_nothing_is_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +170,8 @@ def test_a_case_that_does_not_exist_is_a_wrong_request_that_names_those_that_do(
 ) -> None:
     done = CliRunner().invoke(app, ["--backend", "cpu", *options, "--out", str(tmp_path)])
     assert done.exit_code == 2, done.output
-    assert f"legal: {'0…3: a quick run' if '--quick' in options else '0…23: a default run'}" in done.output
+    last, mode = (3, "quick") if "--quick" in options else (23, "default")
+    assert f"legal: MLA-07@5.0 to MLA-07@5.{last}, which a {mode} run of this seed has" in done.output
     assert not (tmp_path / "report.json").exists()
 
 
@@ -217,12 +219,45 @@ def test_a_waiver_file_that_is_wrong_is_a_wrong_request(tmp_path: Path, text: st
         ["matrix", "/nowhere.json"],
         ["bisect", "MLA-07", "--backend", "cpu"],
         ["bisect", "MLA-07@1.99999", "--backend", "cpu"],
+        ["bisect", "SPA-01@1.0", "--backend", "cpu"],
+        ["bisect", "CAP-01@1.0", "--backend", "cpu"],
+        ["bisect", "EPN-01@1.0", "--backend", "cpu"],
+        ["--backend", "cpu", "bisect", "MLA-07@1.0", "--backend", "cpu"],
+        ["--quick", "matrix", "/nowhere.json"],
     ],
     ids=" ".join,
 )
 def test_wrong_requests_exit_with_2(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HAL_BACKEND", raising=False)
     assert CliRunner().invoke(app, arguments).exit_code == 2
+
+
+def test_a_wrong_request_says_what_is_legal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HAL_BACKEND", raising=False)
+
+    def said(*arguments: str) -> str:
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 2
+        assert "Traceback" not in done.output
+        return done.output
+
+    assert "SPA-01 is not tested by this suite yet" in said("bisect", "SPA-01@1.0", "-b", "cpu")
+    assert "only a decode has stages" in said("bisect", "EPN-01@1.0", "-b", "cpu")
+    assert "--quick, --seed before matrix would not be heard" in said("--quick", "--seed", "1", "matrix", "a.json")
+
+
+def test_a_device_that_is_not_declared_is_a_wrong_request(capsys: pytest.CaptureFixture[str]) -> None:
+    session = Session(Settings("cpu", 1))
+    session.capabilities = hal.capabilities("cpu")
+    for device, wrong in (("", False), ("cpu", False), ("bogus", True), ("cuda", True), ("cpu:x", True)):
+        session.settings.device = device
+        if not wrong:
+            cli.require_device(session)
+            continue
+        with pytest.raises(typer.Exit) as ended:
+            cli.require_device(session)
+        assert ended.value.exit_code == 2
+        assert f"--device {device}: cpu has cpu" in capsys.readouterr().err
 
 
 def test_levels_follow_from_their_obligations() -> None:

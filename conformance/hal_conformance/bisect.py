@@ -37,7 +37,7 @@ def bisect(context: Context) -> dict[str, Any]:
         context.problem(str(stopped))
     record = context.record
     if record.case is None or "ranks" in record.case:
-        return {"case": None, "rows": [], "verdict": "this case makes no decode that could be taken apart"}
+        return {"refused": "it makes no single call that could be taken apart, or none that is wrong"}
     case = MlaCase.from_dict(record.case)
     inputs = build(case, record.tensors)
     found: dict[str, Any] = {"case": record.case, "problems": record.problems}

@@ -39,7 +39,9 @@ class MlaCase:
     garbage : int
         What unused table entries hold.
     q_layout, kv_layout, out_layout, table_layout : str
-        ``contiguous`` or the name of a view with legal strides; ``out_layout`` also ``none``: not passed.
+        ``contiguous`` or the name of a view with legal strides; ``out_layout`` also ``none``: not passed. ``expanded``:
+        a dimension of stride 0, of q the first, of the cache the KV heads, of the table the sequences. A table that is
+        ``wide`` has many more columns than any sequence uses.
     q_start, kv_start, out_start, table_start : int
         By how many elements a view begins off its alignment; ``table_start`` is for lengths and offsets too.
     plan : bool

@@ -19,7 +19,7 @@ from hal_conformance.requirements import REQUIREMENTS
 from hal_conformance.schema import schema_errors
 from hal_conformance.table import BY_ID, OBLIGATIONS
 from hal_conformance.verdict import levels, overall
-from hal_conformance.witness import is_judged_twice
+from hal_conformance.witness import is_judged_apart, is_judged_twice
 
 REQUIRED = ("L0",)
 """Levels without which there is nothing to certify; beside them at least one level of work."""
@@ -55,14 +55,15 @@ def obstacles(report: dict[str, Any]) -> list[str]:
     found += [f"its distribution reaches beyond its package: {text}" for text in made.get("reaches", [])]
     alone = [o["id"] for o in report["obligations"] if _judged_once(o)]
     if alone:
-        found.append(f"no case was judged apart from the backend: {', '.join(alone)}")
+        found.append(f"too few cases were judged apart from the backend: {', '.join(alone)}")
     if backend["evidence"] == "compiled" or backend["evidence"] is None:
         found.append("kernels are not executed on this machine")
     return found
 
 
 def _judged_once(row: dict[str, Any]) -> bool:
-    return row["status"] == "PASS" and is_judged_twice(row["id"]) and not row.get("witnessed")
+    least = row["executed"] if is_judged_apart(row["id"]) else 1
+    return row["status"] == "PASS" and is_judged_twice(row["id"]) and len(row.get("witnessed", [])) < least
 
 
 def issue(report: dict[str, Any]) -> dict[str, Any] | None:
@@ -85,6 +86,7 @@ def issue(report: dict[str, Any]) -> dict[str, Any] | None:
         "levels": {r["id"]: r["verdict"] for r in report["levels"] if r["verdict"] in ("PASS", "WAIVED")},
         "undeclared": [r["id"] for r in report["levels"] if r["verdict"] == "UNDECLARED"],
         "waivers": report["waivers"],
+        "sizes": report.get("sizes", []),
         "seed": report["run"]["seed"],
         "issued": report["run"]["started"],
         "report_hash": report_hash(report),

@@ -122,6 +122,8 @@ def conform(
     """Run the suite against a backend."""
     from hal_conformance import alone
 
+    if context.invoked_subcommand is not None:
+        _refuse_options(context, context.invoked_subcommand)
     alone.load()
     if context.invoked_subcommand is not None:
         return
@@ -155,6 +157,32 @@ def conform(
     raise typer.Exit(_run(session, out, older))
 
 
+def _refuse_options(context: typer.Context, command: str) -> None:
+    """Nothing that was asked for is dropped: options of a run before the name of another command."""
+    given = [
+        option.opts[0]
+        for option in context.command.params
+        if option.name and getattr(context.get_parameter_source(option.name), "name", "") == "COMMANDLINE"
+    ]
+    if given:
+        wrong_request(f"{', '.join(given)} before {command} would not be heard: write options after its name")
+
+
+def require_device(session: Session) -> None:
+    """Exit with 2 unless the backend declares the type of the device that was asked for."""
+    import torch
+
+    asked, declared = session.settings.device, session.capabilities
+    if not asked or declared is None:
+        return
+    try:
+        known = torch.device(asked).type in declared.device_types
+    except RuntimeError:
+        known = False
+    if not known:
+        wrong_request(f"--device {asked}: {session.settings.backend} has {', '.join(declared.device_types)}")
+
+
 def _run(session: Session, out: Path, older: dict[str, Any] | None) -> int:
     from rich.console import Console
 
@@ -174,6 +202,7 @@ def _run(session: Session, out: Path, older: dict[str, Any] | None) -> int:
                 wrong_request(
                     f"{session.settings.backend} is not available on this machine, so nothing can be tested: {reason}"
                 )
+        require_device(session)
         with _progress(console) as progress:
             task = progress.add_task("", total=None)
             for obligation in OBLIGATIONS:
@@ -274,6 +303,7 @@ def verify(report: Annotated[Path, typer.Argument(help="A report.json.")]) -> No
     """Check a report and its certificate again, offline."""
     from hal_conformance import certificate
     from hal_conformance import report as reports
+    from hal_conformance.sizes import sentence
 
     try:
         read = reports.read(report)
@@ -290,6 +320,8 @@ def verify(report: Annotated[Path, typer.Argument(help="A report.json.")]) -> No
         typer.echo(
             f"the certificate holds: {held['distribution']}, levels {', '.join(held['levels'])}, waived: {waived}"
         )
+        if held["sizes"]:
+            typer.echo(f"compared with the reference: {sentence(held['sizes'])}")
     raise typer.Exit(1 if errors else 0)
 
 
@@ -303,6 +335,10 @@ def bisect(
 
     require_backend(backend)
     obligation, seed, index = parse_case(case)
+    if not BY_ID[obligation].covered:
+        wrong_request(f"{case}: {obligation} is not tested by this suite yet, so it has no cases")
+    if not obligation.startswith("MLA"):
+        wrong_request(f"{case} cannot be bisected: only a decode has stages, and {obligation} is about something else")
     session = Session(Settings(backend, seed), [obligation], index)
     request = {
         "op": "bisect",
@@ -319,6 +355,8 @@ def bisect(
         session.close()
     if answer.get("legal"):
         wrong_request(f"{case}: {obligation} has the cases {answer['legal']} of this seed")
+    if answer.get("refused"):
+        wrong_request(f"{case} cannot be bisected: {answer['refused']}")
     if "error" in answer:
         typer.echo(answer["error"], err=True)
         raise typer.Exit(1)

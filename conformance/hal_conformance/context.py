@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import Tensor
 
 import hal
 from hal.spec.capability import Capabilities, EpCapabilities, MlaCapabilities
 from hal.spec.errors import HalError
 from hal.spec.limits import DENSE_LSE, DENSE_OUT, Limits
+from hal_conformance import manners
 from hal_conformance.case import MlaCase
 from hal_conformance.cover import Labels, labels
-from hal_conformance.decode import Expected, Outcome, Verdict, call, expect, judge
+from hal_conformance.decode import Around, Expected, Outcome, Verdict, call, expect, judge
 from hal_conformance.draw import SEARCH, Draw
 from hal_conformance.inputs import Inputs, build
+from hal_conformance.limits import unjudged
+from hal_conformance.sizes import Sizes
 from hal_conformance.table import Mode, Obligation
-from hal_conformance.threads import few_threads, is_small
+from hal_conformance.threads import few_threads, is_small, side_by_side
 
 if TYPE_CHECKING:
     from hal_conformance.witness import Tape
 
+
+Made = TypeVar("Made")
+
+_DIAGNOSED = 10_000_000
+"""Elements that the reference gathers for a case, up to which what is wrong is looked for."""
 
 _QUICK_HAND = 3
 """Values of a range that one case of a quick run tries; a default run tries all of them."""
@@ -63,6 +73,8 @@ class Record:
     launches : dict of str to int
     tried : set of tuple of str
         What the compared calls had of each factor; see `hal_conformance.cover`.
+    sizes : Sizes
+        Of the calls that were compared.
     notes : list of str
         What could not be tried here, and why.
     seconds : float
@@ -77,8 +89,24 @@ class Record:
     errors: list[dict[str, Any]] = field(default_factory=list)
     launches: dict[str, int] = field(default_factory=dict)
     tried: set[Labels] = field(default_factory=set)
+    sizes: Sizes = field(default_factory=Sizes)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "problems": self.problems,
+            "calls": self.calls,
+            "case": self.case,
+            "diagnosis": self.diagnosis,
+            "errors": self.errors,
+            "launches": self.launches,
+            "seconds": self.seconds,
+            "tried": sorted(self.tried),
+            "sizes": self.sizes.to_dict(),
+            "notes": self.notes,
+        }
 
     def add_launches(self, launches: dict[str, int]) -> None:
         """Sum up."""
@@ -100,6 +128,8 @@ class Settings:
         Empty for the first device type the backend declares.
     patience : float
         Times all timeouts: more than 1 for a simulator.
+    evidence : str
+        How kernels run here, once the backend was asked.
     """
 
     backend: str
@@ -108,10 +138,14 @@ class Settings:
     tighten: float = 1.0
     device: str = ""
     patience: float = 1.0
+    evidence: str = ""
 
 
 class Context:
-    """One case of one obligation being checked."""
+    """One case of one obligation being checked.
+
+    ``blind``: calls are made and numbers are not looked at, because another process judges them.
+    """
 
     def __init__(self, settings: Settings, capabilities: Capabilities, obligation: Obligation, index: int) -> None:
         self.settings = settings
@@ -122,6 +156,7 @@ class Context:
         self.record = Record()
         self.wants_diagnosis = True
         self.tape: Tape | None = None
+        self.blind = False
         self.rng = random.Random()
         self.device = settings.device or capabilities.device_types[0]
         self._outcomes: list[Outcome] = []
@@ -178,12 +213,12 @@ class Context:
         """The tensors of a case."""
         return build(case, self.tensor_seed() if seed is None else seed)
 
-    def run(self, inputs: Inputs, *, plan: hal.MlaPlan | None = None) -> Outcome:
+    def run(self, inputs: Inputs, *, plan: hal.MlaPlan | None = None, around: Around = nullcontext) -> Outcome:
         """One watched call; whatever it raises is the backend's failure."""
         if not self.record.problems:
             self.record.case, self.record.tensors = inputs.case.to_dict(), inputs.seed
         try:
-            outcome = call(inputs, self.backend, plan=plan)
+            outcome = call(inputs, self.backend, plan=plan, around=around)
         except Exception as error:
             raise BackendRaised(inputs.case, error) from error
         self._outcomes.append(outcome)
@@ -198,6 +233,15 @@ class Context:
             raise Stop
         return outcome
 
+    def together(self, calls: Sequence[Callable[[], Made]]) -> list[Made | BaseException]:
+        """Make calls in as many threads at once; what each gave, or raised."""
+        as_it_was = manners.shared()
+        found = side_by_side(calls) if self.tape is None else self.tape.together(calls)
+        changed = manners.changed(as_it_was)
+        if changed:
+            self.problem(f"calls of two threads changed {', '.join(changed)}, which the whole process shares")
+        return found
+
     def look_back(self) -> None:
         """See that no call of this case wrote once it had returned."""
         for text in {text for outcome in self._outcomes for text in outcome.written_later()}:
@@ -205,15 +249,18 @@ class Context:
 
     def compare(self, inputs: Inputs, outcome: Outcome, expected: Expected | None = None, what: str = "") -> Verdict:
         """Compare with the reference; note and diagnose what differs."""
+        if self.blind:
+            return Verdict(unjudged(outcome.out), unjudged(outcome.lse.unsqueeze(-1)))
         expected = expect(inputs) if expected is None else expected
         verdict = judge(outcome.out, outcome.lse, expected, *self.limits())
+        self.record.sizes.add(inputs.case)
         self.record.tried.add(labels(inputs.case, self.dense))
         self.record.errors.append({"out": verdict.out.to_dict(), "lse": verdict.lse.to_dict()})
         if not verdict.ok:
             if not self.record.problems:
                 self.record.case, self.record.tensors = inputs.case.to_dict(), inputs.seed
             self.problem(what + explain(verdict))
-            if self.record.diagnosis is None and self.wants_diagnosis:
+            if self.record.diagnosis is None and self.wants_diagnosis and _is_diagnosed(inputs.case):
                 from hal_conformance.diagnosis import diagnose
 
                 with few_threads(is_small(inputs.case)):
@@ -221,6 +268,17 @@ class Context:
                 if not self.record.diagnosis["cause"] and verdict.mask_differs:
                     self.record.diagnosis["cause"] = self._where_nan_comes_from(inputs.case, inputs.seed)
         return verdict
+
+    def expect(self, inputs: Inputs) -> Expected:
+        """Ask the reference, unless others judge."""
+        if self.blind:
+            nothing = torch.empty(0, dtype=torch.float64)
+            return Expected(nothing, nothing, nothing, nothing)
+        return expect(inputs)
+
+    def right(self, out: Tensor, lse: Tensor, expected: Expected) -> bool:
+        """Whether a result is within the limits, as far as it is judged here."""
+        return self.blind or judge(out, lse, expected, *self.limits()).ok
 
     def _where_nan_comes_from(self, case: MlaCase, seed: int) -> str:
         """Make the call again with zeros in unused memory, to see whether NaN or inf still comes out."""
@@ -244,11 +302,18 @@ class Context:
 
     def same(self, have: tuple[Tensor, Tensor], want: Outcome, like: Expected, what: str) -> bool:
         """Two results of the backend that must agree: each may be off by the limits, so they by twice that."""
+        if self.blind:
+            return True
         twin = Expected(want.out.double(), want.lse.double(), like.out_magnitude, like.lse_magnitude, like.rounding)
         verdict = judge(*have, twin, *self.limits(), slack=2.0)
         if not verdict.ok:
             self.problem(f"{what}: {explain(verdict, 'the first result')}")
         return verdict.ok
+
+
+def _is_diagnosed(case: MlaCase) -> bool:
+    """Whether the reference can be asked dozens of times, once for every hypothesis."""
+    return sum(case.lengths) * case.h_kv * case.d <= _DIAGNOSED
 
 
 def explain(verdict: Verdict, against: str = "the reference") -> str:

@@ -129,8 +129,9 @@ def factors(declared: MlaCapabilities) -> tuple[Factor, ...]:
     least_heads = {a: min(n for b in h_kv for n, _ in head_choices(declared, a, b)) for a in classes}
     free_queries = others(declared.s_q, s_q, QUERIES_PLANNED)
     least_queries = {a: min(free_queries) if a == OTHER else int(a) for a in s_q}
-    views = ("contiguous", "padded", "odd", "heads_first")
-    caches = ("contiguous", "padded_row", "padded_token", "padded_block", "odd", "heads_first", "blocks_inner")
+    views = ("contiguous", "padded", "odd", "heads_first", "expanded")
+    padded = ("padded_row", "padded_token", "padded_block", "odd")
+    caches = ("contiguous", *padded, "heads_first", "blocks_inner", "expanded")
 
     def flag(declared_too: bool) -> tuple[str, ...]:
         return ("no", "yes") if declared_too else ("no",)
@@ -147,17 +148,24 @@ def factors(declared: MlaCapabilities) -> tuple[Factor, ...]:
         Factor("q", views, lambda c: c.q_layout),
         Factor("kv_cache", caches, lambda c: c.kv_layout),
         Factor("out", ("none", "contiguous", "padded", "heads_first"), lambda c: c.out_layout),
-        Factor("block_table", ("contiguous", "strided"), lambda c: c.table_layout),
+        Factor("block_table", ("contiguous", "strided", "expanded", "wide"), lambda c: c.table_layout),
         Factor("unaligned", ("none", "q", "kv", "out", "table", "several"), start_of),
         Factor("batch", tuple(BATCH_CLASSES), _batch_class, lambda value: BATCH_CLASSES[value][0]),
         Factor("lse_base", declared.lse_bases, lambda c: c.lse_base),
         Factor("batch_invariant", flag(declared.batch_invariant), lambda c: "yes" if c.batch_invariant else "no"),
         Factor("plan", ("no", "yes"), lambda c: "yes" if c.plan else "no"),
+        Factor("softmax_scale", ("default", "positive", "zero", "negative"), _scale_class),
     )
 
 
 def _columns(value: str) -> int:
     return 2 if value == OTHER else sum(map(int, value.split("/")))
+
+
+def _scale_class(case: MlaCase) -> str:
+    if case.scale is None:
+        return "default"
+    return "zero" if case.scale == 0 else "positive" if case.scale > 0 else "negative"
 
 
 def _head_class(case: MlaCase) -> str:

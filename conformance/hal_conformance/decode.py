@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,9 @@ from hal_conformance.inputs import Inputs, build, make_out
 from hal_conformance.limits import Comparison, compare
 from hal_conformance.memory import Guarded, place
 from hal_conformance.threads import few_threads, is_small
+
+Around = Callable[[], AbstractContextManager[object]]
+"""Makes what a call is within."""
 
 _FEW = 4_000_000
 """Elements of out that one host thread compares."""
@@ -141,25 +144,26 @@ def plan_for(inputs: Inputs, backend: str) -> hal.MlaPlan:
     )
 
 
-def call(inputs: Inputs, backend: str, *, plan: hal.MlaPlan | None = None) -> Outcome:
-    """Call `hal.mla_decode` once and check all that needs no reference."""
+def call(inputs: Inputs, backend: str, *, plan: hal.MlaPlan | None = None, around: Around = nullcontext) -> Outcome:
+    """Call `hal.mla_decode` once, within ``around()``, and check all that needs no reference."""
     case = inputs.case
     positional, keywords = inputs.arguments()
     with few_threads(is_small(case)):
         given = make_out(case)
-    if plan is None and case.plan:
-        plan = plan_for(inputs, backend)
     with watched(backend) as watcher:
-        before = dict(watcher.launches())
-        start = time.perf_counter()
-        out, lse = hal.mla_decode(
-            *positional,
-            **keywords,
-            plan=plan,
-            out=None if given is None else given.view,
-            batch_invariant=case.batch_invariant,
-            backend=backend,
-        )
+        with around():
+            if plan is None and case.plan:
+                plan = plan_for(inputs, backend)
+            before = dict(watcher.launches())
+            start = time.perf_counter()
+            out, lse = hal.mla_decode(
+                *positional,
+                **keywords,
+                plan=plan,
+                out=None if given is None else given.view,
+                batch_invariant=case.batch_invariant,
+                backend=backend,
+            )
         host_out, host_lse = (result.detach().to("cpu", copy=True) for result in (out, lse))
         seconds = time.perf_counter() - start
         after = dict(watcher.launches())

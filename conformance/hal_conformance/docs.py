@@ -32,8 +32,9 @@ sum of the absolute products behind its scores) is larger, they grow with it. A 
 them.
 
 **What is tried.** Every declared value of a size up to a bound (d 576, h_q 160, page_size 256, s_q 64, h_kv 16), every
-pair of notable values in one call, tensors that begin at any element, and free values of everything else, in an order
-nobody knows before the run. A quick run tries a part; the report says how many pairs met, of how many.
+pair of notable values in one call, tensors that begin at any element, sequences of up to 131072 tokens, and free values
+of everything else, in an order nobody knows before the run. A quick run tries a part; the report says how many pairs
+met, of how many, and how large each size was.
 
 **Expert-parallel calls** have no limits: what `hal.reference.ep` says is meant bit for bit. Rows are moved, not
 computed, and sums are float32 additions in a stated order, rounded once.

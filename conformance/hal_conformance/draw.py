@@ -39,6 +39,9 @@ MOST_QUERIES: Final = 64
 BATCHES: Final = (65, 300)
 """A batch that fills more than a warp's worth of anything: its sequences are short."""
 
+HUGE_BATCHES: Final = (513, 640)
+"""More than any block has threads; of one head and hardly any token."""
+
 
 def within(declared: Ints, most: int) -> list[int]:
     """Every declared value up to ``most``; a range that ends a little later is taken whole."""
@@ -173,9 +176,9 @@ class Draw:
         )
         return self.ordinary(drawn, page)
 
-    def large_batch(self) -> tuple[int, ...]:
+    def large_batch(self, batches: tuple[int, int] = BATCHES, most: int = 24) -> tuple[int, ...]:
         """Lengths of more sequences than a block has threads of one kind, each of a few tokens."""
-        return self.ordinary(self.rng.randint(1, 24) for _ in range(self.rng.randint(*BATCHES)))
+        return self.ordinary(self.rng.randint(1, most) for _ in range(self.rng.randint(*batches)))
 
     def ordinary(self, lengths: Iterable[int], page: int = 0) -> tuple[int, ...]:
         """These lengths; where attacks are for later, none of them next to a multiple of the page or a usual one."""
@@ -215,6 +218,10 @@ class Draw:
             d = self.free(self.declared.head_dim, MOST_DIM)
             d_v = self.values_for(d, d_v)
         return {"d": d, "d_v": d_v}
+
+    def smallest_dims(self) -> tuple[int, int]:
+        """The smallest usual d and head_dim_v that are declared."""
+        return min(head_dims(self.declared))
 
     def values_for(self, d: int, otherwise: int) -> int:
         """Any declared head_dim_v of at most d."""

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import platform
+import re
+from importlib import metadata
 from importlib.metadata import Distribution, EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +19,8 @@ import hal
 from hal import plugins
 from hal_conformance import SUITE_VERSION
 
+_SUITE = "hal-conformance"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _AT_START = ("sitecustomize", "usercustomize")
 _JUDGES = ("hal", "hal_conformance", "torch", "numpy", "pytest", "_pytest", "hypothesis", "pluggy", "jsonschema")
 """Packages a verdict rests on."""
@@ -88,13 +92,44 @@ def distribution(backend: str) -> dict[str, Any]:
         "version": dist.version,
         "editable": editable,
         "hash": _hash(files),
-        "reaches": [] if editable else reaches(dist) + unlisted(entry, dist),
+        "reaches": [] if editable else reaches(dist) + unlisted(entry, dist) + of_dependencies(dist),
     }
 
 
-def reaches(dist: Distribution) -> list[str]:
+def of_dependencies(dist: Distribution) -> list[str]:
+    """Where what a distribution requires reaches beyond its own packages; what the suite requires too is its own."""
+    own = required(_SUITE)
+    found = []
+    for name in sorted(required(dist.name) - own - {_canonical(dist.name)}):
+        # Plugins of pytest are not among it: runs by pytest certify nothing.
+        found += [f"its dependency {name}: {text}" for text in reaches(metadata.distribution(name), plugins=False)]
+    return found
+
+
+def required(name: str) -> set[str]:
+    """The installed distributions that one requires, and those that they require; itself too, if it is installed."""
+    found: set[str] = set()
+    wanted = [name]
+    while wanted:
+        one = _canonical(wanted.pop())
+        try:
+            requirements = metadata.distribution(one).requires or []
+        except metadata.PackageNotFoundError:
+            continue
+        if one not in found:
+            found.add(one)
+            # What is for an extra may be there as well: whoever installs more than is needed has more examined.
+            wanted += [match[0] for match in map(_NAME.match, requirements) if match]
+    return found
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def reaches(dist: Distribution, *, plugins: bool = True) -> list[str]:
     """Where a distribution reaches beyond its own package, into processes or packages that judge it."""
-    found = [f"it is loaded by pytest: {e.value}" for e in dist.entry_points if e.group == "pytest11"]
+    found = [f"it is loaded by pytest: {e.value}" for e in dist.entry_points if plugins and e.group == "pytest11"]
     for name in sorted(f.as_posix() for f in dist.files or []):
         top, _, rest = name.partition("/")
         package = top if rest else top.removesuffix(".py")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hal_conformance.case import MlaCase
-from hal_conformance.memory import Guarded, place
+from hal_conformance.memory import Guarded, place, write
 from hal_conformance.threads import few_threads, is_small
 
 POISON: Final = {"zero": 0.0, "nan": float("nan"), "inf": float("inf"), "huge": 3.0e4}
@@ -18,6 +18,13 @@ POISON: Final = {"zero": 0.0, "nan": float("nan"), "inf": float("inf"), "huge": 
 
 _POOL: Final = 12, 3_000_000
 """Pages at most, and elements about, that all sequences of a case share where ``pages`` is ``pool``."""
+
+_OWN_EDGES: Final = 8
+"""Sequences of such a case up to which each has a first and a last page of its own."""
+
+_SPARE: Final = 2
+_WIDE: Final = 1100
+"""Columns of a table that nobody uses: usually, and where it is ``wide``."""
 
 
 @dataclass(slots=True)
@@ -106,14 +113,16 @@ def _build(case: MlaCase, seed: int) -> Inputs:
         positions = torch.arange(length)
         live[table[j][positions // case.page].long(), positions % case.page] = True
     q_data, kv_data = DATA[case.data](case, q.view.shape, kv.view.shape, table, rng)
-    q.view.copy_(q_data.to(dtype))
+    write(q.view, q_data.to(dtype))
     stored = kv_data.to(dtype)
     stored[~live] = poison
-    kv.view.copy_(stored)
+    write(kv.view, stored)
     pad = (5, 0) if case.table_layout == "strided" else (0, 0)
     at = case.table_start
-    block_table = place("block_table", tuple(table.shape), torch.int32, device, fill=case.garbage, pad=pad, start=at)
-    block_table.view.copy_(table)
+    once = (0,) if case.table_layout == "expanded" else ()
+    shape = tuple(table.shape)
+    block_table = place("block_table", shape, torch.int32, device, fill=case.garbage, pad=pad, start=at, once=once)
+    write(block_table.view, table)
     lens = place("cache_seqlens", (case.batch,), torch.int32, device, fill=case.garbage, start=at)
     lens.view.copy_(torch.tensor(case.lengths, dtype=torch.int32))
     cu = None
@@ -154,6 +163,7 @@ def _place_q(case: MlaCase, poison: float) -> Guarded:
         "padded": {"pad": (*(16,) * (rank - 2), 8, 0)},
         "odd": {"pad": (*(1,) * (rank - 1), 0)},
         "heads_first": {"order": (*range(rank - 3), rank - 2, rank - 3, rank - 1)},
+        "expanded": {"once": (0,)},
     }
     return place("q", shape, case.torch_dtype, case.device, fill=poison, start=case.q_start, **layouts[case.q_layout])
 
@@ -168,6 +178,7 @@ def _place_kv(case: MlaCase, num_blocks: int, poison: float) -> Guarded:
         "odd": {"pad": (3, 1, 1, 0)},
         "heads_first": {"order": (0, 2, 1, 3)},
         "blocks_inner": {"order": (1, 0, 2, 3)},
+        "expanded": {"once": (2,)},
     }
     return place(
         "kv_cache", shape, case.torch_dtype, case.device, fill=poison, start=case.kv_start, **layouts[case.kv_layout]
@@ -177,16 +188,19 @@ def _place_kv(case: MlaCase, num_blocks: int, poison: float) -> Guarded:
 def _table(case: MlaCase, rng: torch.Generator) -> tuple[Tensor, int]:
     """Page numbers with garbage past the used ones, and how many pages the cache has (some used by nobody)."""
     counts = [-(-length // case.page) for length in case.lengths]
-    spare = 2
     pool = max(2, min(_POOL[0], _POOL[1] // (case.page * case.h_kv * case.d)))
-    num_blocks = (min(sum(counts), pool) if case.pages == "pool" else sum(counts)) + spare
+    edges = 2 * case.batch if case.batch <= _OWN_EDGES else 0
+    num_blocks = (min(sum(counts), pool + edges) if case.pages == "pool" else sum(counts)) + _SPARE
     order = torch.arange(num_blocks) if case.pages == "ordered" else torch.randperm(num_blocks, generator=rng)
-    table = torch.full((case.batch, max(counts, default=0) + spare), case.garbage, dtype=torch.int32)
+    columns = max(counts, default=0) + (_WIDE if case.table_layout == "wide" else _SPARE)
+    table = torch.full((case.batch, columns), case.garbage, dtype=torch.int32)
     if case.pages == "pool":
         for j, count in enumerate(counts):
-            drawn = torch.randint(max(num_blocks - spare, 1), (count,), generator=rng)
+            drawn = torch.randint(max(num_blocks - _SPARE - edges, 1), (count,), generator=rng)
             table[j, :count] = order[drawn].to(torch.int32)
-        return table, num_blocks
+            if edges and count > 2 and num_blocks == pool + edges + _SPARE:
+                table[j, [0, count - 1]] = order[pool + 2 * j : pool + 2 * j + 2].to(torch.int32)
+        return _as_laid_out(table, counts, case), num_blocks
     start = 0
     for j, count in enumerate(counts):
         table[j, :count] = order[start : start + count].to(torch.int32)
@@ -198,7 +212,14 @@ def _table(case: MlaCase, rng: torch.Generator) -> tuple[Tensor, int]:
         for j, count in enumerate(counts):
             if count > 2:
                 table[j, count - 2] = table[j, 0]
-    return table, num_blocks
+    return _as_laid_out(table, counts, case), num_blocks
+
+
+def _as_laid_out(table: Tensor, counts: list[int], case: MlaCase) -> Tensor:
+    """Where all rows are one in memory, that of the longest sequence."""
+    if case.table_layout == "expanded" and counts:
+        table[:] = table[counts.index(max(counts))].clone()
+    return table
 
 
 Maker = Callable[[MlaCase, torch.Size, torch.Size, Tensor, torch.Generator], tuple[Tensor, Tensor]]

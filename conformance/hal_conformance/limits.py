@@ -133,6 +133,11 @@ def compare(
     )
 
 
+def unjudged(tensor: Tensor) -> Comparison:
+    """What stands for a comparison that another process makes."""
+    return Comparison(True, torch.zeros(tensor.shape[:-1], dtype=torch.bool), 0.0, (), 0.0, 0.0, 0.0, 0)
+
+
 def unravel(index: int, shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
     """A flat index as coordinates."""
     at = []

@@ -12,7 +12,7 @@ import torch
 
 def _denormals() -> bool:
     """Whether they are kept. ``-ffast-math`` ends that for every thread that loads such a library."""
-    return bool(torch.full((), 1e-40, dtype=torch.float32) * 0.5 != 0)
+    return bool(torch.full((), 1e-40, dtype=torch.float32, device="cpu") * 0.5 != 0)
 
 
 _SHARED: Final[dict[str, tuple[Callable[[], Any], Callable[[Any], object]]]] = {

@@ -69,6 +69,20 @@ class Guarded:
         return f"the input {self.name} was changed by the call ({int(hit.sum())} elements)"
 
 
+def distinct(view: Tensor) -> Tensor:
+    """The part of a view in which no two elements share memory: the first of every dimension of stride 0."""
+    for dim, stride in enumerate(view.stride()):
+        if stride == 0 and view.shape[dim] > 1:
+            view = view.narrow(dim, 0, 1)
+    return view
+
+
+def write(view: Tensor, values: Tensor) -> None:
+    """Copy into a view; of values that would share memory, the first."""
+    to = distinct(view)
+    to.copy_(values[tuple(slice(size) for size in to.shape)])
+
+
 def bits(tensor: Tensor) -> Tensor:
     """The same memory as integers, so that NaN compares equal to itself."""
     return tensor.view(_BITS[tensor.element_size()])
@@ -94,6 +108,7 @@ def place(
     order: tuple[int, ...] | None = None,
     pad: tuple[int, ...] | None = None,
     start: int = 0,
+    once: tuple[int, ...] = (),
 ) -> Guarded:
     """Allocate a guarded tensor.
 
@@ -110,6 +125,8 @@ def place(
         Extra elements (per dimension of ``shape``) between one index and the next of that dimension.
     start : int
         Elements between an aligned address and the first one: a legal view begins anywhere.
+    once : tuple of int
+        Dimensions that are in memory once, whatever their size: their stride is 0.
     """
     first = MARGIN + start
     order = order or tuple(range(len(shape)))
@@ -117,6 +134,8 @@ def place(
     strides = [0] * len(shape)
     extent = 1
     for dim in reversed(order):
+        if dim in once:
+            continue
         strides[dim] = extent + (pad[dim] if dim != len(shape) - 1 else 0)
         extent = strides[dim] * max(shape[dim], 1)
     if fill is None:
@@ -126,5 +145,5 @@ def place(
         storage = torch.full((extent + start + 2 * MARGIN,), fill, dtype=dtype, device=device)
     view = storage.as_strided(shape, strides, first)
     inside = torch.zeros(storage.shape, dtype=torch.bool, device=device)
-    inside.as_strided(shape, strides, first).fill_(True)
+    distinct(inside.as_strided(shape, strides, first)).fill_(True)
     return Guarded(name, view, storage, bits(storage).clone(), inside)

@@ -57,6 +57,8 @@ class WorkerHangs(Exception):
 class Worker:
     """One worker process, started when first asked."""
 
+    role = "backend"
+
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._requests = self._answers = -1
@@ -112,7 +114,7 @@ class Worker:
         self._buffer = b""
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._process = subprocess.Popen(
-            [*self._command(), str(request_read), str(answer_write)],
+            [*self._command(), str(request_read), str(answer_write), self.role],
             env=self._environment(),
             pass_fds=(request_read, answer_write),
             stdin=subprocess.DEVNULL,
@@ -176,6 +178,8 @@ class Secluded(Worker):
     Interpreters do so for ``.pth`` files and ``sitecustomize``, torch for entry points in ``torch.backends``, and
     hypothesis for those in its own group: ways for a distribution to be in every process without being asked for.
     """
+
+    role = "judge"
 
     def _command(self) -> list[str]:
         # This process's folders, but for the first, that of the script or the current one, unless it was asked for.

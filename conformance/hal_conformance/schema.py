@@ -89,6 +89,10 @@ SCHEMA: Final[dict[str, Any]] = {
             "problems": {"type": "array", "items": _TEXT},
             "notes": {"type": "array", "items": _TEXT},
             "coverage": _object({"covered": _COUNT, "pairs": _COUNT}),
+            "sizes": {
+                "type": "array",
+                "items": _object({"axis": _TEXT, "declared": _TEXT, "least": _COUNT, "largest": _COUNT}),
+            },
             "levels": {
                 "type": "array",
                 "items": _object(
@@ -140,6 +144,7 @@ SCHEMA: Final[dict[str, Any]] = {
         },
         "notes",
         "coverage",
+        "sizes",
     ),
 }
 

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final, Literal
 
 from hal.spec.capability import Capabilities
 from hal.spec.errors import SpecError
+from hal_conformance.apart import ask
 from hal_conformance.context import Settings
 from hal_conformance.cover import Labels, legal_pairs, pairs_of
 from hal_conformance.process import Secluded, Worker, WorkerDied, WorkerHangs
 from hal_conformance.requirements import REQUIREMENTS
+from hal_conformance.sizes import Sizes
 from hal_conformance.table import BY_ID, LEVELS, OBLIGATIONS, Obligation
 from hal_conformance.totals import Totals
 from hal_conformance.waivers import Waiver
-from hal_conformance.witness import SHARE, is_judged_twice
 
 Status = Literal["PASS", "FAIL", "CRASH", "TIMEOUT", "ERROR", "REFUSED", "UNCOVERED", "BLOCKED", "WAIVED", "SKIPPED"]
 """``REFUSED``: not declared, and the call was seen to raise `UnsupportedError`. ``UNCOVERED``: declared, but this suite
@@ -31,10 +30,6 @@ RED: Final = ("FAIL", "CRASH", "TIMEOUT", "ERROR")
 
 STOP_AFTER: Final = 3
 """Failing cases of an obligation after which the rest of its cases are not run."""
-
-
-_STARTING: Final = 60.0
-"""Seconds the witness has to import what it needs."""
 
 
 @dataclass(slots=True)
@@ -84,10 +79,12 @@ class Result:
         return BY_ID[self.id]
 
 
-def _require_case(obligation: Obligation, index: int, count: int, mode: str) -> None:
+def _require_case(obligation: Obligation, index: int, count: int, settings: Settings) -> None:
     """Refuse a case that a run of this kind does not have."""
     if not 0 <= index < count:
-        raise SpecError("--case", f"{obligation.id}@….{index}", f"0…{count - 1}: a {mode} run has no other of it")
+        name = f"{obligation.id}@{settings.seed}"
+        legal = f"{name}.0" if count == 1 else f"{name}.0 to {name}.{count - 1}"
+        raise SpecError("--case", f"{name}.{index}", f"{legal}, which a {settings.mode} run of this seed has")
 
 
 def fresh_seed() -> int:
@@ -141,6 +138,7 @@ class Session:
         self.facts: dict[str, Any] = {}
         self.capabilities: Capabilities | None = None
         self.tried: set[Labels] = set()
+        self.sizes = Sizes()
 
     @property
     def filtered(self) -> bool:
@@ -154,9 +152,10 @@ class Session:
     def learn(self) -> None:
         """Ask the worker what it sees of the backend: capabilities, versions, hashes."""
         try:
-            self.facts = self.worker.ask(self._request("facts"), 60.0 * self.settings.patience)
+            self.facts = self.worker.ask(self.request("facts"), 60.0 * self.settings.patience)
         except (WorkerDied, WorkerHangs) as error:
             self.facts = {"error": f"asking the backend what it is: {error}\n{error.output}"}
+        self.settings.evidence = self.facts.get("evidence") or ""
         declared = self.facts.get("capabilities")
         self.capabilities = Capabilities.from_dict(declared) if declared else None
 
@@ -250,21 +249,21 @@ class Session:
         if capabilities is None and not obligation.gate:
             return Result(obligation.id, "BLOCKED", "the backend could not be asked what it declares")
         if capabilities is not None and not requirement.declared(capabilities):
-            _require_case(obligation, self.case or 0, 1, self.settings.mode)
+            _require_case(obligation, self.case or 0, 1, self.settings)
             return self._cases(obligation, [0], "refusal", progress)
         if not obligation.covered:
             return Result(
                 obligation.id, "UNCOVERED", f"{requirement.title}: declared, and not tested by this suite yet"
             )
         try:
-            answer = self.worker.ask(self._request("count", obligation, 0), 60.0 * self.settings.patience)
+            answer = self.worker.ask(self.request("count", obligation, 0), 60.0 * self.settings.patience)
         except (WorkerDied, WorkerHangs) as error:
             return self._lost(obligation, error)
         if "error" in answer:
             return Result(obligation.id, "ERROR", answer["error"])
         if self.case is None:
             return self._cases(obligation, list(range(answer["count"])), "case", progress)
-        _require_case(obligation, self.case, answer["count"], self.settings.mode)
+        _require_case(obligation, self.case, answer["count"], self.settings)
         return self._cases(obligation, [self.case], "case", progress)
 
     def _blocked(self, obligation: Obligation) -> str:
@@ -291,13 +290,9 @@ class Session:
     ) -> Result:
         result = Result(obligation.id, "PASS", planned=len(indices))
         totals = Totals()
-        again = self._judged_twice(obligation, indices) if operation == "case" else set()
         for done, index in enumerate(indices):
             progress(obligation.id, done, len(indices))
             failure = self._one(obligation, index, operation, result, totals)
-            if failure is None and index in again and result.calls:
-                failure = self._apart(obligation, index)
-                result.witnessed.append(index)
             if failure is not None:
                 failure["index"] = index
                 failure["reproduce"] = self.reproduce(obligation, index)
@@ -322,11 +317,11 @@ class Session:
     ) -> dict[str, Any] | None:
         """Run one case; the failure, or None."""
         result.executed += 1
-        request = self._request(operation, obligation, index)
+        request = self.request(operation, obligation, index)
         # Hypotheses are many runs of the reference: one diagnosis an obligation.
         request["diagnose"] = not result.failures
         try:
-            answer = self.worker.ask(request, obligation.timeout * self.settings.patience)
+            answer = ask(self, obligation, request)
         except WorkerDied as died:
             return {"status": "CRASH", "problems": [f"the process was {died.how}"], "output": died.output}
         except WorkerHangs as hangs:
@@ -340,44 +335,19 @@ class Session:
         result.calls += answer["calls"]
         evidence = {"index": index, "calls": answer["calls"], "launches": answer.get("launches", {})}
         self.tried.update(tuple(row) for row in answer.get("tried", []))
+        if "sizes" in answer:
+            self.sizes.merge(answer["sizes"])
         result.notes += [text for text in answer.get("notes", []) if text not in result.notes]
         result.cases.append(evidence | {"seconds": round(answer.get("seconds", 0.0), 6)})
         for name, count in answer.get("launches", {}).items():
             result.launches[name] = result.launches.get(name, 0) + count
         totals.add(answer.get("errors", []))
+        if answer.get("witnessed"):
+            result.witnessed.append(index)
         if not answer["problems"]:
             return None
         kept = {key: answer[key] for key in ("problems", "case", "diagnosis") if answer.get(key)}
         return {"status": "FAIL", **kept}
-
-    @staticmethod
-    def _judged_twice(obligation: Obligation, indices: list[int]) -> set[int]:
-        """Cases to judge again apart from the backend. Which they are, no process of the backend's learns before."""
-        if not is_judged_twice(obligation.id) or not indices:
-            return set()
-        return set(random.SystemRandom().sample(indices, -(-len(indices) // SHARE)))
-
-    def _apart(self, obligation: Obligation, index: int) -> dict[str, Any] | None:
-        """Judge a case that passed once more, in a process without the backend; the failure, or None."""
-        limit = obligation.timeout * self.settings.patience
-        with tempfile.TemporaryDirectory() as folder:
-            tape = str(Path(folder) / "tape")
-            try:
-                answer = self.worker.ask(self._request("tape", obligation, index) | {"tape": tape}, limit)
-                if "error" not in answer:
-                    assert self.capabilities is not None
-                    request = self._request("witness", obligation, index)
-                    request |= {"tape": tape, "capabilities": self.capabilities.to_dict()}
-                    answer = self.witness.ask(request, limit + _STARTING)
-            except (WorkerDied, WorkerHangs) as error:
-                answer = {"error": f"the case could not be judged apart: {error}", "output": error.output}
-        if "error" in answer:
-            lines = answer["error"].strip().splitlines()
-            return {"status": "ERROR", "problems": [lines[-1]], "output": answer.get("output", answer["error"])}
-        if not answer["problems"]:
-            return None
-        apart = [f"passed beside the backend, but judged apart from it: {text}" for text in answer["problems"]]
-        return {"status": "FAIL", "problems": apart}
 
     def _lost(self, obligation: Obligation, error: WorkerDied | WorkerHangs) -> Result:
         status: Status = "CRASH" if isinstance(error, WorkerDied) else "TIMEOUT"
@@ -390,7 +360,8 @@ class Session:
         line = f"hal conform --backend {self.settings.backend} --case {obligation.id}@{self.settings.seed}.{index}"
         return " ".join([line, *self._options()])
 
-    def _request(self, operation: str, obligation: Obligation | None = None, index: int = 0) -> dict[str, Any]:
+    def request(self, operation: str, obligation: Obligation | None = None, index: int = 0) -> dict[str, Any]:
+        """What a process is asked."""
         request: dict[str, Any] = {"op": operation, "settings": dataclasses.asdict(self.settings), "index": index}
         if obligation is not None:
             request["obligation"] = obligation.id

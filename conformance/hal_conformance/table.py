@@ -458,6 +458,31 @@ TABLE: Final = (
         cases=(2, 6, 12),
     ),
     Obligation(
+        "MLA-49",
+        "L2",
+        "memory as it is",
+        "A call reads its tensors as they are when it is made, however they were changed since the last one: through "
+        "other views, .data or numpy, which torch's version counter does not count.",
+        cases=(2, 6, 40),
+    ),
+    Obligation(
+        "MLA-50",
+        "L2",
+        "whatever is set",
+        "A call is right under torch.inference_mode and torch.no_grad, with any default dtype and device of torch, and "
+        "any number of its threads.",
+        cases=_BY_CHECK,
+    ),
+    Obligation(
+        "MLA-51",
+        "L2",
+        "two threads",
+        "Calls that two threads make at once, each with tensors and plans of its own, are right, side by side or one "
+        "after the other.",
+        cases=(2, 6, 40),
+        timeout=120.0,
+    ),
+    Obligation(
         "SPA-01",
         "L3",
         "sparse decode",

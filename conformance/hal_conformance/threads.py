@@ -1,13 +1,18 @@
-"""Keeps the suite's own small arithmetic on one host thread."""
+"""Threads: the suite's own small arithmetic stays on one, and calls side by side have one each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import Barrier
+from typing import TypeVar
 
 import torch
 
 from hal_conformance.case import MlaCase
+
+Made = TypeVar("Made")
 
 _SMALL = 2e9
 """Operations of a case below which waking a second thread takes longer than the work; on a busy machine much longer."""
@@ -28,3 +33,16 @@ def few_threads(few: bool) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def side_by_side(calls: Sequence[Callable[[], Made]]) -> list[Made | BaseException]:
+    """Make each call in a thread of its own, all at once; what each gave, or raised."""
+    start = Barrier(len(calls))
+
+    def begin(call: Callable[[], Made]) -> Made:
+        start.wait()
+        return call()
+
+    with ThreadPoolExecutor(len(calls)) as threads:
+        made = [threads.submit(begin, call) for call in calls]
+        return [one.exception() or one.result() for one in made]

@@ -1,21 +1,29 @@
-"""Judges cases again in a process that never loads the backend.
+"""Judges cases in a process that never loads the backend.
 
-A check runs beside the backend, which could reach it: replace the reference, loosen the limits, silence the judge.
-So what the backend gives in a case is written down (`Tape`), and afterwards, for cases nobody knows before, the same
-check runs again in another process, from the same seeds, with the tape in the backend's place (`Replayer`). There the
-numbers are judged by files that nothing but this suite has touched.
-
-What a tape cannot show is memory around outputs and inputs that were changed: those are looked at in place.
+What runs beside a backend it could reach: replace the reference, loosen the limits, silence the judge. So beside it
+nothing is judged by its numbers. What it gives in a case is written down (`Tape`): all of the memory that it was given
+to write to, margins and gaps included, and a sum over the bytes of every input as it left them. Then the same check
+runs in another process, from the same seeds, with the tape in the backend's place (`Replayer`), and judges by files
+that nothing but this suite has touched. Ranks of expert-parallel calls are judged where they are started, and again
+there.
 """
 
 from __future__ import annotations
 
+import threading
+import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib.metadata import EntryPoint
+from itertools import chain
 from pathlib import Path
-from typing import Any, Final
+from types import CodeType, FunctionType
+from typing import Any, Final, TypeVar
+
+import torch
+from torch import Tensor
 
 import hal
 from hal import plugins
@@ -29,12 +37,26 @@ from hal_conformance.checks import load
 from hal_conformance.context import BackendRaised, Context, Settings, Stop
 from hal_conformance.parcel import pack, unpack_plain
 from hal_conformance.table import BY_ID
+from hal_conformance.threads import side_by_side
 
-SHARE: Final = 20
-"""One case in so many is judged again, and at least one of every obligation that compares numbers."""
-
-_ORACLE: Final = reference.mla_decode
+_ORACLE: Final = [
+    held
+    for held in vars(reference).values()
+    if isinstance(held, FunctionType) and held.__module__ == reference.__name__
+]
 """As it was before any backend was loaded."""
+
+_WHOLE: Final = 1 << 30
+_END: Final = 1 << 24
+"""Bytes of an input up to which all are summed up, and how many of a larger one: its last, where its used pages are."""
+
+_LOCK: Final = threading.Lock()
+_HELD: Final[dict[Any, tuple[CodeType, int]]] = {}
+"""Functions that are out of reach: their code, and for how many threads."""
+
+Made = TypeVar("Made")
+
+_CLOSED: Final = ExitStack()
 
 _KERNEL: Final = "tape:mla_decode@tape"
 
@@ -44,12 +66,41 @@ def is_judged_twice(obligation: str) -> bool:
     return not obligation.startswith("CAP")
 
 
+def is_judged_apart(obligation: str) -> bool:
+    """Whether every case of an obligation is judged in the other process, and beside the backend none."""
+    return obligation.startswith("MLA")
+
+
 class Tape:
     """What a backend gave in one case, call by call; played, it gives the same again."""
 
     def __init__(self, entries: list[Any] | None = None) -> None:
         self.playing = entries is not None
         self.entries: deque[Any] = deque(entries or ())
+        self._here = threading.local()
+
+    @property
+    def in_a_thread(self) -> bool:
+        """Whether this is one of several threads that make calls at once."""
+        return hasattr(self._here, "entries")
+
+    def note(self, entry: Any) -> None:
+        """Write down what a call gave."""
+        (self._here.entries if self.in_a_thread else self.entries).append(entry)
+
+    def together(self, calls: Sequence[Callable[[], Made]]) -> list[Made | BaseException]:
+        """Make calls side by side, and write down what they gave one after the other; played, one after the other."""
+        if self.playing:
+            return [_made(call) for call in calls]
+        entries: list[list[Any]] = [[] for _ in calls]
+
+        def through(call: Callable[[], Made], mine: list[Any]) -> Made:
+            self._here.entries = mine
+            return call()
+
+        found = side_by_side([partial(through, *pair) for pair in zip(calls, entries, strict=True)])
+        self.entries.extend(chain(*entries))
+        return found
 
     def through(self, make: Callable[[], Any]) -> Any:
         """Make a call and write down what it gave; or, while playing, only say what was written down."""
@@ -68,6 +119,15 @@ class Tape:
     def read(path: Path) -> Tape:
         """Read a file; nothing in it is executed."""
         return Tape(unpack_plain(path.read_bytes()))
+
+
+def _made(call: Callable[[], Made]) -> Made | BaseException:
+    try:
+        return call()
+    except Departed:
+        raise
+    except Exception as error:
+        return error
 
 
 class Departed(Exception):
@@ -96,14 +156,18 @@ class Recorder(Backend):
         """As the backend; that it made one is written down."""
         with self._watched():
             made = self.inner.mla_plan(args)
-        self.tape.entries.append({"plan": True})
+        self.tape.note({"plan": True})
         return made
 
     def mla_decode(self, args: MlaDecodeArgs) -> None:
         """As the backend; what it wrote is written down."""
-        with self._watched(), out_of_reach(_ORACLE):
+        with self._watched(), out_of_reach(*_ORACLE):
             self.inner.mla_decode(args)
-        self.tape.entries.append({"out": args.out.detach().cpu().clone(), "lse": args.lse.detach().cpu().clone()})
+        entry: dict[str, Any] = {name: memory_of(to).cpu().clone() for name, to in _outputs(args).items()}
+        if args.q.device.type == "cpu":
+            # Elsewhere a NaN that fills memory may have other bits.
+            entry["sums"] = sums(args)
+        self.tape.note(entry | {"shapes": _shapes(args)})
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -111,10 +175,12 @@ class Recorder(Backend):
         try:
             yield
         except Exception as error:
-            self.tape.entries.append({"raised": type(error).__name__, "text": str(error)})
+            self.tape.note({"raised": type(error).__name__, "text": str(error)})
             raise
         finally:
-            self.changed.update(manners.changed(as_it_was))
+            # What one of several threads finds changed may be about to be set back by another.
+            if not self.tape.in_a_thread:
+                self.changed.update(manners.changed(as_it_was))
 
     def ep_buffer(self, args: Any) -> Any:
         """As the backend."""
@@ -125,15 +191,67 @@ class Recorder(Backend):
         return self.inner.launches()
 
 
+def memory_of(tensor: Tensor) -> Tensor:
+    """All bytes of the allocation that a tensor is a view of."""
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+
+
+def _outputs(args: MlaDecodeArgs) -> dict[str, Tensor]:
+    return {"out": args.out, "lse": args.lse}
+
+
+def _shapes(args: MlaDecodeArgs) -> list[list[int]]:
+    return [list(tensor.shape) for tensor in _outputs(args).values()]
+
+
+def sums(args: MlaDecodeArgs) -> dict[str, int]:
+    """A checksum over the memory of every input."""
+    names = ("q", "kv_cache", "block_table", "cache_seqlens", "cu_seqlens_q")
+    found = {}
+    for name in names:
+        tensor = getattr(args, name)
+        if tensor is not None:
+            memory = memory_of(tensor.detach())
+            found[name] = zlib.crc32((memory if len(memory) <= _WHOLE else memory[-_END:]).numpy().data)
+    return found
+
+
 @contextmanager
-def out_of_reach(function: Any) -> Iterator[None]:
-    """Make a function of the oracle raise for everybody who holds it: a backend computes by itself."""
-    kept = function.__code__
-    function.__code__ = _refuses.__code__
+def out_of_reach(*functions: Any) -> Iterator[None]:
+    """Make functions of the oracle raise for everybody who holds them: a backend computes by itself."""
+    with _LOCK:
+        for function in functions:
+            kept, users = _HELD.pop(function, (function.__code__, 0))
+            _HELD[function] = kept, users + 1
+            function.__code__ = _refuses.__code__
     try:
         yield
     finally:
-        function.__code__ = kept
+        with _LOCK:
+            for function in functions:
+                kept, users = _HELD.pop(function)
+                if users > 1:
+                    _HELD[function] = kept, users - 1
+                else:
+                    function.__code__ = kept
+
+
+def close_the_reference() -> None:
+    """Put it out of reach in this process, before anything of the backend is there to take a copy."""
+    _CLOSED.enter_context(out_of_reach(*_ORACLE))
+
+
+@contextmanager
+def within_reach() -> Iterator[None]:
+    """Let the suite itself ask the reference here for a while: to explain what others judged already."""
+    if not _HELD:
+        yield
+        return
+    _CLOSED.close()
+    try:
+        yield
+    finally:
+        close_the_reference()
 
 
 def _refuses(*args: object, **keywords: object) -> None:
@@ -170,6 +288,7 @@ class Replayer(Backend):
         self.declared: Capabilities | None = None
         self.tape = Tape([])
         self.decodes = 0
+        self.changed: set[str] = set()
 
     def probe(self) -> Probe:
         """It is there."""
@@ -201,10 +320,16 @@ class Replayer(Backend):
         """What the backend wrote, again."""
         entry = self._next()
         self.decodes += 1
-        for name, into in (("out", args.out), ("lse", args.lse)):
-            if name not in entry or entry[name].shape != into.shape or entry[name].dtype != into.dtype:
-                raise Departed("a decode of other sizes than the backend was seen to answer")
-            into.copy_(entry[name])
+        if entry.get("shapes") != _shapes(args):
+            raise Departed("a decode of other sizes than the backend was seen to answer")
+        for name, into in _outputs(args).items():
+            memory = memory_of(into)
+            if entry[name].shape != memory.shape:
+                raise Departed("a decode into other memory than the backend was seen to write")
+            memory.copy_(entry[name])
+        if "sums" in entry:
+            mine = sums(args)
+            self.changed.update(name for name in mine if mine[name] != entry["sums"].get(name))
 
     def ep_buffer(self, args: Any) -> Any:
         """Ranks are replayed as a whole."""
@@ -230,6 +355,7 @@ def witness(request: dict[str, Any]) -> dict[str, Any]:
     settings.device = "cpu"
     capabilities = Capabilities.from_dict({**request["capabilities"], "device_types": ["cpu"]})
     _REPLAYER.declared, _REPLAYER.decodes = capabilities, 0
+    _REPLAYER.changed.clear()
     _REPLAYER.tape = tape = Tape.read(Path(request["tape"]))
     here = EntryPoint(settings.backend, __name__, plugins.GROUP)
     plugins._registry = plugins.Registry([here])  # in place of all that is installed
@@ -245,4 +371,6 @@ def witness(request: dict[str, Any]) -> dict[str, Any]:
         context.problem(str(raised))
     if tape.entries and not context.record.problems:
         context.problem(f"{len(tape.entries)} calls of the backend are none of this case")
-    return {"problems": context.record.problems}
+    for name in sorted(_REPLAYER.changed):
+        context.problem(f"the input {name} was changed by a call")
+    return context.record.to_dict()

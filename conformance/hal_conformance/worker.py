@@ -1,4 +1,4 @@
-"""The process in which a backend is touched; its arguments are the descriptors it reads from and writes to.
+"""The process in which a backend is touched; its arguments are the descriptors of its pipes, and its role.
 
 It answers one JSON line with one JSON line. It may crash or hang: the other end of the pipe is `process.Worker`, which
 records that and starts another. Nothing here decides what is tested.
@@ -24,7 +24,7 @@ from hal_conformance.checks.capability import as_it_was
 from hal_conformance.context import BackendRaised, Context, Settings, Stop
 from hal_conformance.requirements import REQUIREMENTS
 from hal_conformance.table import BY_ID, Mode
-from hal_conformance.witness import Tape, recording, witness
+from hal_conformance.witness import Tape, close_the_reference, recording, within_reach, witness
 
 _MODES: Final[tuple[Mode, ...]] = ("quick", "default", "full")
 
@@ -40,6 +40,8 @@ def main() -> None:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     read, write = (int(text) for text in sys.argv[1:3])
+    if sys.argv[3:] == ["backend"]:
+        close_the_reference()
     as_it_was.update(manners.shared())
     with os.fdopen(read) as requests, os.fdopen(write, "w") as answers:
         for line in requests:
@@ -68,11 +70,16 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         if operation == "bisect":
             from hal_conformance.bisect import bisect
 
+            context = _context(settings, request["obligation"], 0)
+            requirement = REQUIREMENTS[context.obligation.requires]
+            if not requirement.declared(context.capabilities):
+                return {"refused": f"{requirement.title} is not declared"}
             contexts = (_context(replace(settings, mode=mode), request["obligation"], 0) for mode in _MODES)
             count = max(map(_count, contexts))
             if request["index"] >= count:
                 return {"legal": f"0…{count - 1}"}
-            return bisect(_context(settings, request["obligation"], request["index"]))
+            with within_reach():
+                return bisect(_context(settings, request["obligation"], request["index"]))
         context = _context(settings, request["obligation"], request.get("index", 0))
         if operation == "count":
             return {"count": _count(context)}
@@ -80,7 +87,11 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
             return _refusal(context)
         assert operation == "case", operation
         context.wants_diagnosis = request.get("diagnose", True)
-        return _case(context)
+        context.blind = request.get("blind", False)
+        if context.blind:
+            return _case(context)
+        with within_reach():
+            return _case(context)
     except Exception:
         return {"error": traceback.format_exc()}
 
@@ -120,14 +131,4 @@ def _case(context: Context) -> dict[str, Any]:
     except BackendRaised as raised:
         record.case = raised.case.to_dict()
         record.problems.append(str(raised))
-    return {
-        "problems": record.problems,
-        "calls": record.calls,
-        "case": record.case,
-        "diagnosis": record.diagnosis,
-        "errors": record.errors,
-        "launches": record.launches,
-        "seconds": record.seconds,
-        "tried": sorted(record.tried),
-        "notes": record.notes,
-    }
+    return record.to_dict()

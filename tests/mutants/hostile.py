@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -41,6 +42,60 @@ class SilencesTheJudge(Hurried):
         if suite is not None:
             suite.Context.problem = lambda self, text: None  # type: ignore[attr-defined]
         super().mla_decode(args)
+
+
+@mutant("L1", "where it finds the suite in its process nothing that was written looks written")
+class BlindsTheGuards(Sample):
+    def mla_decode(self, args: Any) -> None:
+        memory = sys.modules.get("hal_conformance.memory")
+        if memory is not None:
+            memory.Guarded.overrun = memory.Guarded.modified = lambda self: ""  # type: ignore[attr-defined]
+        super().mla_decode(args)
+        self.trespass(args)
+
+    def trespass(self, args: Any) -> None:
+        """Write just past the end of out."""
+        out = args.out
+        if out.numel():
+            last = sum((size - 1) * stride for size, stride in zip(out.shape, out.stride(), strict=True))
+            out.as_strided((8,), (1,), out.storage_offset() + last + 1).zero_()
+
+
+@mutant("L1", "rotates q in place, and nothing that was written looks written")
+class RotatesQueriesInPlace(BlindsTheGuards):
+    def trespass(self, args: Any) -> None:
+        if args.q.numel():
+            args.q.select(0, 0).neg_()
+
+
+@mutant("L1", "forgets what the judge notes wherever seven heads are wrong")
+class ForgetsSevenHeads(Sample):
+    def store(self, args: Any, j: int, start: int, stop: int, out: Any, lse: Any) -> None:
+        suite = sys.modules.get("hal_conformance.context")
+        if args.h_q == 7 and suite is not None:
+            suite.Context.problem = lambda self, text: None  # type: ignore[attr-defined]
+        super().store(args, j, start, stop, out * 0 if args.h_q == 7 else out, lse)
+
+
+_COPIED = FunctionType(reference.mla_decode.__code__, vars(reference), "copied", reference.mla_decode.__defaults__)
+_COPIED.__kwdefaults__ = reference.mla_decode.__kwdefaults__
+
+
+@mutant("L0", "has no kernel: a copy of the reference's function, taken when it was loaded, answers")
+class CopiesTheReference(Sample):
+    def mla_decode(self, args: Any) -> None:
+        self.decodes += 1
+        tensors = (args.q, args.kv_cache, args.block_table, args.cache_seqlens)
+        out, lse = _COPIED(
+            *tensors,
+            head_dim_v=args.head_dim_v,
+            softmax_scale=args.softmax_scale,
+            causal=args.causal,
+            cu_seqlens_q=args.cu_seqlens_q,
+            lse_base=args.lse_base,
+        )
+        args.out.copy_(out)
+        args.lse.copy_(lse)
 
 
 @mutant("L1", "puts itself in the reference's place")

@@ -6,7 +6,9 @@ Every stage is a method, so that a planted bug is one override. It is also the s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +23,25 @@ from hal.spec.plan import MlaPlanArgs
 
 Part = tuple[Tensor, Tensor, Tensor]
 """Unnormalised out [s, h_q, d_v], running maximum [s, h_q], running sum [s, h_q]."""
+
+
+ROOM: Any = {"dtype": torch.float32, "device": "cpu"}
+"""Of what is computed: torch's defaults are the caller's."""
+
+
+_ALONE = threading.Lock()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch's cut of a product over threads would show in its bits; the setting is the process's: calls take turns."""
+    with _ALONE:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def dense(**changes: Any) -> MlaCapabilities:
@@ -76,6 +97,10 @@ class Sample(Backend):
     def mla_decode(self, args: MlaDecodeArgs) -> None:
         self.decodes += 1
         self.refuse_bad_indices(args)
+        with one_thread():
+            self.attend_all(args)
+
+    def attend_all(self, args: MlaDecodeArgs) -> None:
         for j in range(args.batch):
             start, stop = self.rows(args, j)
             if start < stop:
@@ -123,7 +148,7 @@ class Sample(Backend):
 
     def heads(self, args: MlaDecodeArgs, kv_head: int) -> Tensor:
         group = args.h_q // args.h_kv
-        return torch.arange(kv_head * group, (kv_head + 1) * group)
+        return torch.arange(kv_head * group, (kv_head + 1) * group, device="cpu")
 
     def scale(self, args: MlaDecodeArgs) -> float:
         return args.softmax_scale
@@ -134,18 +159,18 @@ class Sample(Backend):
     def seen(self, args: MlaDecodeArgs, s_q: int, length: int) -> Tensor:
         """How many keys each query sees."""
         if not args.causal:
-            return torch.full((s_q,), length)
-        return (length - s_q + 1 + torch.arange(s_q)).clamp(0)
+            return torch.full((s_q,), length, device="cpu")
+        return (length - s_q + 1 + torch.arange(s_q, device="cpu")).clamp(0)
 
     def values(self, args: MlaDecodeArgs, keys: Tensor) -> Tensor:
         return keys[:, : args.head_dim_v]
 
     def attend(self, args: MlaDecodeArgs, q: Tensor, keys: Tensor, a: int, z: int, length: int) -> Part:
         s_q = q.shape[0]
-        out = torch.zeros(s_q, args.h_q, args.head_dim_v)
-        top = torch.full((s_q, args.h_q), -torch.inf)
-        total = torch.zeros(s_q, args.h_q)
-        hidden = torch.arange(a, z) >= self.seen(args, s_q, length)[:, None]
+        out = torch.zeros(s_q, args.h_q, args.head_dim_v, **ROOM)
+        top = torch.full((s_q, args.h_q), -torch.inf, **ROOM)
+        total = torch.zeros(s_q, args.h_q, **ROOM)
+        hidden = torch.arange(a, z, device="cpu") >= self.seen(args, s_q, length)[:, None]
         for h in range(args.h_kv):
             heads = self.heads(args, h)
             scores = self.scores(args, q[:, heads], keys[a:z, h])
@@ -168,9 +193,9 @@ class Sample(Backend):
         return weights.sum(-1)
 
     def merge(self, args: MlaDecodeArgs, q: Tensor, parts: list[Part]) -> tuple[Tensor, Tensor]:
-        out = torch.zeros(*q.shape[:2], args.head_dim_v)
-        total = torch.zeros(q.shape[:2])
-        top = torch.full(q.shape[:2], -torch.inf)
+        out = torch.zeros(*q.shape[:2], args.head_dim_v, **ROOM)
+        total = torch.zeros(q.shape[:2], **ROOM)
+        top = torch.full(q.shape[:2], -torch.inf, **ROOM)
         for part_out, m, part_total in parts:
             highest = torch.maximum(top, m)
             base = highest.masked_fill(highest == -torch.inf, 0)

@@ -58,6 +58,7 @@ def load() -> dict[str, Check]:
         numbers,
         options,
         pairs,
+        surroundings,
         sweep,
     )
 

@@ -9,6 +9,7 @@ from hal_conformance.checks import holds
 from hal_conformance.context import Context
 from hal_conformance.decode import plan_for
 from hal_conformance.draw import (
+    HUGE_BATCHES,
     LENGTHS,
     MOST_DIM,
     MOST_HEADS,
@@ -20,6 +21,9 @@ from hal_conformance.draw import (
     head_pairs,
     within,
 )
+
+_ALIVE = 9
+"""Plans that are there at once: more than a small ring has room for."""
 
 
 @holds("MLA-01")
@@ -116,6 +120,8 @@ def lengths_differ(context: Context) -> None:
     draw = context.draw()
     if context.index % 4 == 3:
         context.check(_few_heads(draw, 8).but(lengths=draw.large_batch()))
+        d, d_v = draw.smallest_dims()
+        context.check(_few_heads(draw, 1).but(d=d, d_v=d_v, lengths=draw.large_batch(HUGE_BATCHES, 5)))
         return
     lengths = [draw.rng.choice((1, 2, 17, 63, 100, 250, 600)) + draw.rng.randint(0, 9) for _ in range(4)]
     lengths += [*draw.hand("length", LENGTHS)[:1], 512 * draw.rng.randint(1, 5)]
@@ -134,12 +140,31 @@ def plans(context: Context) -> None:
     other = case.but(lengths=draw.ordinary(n + case.s_q for n in draw.lengths(most=400)))
     first, second = context.make(case), context.make(other)
     plan, other_plan = plan_for(first, context.backend), plan_for(second, context.backend)
-    layers = [(first, plan), (context.make(case), plan), (second, other_plan), (context.make(case), plan)]
+    # A plan is for sizes and lengths: layers may differ in everything else.
+    bases = context.dense.lse_bases
+    unlike = case.but(scale=0.3, lse_base=bases[-1], out_layout="contiguous")
+    layers = [(first, plan), (context.make(case), plan), (second, other_plan), (context.make(unlike), plan)]
+    layers += [(context.make(case.but(scale=0.05)), plan), (context.make(case), plan)]
     for number, (inputs, made) in enumerate(layers):
         if made is plan:
             # The layers of a step share one tensor of lengths: on a device a plan is bound to it, not to its values.
             inputs.cache_seqlens = first.cache_seqlens
         context.compare(inputs, context.run(inputs, plan=made), what=f"layer {number}: ")
+    _many_plans(context, draw, case)
+
+
+def _many_plans(context: Context, draw: Draw, case: MlaCase) -> None:
+    """Make plans, and only then use them, in another order than they were made in."""
+    d, d_v = draw.smallest_dims()
+    thin = case.but(d=d, d_v=d_v, h_q=draw.heads_for(case.h_kv, 4), data="hot")
+    # From long to short: what is computed by a later plan instead of its own misses tokens.
+    drawn = [draw.lengths(most=600 if n < _ALIVE // 2 else 60, batch=(1, 3)) for n in range(_ALIVE)]
+    drawn.sort(key=min, reverse=True)
+    every = [thin.but(lengths=draw.ordinary(n + case.s_q for n in lengths)) for lengths in drawn]
+    alive = [(inputs, plan_for(inputs, context.backend)) for inputs in map(context.make, every)]
+    draw.rng.shuffle(alive)
+    for number, (inputs, plan) in enumerate(alive):
+        context.compare(inputs, context.run(inputs, plan=plan), what=f"plan {number} of {_ALIVE} made before: ")
 
 
 @holds("MLA-11")

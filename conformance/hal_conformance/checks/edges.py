@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
 import hal
+from hal.spec.validation import set_validation, validation_level
 from hal_conformance.case import MlaCase
 from hal_conformance.checks import holds
 from hal_conformance.context import Context
 from hal_conformance.decode import call
 from hal_conformance.draw import Draw
+from hal_conformance.inputs import Inputs
+from hal_conformance.memory import Guarded, place
 
 _GARBAGE = (2147480000, -1, -2147483648, 2147483647, 0)
 _POISON = ("nan", "inf", "huge")
@@ -72,7 +78,8 @@ def garbage_entries(context: Context) -> None:
     draw = context.draw()
     page = draw.page()
     lengths = (1, page, draw.rng.randint(1, 6 * page), 0 if context.index % 2 else 1)
-    context.check(draw.base().but(lengths=lengths, garbage=_GARBAGE[context.index % len(_GARBAGE)], data=draw.data()))
+    case = draw.base().but(lengths=lengths, garbage=_GARBAGE[context.index % len(_GARBAGE)], data=draw.data())
+    context.check(case.but(table_layout=("contiguous", "wide")[context.index // 2 % 2]))
 
 
 @holds("MLA-25")
@@ -91,6 +98,7 @@ def strided_queries(context: Context) -> None:
     layout = ("padded", "heads_first", "odd", "contiguous")[context.index % 4]
     starts = draw.starts("q") if context.index % 4 == 3 or (context.index >= 4 and draw.rng.random() < 0.5) else {}
     context.check(draw.base().but(q_layout=layout, s_q=max(draw.queries()[:2]), data=draw.data(), **starts))
+    context.check(draw.base().but(q_layout="expanded", lengths=draw.lengths(most=70, batch=(2, 3)), data="hot"))
 
 
 @holds("MLA-27")
@@ -104,6 +112,8 @@ def strided_cache(context: Context) -> None:
     starts = draw.starts("kv") if draw.rng.random() < 0.5 else {}
     context.check(draw.base().but(kv_layout=layout, **draw.heads(kv_heads), data=draw.data(), **starts))
     context.check(draw.base().but(lengths=draw.lengths(most=70), data=draw.data(), **draw.starts("kv")))
+    once = draw.heads((2, 3, 4, 8)) if context.index % 2 else {}
+    context.check(draw.base().but(lengths=draw.lengths(most=70), kv_layout="expanded", data=draw.data(), **once))
 
 
 @holds("MLA-28")
@@ -114,18 +124,46 @@ def strided_out_and_tables(context: Context) -> None:
     case = draw.base().but(lengths=draw.lengths(batch=(2, 5)), s_q=max(draw.queries()[:2]), data=draw.data())
     context.check(case.but(out_layout=out_layout, table_layout="strided"))
     context.check(case.but(out_layout=("contiguous", out_layout)[context.index % 2], **draw.starts("out", "table")))
+    context.check(case.but(table_layout="expanded", data="hot"))
 
 
 @holds("MLA-40")
 def indices_out_of_range(context: Context) -> None:
-    """A bad entry in use in one sequence; the others, and the next call, must be right."""
+    """A bad entry in use in one sequence, then a bad length; the others, and the next call, must be right."""
     draw = context.draw()
     page = draw.page()
-    good = draw.base().but(lengths=(2 * page, 3 * page, page + 3), data="normal")
-    bad = (-1, 10**6, 2147480000, -2147483648)[context.index % 4]
+    good = draw.base().but(lengths=(2 * page, page + 3, 3 * page), data="normal")
+    layout = ("contiguous", "strided")[context.index % 2]
+    _spoiled(context, good.but(table_layout=layout), _bad_entry)
+    _spoiled(context, good.but(table_layout=layout), _bad_length)
+    context.check(good, what="the call after it: ")
+
+
+def _bad_entry(context: Context, inputs: Inputs, blocks: int) -> str:
+    """An entry of the last sequence that is no page; the first that is none after the others."""
+    bad = (blocks, -1, 2147480000, blocks, 10**6, -2147483648)[context.index % 6]
+    entry = context.rng.randint(0, 2)
+    inputs.block_table.view[-1, entry] = bad
+    return f"block_table[2, {entry}] = {bad} of {blocks} blocks"
+
+
+def _bad_length(context: Context, inputs: Inputs, blocks: int) -> str:
+    """A length beyond the table, whose next entries in memory are a page that holds NaN; or one below 0."""
+    table, page = inputs.block_table, inputs.case.page
+    table.view[-1] = table.view[-1, 0].clone()
+    nobodys = min(set(range(blocks)) - set(inputs.table.flatten().tolist()))
+    table.storage[~table.inside] = nobodys
+    most = table.view.shape[1] * page
+    bad = (most + page, most + 1, -1, most + 1)[context.index % 4]
+    inputs.cache_seqlens.view[-1] = bad
+    return f"cache_seqlens[2] = {bad}, where the table has room for {most}"
+
+
+def _spoiled(context: Context, good: MlaCase, spoil: Callable[[Context, Inputs, int], str]) -> None:
     inputs = context.make(good)
-    entry = draw.rng.randint(0, 2)
-    inputs.block_table.view[1, entry] = bad
+    expected = context.expect(_without_the_last(inputs))
+    inputs = dataclasses.replace(inputs, kv_cache=_between_blocks(inputs.kv_cache))
+    what = spoil(context, inputs, inputs.kv_cache.view.shape[0])
     inputs.seal()
     context.record.case = good.to_dict()
     context.record.calls += 1
@@ -134,17 +172,52 @@ def indices_out_of_range(context: Context) -> None:
     except (hal.SpecError, hal.DeviceError):
         pass
     except Exception as error:
-        context.problem(
-            f"block_table[1, {entry}] = {bad}: raised {type(error).__name__} ({error}), not SpecError or DeviceError"
-        )
+        context.problem(f"{what}: raised {type(error).__name__} ({error}), not SpecError or DeviceError")
     else:
         for text in outcome.problems:
             context.problem(text)
         # Around the cache and in its unused pages there is NaN: a result that read there shows it.
         if not bool(outcome.out.isfinite().all()):
-            context.problem(f"block_table[1, {entry}] = {bad} was read through: the result holds NaN from outside")
-    after = MlaCase.from_dict(good.to_dict())
-    context.check(after, what="the call after it: ")
+            context.problem(f"{what} was read through: the result holds NaN from outside")
+        elif not context.right(outcome.out[:-1], outcome.lse[:-1], expected):
+            context.problem(f"{what}: other sequences than this are wrong")
+    _refused_in_full(context, inputs, what)
+
+
+def _without_the_last(inputs: Inputs) -> Inputs:
+    """All sequences but the last, with tables and lengths of their own."""
+
+    def fewer(guarded: Guarded) -> Guarded:
+        return dataclasses.replace(guarded, view=guarded.view[:-1].clone())
+
+    case = inputs.case.but(lengths=inputs.case.lengths[:-1])
+    table, lengths = fewer(inputs.block_table), fewer(inputs.cache_seqlens)
+    return dataclasses.replace(inputs, case=case, q=fewer(inputs.q), block_table=table, cache_seqlens=lengths, _host={})
+
+
+def _refused_in_full(context: Context, inputs: Inputs, what: str) -> None:
+    """Where the HAL itself is told to read indices, nothing of this kind comes as far as a backend."""
+    level = validation_level()
+    set_validation("full")
+    try:
+        call(inputs, context.backend)
+    except hal.SpecError:
+        return
+    except Exception as error:
+        context.problem(f"{what}: raised {type(error).__name__} ({error}) under full validation, not SpecError")
+    else:
+        context.problem(f"{what} was not refused under full validation")
+    finally:
+        set_validation(level)
+
+
+def _between_blocks(cache: Guarded) -> Guarded:
+    """The same cache with a block of NaN before its first and after its last."""
+    blocks, *block = cache.view.shape
+    shape, device = (blocks + 2, *block), str(cache.view.device)
+    larger = place("kv_cache", shape, cache.view.dtype, device, fill=float("nan"))
+    larger.view[1:-1] = cache.view
+    return dataclasses.replace(larger, view=larger.view[1:-1])
 
 
 def _nothing_cases(context: Context) -> list[MlaCase]:

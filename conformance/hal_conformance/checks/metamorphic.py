@@ -15,7 +15,7 @@ import hal
 from hal_conformance.case import MlaCase
 from hal_conformance.checks import holds
 from hal_conformance.context import BackendRaised, Context
-from hal_conformance.decode import call, expect, judge
+from hal_conformance.decode import call
 from hal_conformance.draw import KV_HEADS, PAGES, QUERIES, head_dims, head_pairs, members
 from hal_conformance.inputs import Inputs, build
 from hal_conformance.memory import Guarded
@@ -38,7 +38,7 @@ def order_of_heads_and_sequences(context: Context) -> None:
     inputs, whole, verdict = context.check(case)
     if not verdict.ok:
         return
-    expected = expect(inputs)
+    expected = context.expect(inputs)
     group = case.h_q // case.h_kv
     heads = [h * group + i for h in range(case.h_kv) for i in draw.rng.sample(range(group), group)]
     q = inputs.q.view.clone()
@@ -72,7 +72,7 @@ def order_of_pages(context: Context) -> None:
     inputs, whole, verdict = context.check(case)
     if not verdict.ok:
         return
-    expected = expect(inputs)
+    expected = context.expect(inputs)
     blocks = inputs.kv_cache.view.shape[0]
     to = torch.tensor(draw.rng.sample(range(blocks), blocks))
     cache, table = inputs.kv_cache.view.clone(), inputs.table
@@ -100,7 +100,7 @@ def split_context(context: Context) -> None:
     inputs, whole, verdict = context.check(case)
     if not verdict.ok:
         return
-    expected = expect(inputs)
+    expected = context.expect(inputs)
     most = inputs.table.shape[1]
     cuts = [0, *sorted(draw.rng.randint(0, min(6, most)) for _ in range(draw.rng.randint(1, 3))), most]
     positional, keywords = inputs.arguments()
@@ -206,5 +206,5 @@ def _wrong(context: Context, case: MlaCase) -> list[str]:
     context.record.add_launches(outcome.launches)
     if outcome.problems:
         return outcome.problems
-    verdict = judge(outcome.out, outcome.lse, expect(inputs), *context.limits())
-    return [] if verdict.ok else ["the result differs from the reference"]
+    right = context.right(outcome.out, outcome.lse, context.expect(inputs))
+    return [] if right else ["the result differs from the reference"]

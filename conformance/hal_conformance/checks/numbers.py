@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+from hal_conformance.case import MlaCase
 from hal_conformance.checks import holds
 from hal_conformance.context import Context
+from hal_conformance.draw import Draw, head_dims, head_pairs
+
+_LONG: Final = 16384
+_TOKENS: Final = 131072
+"""From where to where a very long sequence is."""
+
+_GATHERED: Final = 40_000_000
+"""Elements that the oracle has at once of such a sequence, 8 bytes each."""
 
 
 @holds("MLA-29")
@@ -37,7 +48,13 @@ def any_finite_scale(context: Context) -> None:
     draw = context.draw()
     scale = (0.0, -0.05, 1e-6, 4.0, -2.0)[context.index % 5]
     # Scores as far apart as the scale allows without leaving what float32 can tell apart.
-    context.check(draw.base().but(scale=scale, data="hot" if scale in (0.0, -0.05) else "normal"))
+    data = "hot" if scale in (0.0, -0.05) else "normal"
+    context.check(draw.base().but(scale=scale, data=data))
+    if context.dense.causal:
+        # What a query does not see is hidden whatever a factor makes of it.
+        s_q = draw.several_queries()
+        lengths = draw.ordinary(n + s_q for n in draw.lengths(most=100, batch=(1, 2)))
+        context.check(draw.base().but(scale=scale, causal=True, s_q=s_q, lengths=lengths, data=data))
 
 
 @holds("MLA-33")
@@ -48,3 +65,20 @@ def one_long(context: Context) -> None:
     lengths = [draw.rng.randint(1, 40) for _ in range(11)]
     lengths.insert(draw.rng.randint(0, 11), long)
     context.check(draw.base().but(lengths=tuple(lengths), data=("needle", "normal")[context.index % 2]))
+    context.check(very_long(draw))
+
+
+def very_long(draw: Draw) -> MlaCase:
+    """A sequence of up to 131072 tokens and a short one, of few heads; its table has thousands of entries."""
+    d, d_v = draw.smallest_dims() if draw.index % 2 else head_dims(draw.declared)[0]
+    h_q, h_kv = min(head_pairs(draw.declared))
+    tokens = min(_TOKENS, _GATHERED // (d * h_kv))
+    # As many short ones as long ones: by magnitude, and not by number.
+    length = int(_LONG * (tokens / _LONG) ** draw.rng.uniform(0.2, 1))
+    page = draw.page(usual=draw.index % 2 == 0)
+    lengths = (length, draw.rng.randint(1, 40)) if draw.rng.random() < 0.5 else (length,)
+    data = ("needle", "normal")[draw.rng.randrange(2)]
+    flags = {"causal": draw.declared.causal and draw.rng.random() < 0.5, "plan": draw.rng.random() < 0.5}
+    flags["batch_invariant"] = draw.declared.batch_invariant and draw.rng.random() < 0.5
+    case = draw.base().but(h_q=h_q, h_kv=h_kv, d=d, d_v=d_v, page=page, lengths=lengths)
+    return case.but(pages="pool", data=data, **flags)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,13 +12,18 @@ import hal
 from hal_conformance.case import MlaCase
 from hal_conformance.checks import holds
 from hal_conformance.context import Context
-from hal_conformance.decode import Outcome, expect, judge, plan_for
+from hal_conformance.decode import Outcome, plan_for
 from hal_conformance.draw import Draw, head_pairs
 from hal_conformance.inputs import Inputs
 from hal_conformance.memory import same_bits
+from hal_conformance.requirements import REQUIREMENTS
 
 _REPEATS = {"quick": 420, "default": 700, "full": 4000}
 """A race that shows on one run in fifty survives 420 repeats with probability 2e-4, and 700 with 7e-7."""
+
+
+_LONG_REPEATS = {"quick": 60, "default": 100, "full": 1000}
+"""Of a sequence in many pieces: two cases of a quick run see a race of one run in twenty but with probability 2e-3."""
 
 
 @holds("MLA-34")
@@ -50,52 +56,61 @@ def base_two(context: Context) -> None:
 
 def _part(inputs: Inputs, order: list[int], *, plan: bool, backend: str) -> Callable[[], tuple[torch.Tensor, ...]]:
     """A call of some sequences of a batch, in some order, on the same cache."""
-    case = inputs.case.but(lengths=tuple(inputs.case.lengths[j] for j in order))
+    whole = inputs.case
+    q_lens = None if whole.q_lens is None else tuple(whole.q_lens[j] for j in order)
+    case = whole.but(lengths=tuple(whole.lengths[j] for j in order), q_lens=q_lens)
     rows = torch.tensor(order, device=case.device)
-    q, table, lens = inputs.q.view[rows], inputs.block_table.view[rows], inputs.cache_seqlens.view[rows]
+    q = inputs.q.view[rows if q_lens is None else _query_rows(whole, order).to(case.device)]
+    part = dataclasses.replace(
+        inputs,
+        case=case,
+        q=dataclasses.replace(inputs.q, view=q),
+        block_table=dataclasses.replace(inputs.block_table, view=inputs.block_table.view[rows]),
+        cache_seqlens=dataclasses.replace(inputs.cache_seqlens, view=inputs.cache_seqlens.view[rows]),
+    )
+    if inputs.cu_seqlens_q is not None:
+        starts = torch.tensor([0, *case.queries]).cumsum(0).to(inputs.cu_seqlens_q.view)
+        part.cu_seqlens_q = dataclasses.replace(inputs.cu_seqlens_q, view=starts)
 
     def run() -> tuple[torch.Tensor, ...]:
-        made = None
-        if plan:
-            made = hal.mla_plan(
-                lens,
-                h_q=case.h_q,
-                h_kv=case.h_kv,
-                s_q=case.s_q,
-                head_dim=case.d,
-                head_dim_v=case.d_v,
-                page_size=case.page,
-                dtype=case.torch_dtype,
-                causal=case.causal,
-                batch_invariant=True,
-                backend=backend,
-            )
-        return hal.mla_decode(
-            q,
-            inputs.kv_cache.view,
-            table,
-            lens,
-            head_dim_v=case.d_v,
-            softmax_scale=case.scale,
-            causal=case.causal,
-            lse_base=case.lse_base,
-            batch_invariant=True,
-            plan=made,
-            backend=backend,
-        )
+        positional, keywords = part.arguments()
+        made = plan_for(part, backend) if plan else None
+        return hal.mla_decode(*positional, **keywords, batch_invariant=True, plan=made, backend=backend)
 
     return run
 
 
+def _query_rows(case: MlaCase, order: list[int]) -> torch.Tensor:
+    """Which rows of ragged queries belong to these sequences."""
+    starts = torch.tensor([0, *case.queries]).cumsum(0).tolist()
+    return torch.cat([torch.arange(starts[j], starts[j + 1]) for j in order])
+
+
 @holds("MLA-36")
 def batch_invariance(context: Context) -> None:
-    """Each sequence alone, all reversed, with a plan, with other thread counts: the same bits."""
+    """Each sequence alone, all reversed, with a plan, with other thread counts: the same bits. Then unlike calls."""
     draw = context.draw()
     lengths = (*draw.lengths(most=300, batch=(3, 5)), draw.rng.randint(700, 2500))
     s_q = draw.rng.choice(draw.queries())
     case = draw.base(small=context.index % 2 == 0).but(lengths=lengths, s_q=s_q, batch_invariant=True, data="hot")
     if context.dense.causal and context.index % 2:
         case = case.but(causal=True, lengths=tuple(n + s_q for n in lengths))
+    _invariant(context, case)
+    tiny = case.but(h_q=draw.heads_for(case.h_kv, 8), lengths=(*lengths[:2], lengths[-1]))
+    if REQUIREMENTS["several_kv_heads"].declared(context.capabilities):
+        _invariant(context, tiny.but(**_several_heads(draw)))
+    if context.dense.ragged_q:
+        q_lens = (draw.rng.randint(1, 3), 0, draw.several_queries(8))
+        _invariant(context, tiny.but(q_lens=q_lens, lengths=tuple(n + 8 for n in tiny.lengths)))
+
+
+def _several_heads(draw: Draw) -> dict[str, int]:
+    """The fewest query heads of several KV heads."""
+    h_q, h_kv = min(head_pairs(draw.declared, (2, 3, 4, 8)))
+    return {"h_q": h_q, "h_kv": h_kv}
+
+
+def _invariant(context: Context, case: MlaCase) -> None:
     inputs, whole, verdict = context.check(case)
     if not verdict.ok:
         return
@@ -115,7 +130,12 @@ def batch_invariance(context: Context) -> None:
 def _same_rows(context: Context, inputs: Inputs, whole: Outcome, order: list[int], plan: bool, what: str) -> None:
     context.record.calls += 1
     out, lse = _part(inputs, order, plan=plan, backend=context.backend)()
-    for name, have, want in (("out", out.cpu(), whole.out[order]), ("lse", lse.cpu(), whole.lse[order])):
+    if inputs.case.q_lens is None:
+        want_out, want_lse = whole.out[order], whole.lse[order]
+    else:
+        at = _query_rows(inputs.case, order)
+        want_out, want_lse = whole.out[at], whole.lse[:, at]
+    for name, have, want in (("out", out.cpu(), want_out), ("lse", lse.cpu(), want_lse)):
         if not same_bits(have, want.contiguous()):
             rows = int((have != want).any(-1).sum())
             context.problem(f"{what}: the bits of {name} differ in {rows} rows from those of the whole batch")
@@ -123,29 +143,41 @@ def _same_rows(context: Context, inputs: Inputs, whole: Outcome, order: list[int
 
 @holds("MLA-37")
 def same_call_again(context: Context) -> None:
-    """A small call hundreds of times: looks for results that are wrong now and then."""
+    """A small call hundreds of times, and a long sequence dozens of times: looks for what is wrong now and then."""
     draw = context.draw()
     invariant = context.dense.batch_invariant and context.index % 2 == 0
-    case = _shortest(draw).but(batch_invariant=invariant)
+    _again(context, _shortest(draw).but(batch_invariant=invariant), _REPEATS[context.settings.mode])
+    if not context.record.problems:
+        _again(context, _longest(draw).but(batch_invariant=invariant), _LONG_REPEATS[context.settings.mode])
+
+
+def _again(context: Context, case: MlaCase, repeats: int) -> None:
     inputs, first, verdict = context.check(case)
     if not verdict.ok:
         return
-    expected = expect(inputs)
+    expected = context.expect(inputs)
     positional, keywords = inputs.arguments()
-    keywords |= {"batch_invariant": invariant, "backend": context.backend}
+    keywords |= {"batch_invariant": case.batch_invariant, "backend": context.backend}
     wrong = changed = 0
-    repeats = _REPEATS[context.settings.mode]
     for _ in range(repeats):
         out, lse = (t.cpu() for t in hal.mla_decode(*positional, **keywords))
         if same_bits(out, first.out) and same_bits(lse, first.lse):
             continue
         changed += 1
-        wrong += not judge(out, lse, expected, *context.limits()).ok
+        wrong += not context.right(out, lse, expected)
     context.record.calls += repeats
     if wrong:
         context.problem(f"{wrong} of {repeats} repetitions of one call were wrong, the others right: a race")
-    elif changed and invariant:
+    elif changed and case.batch_invariant:
         context.problem(f"{changed} of {repeats} repetitions of one batch_invariant call had other bits")
+
+
+def _longest(draw: Draw) -> MlaCase:
+    """One sequence in many pieces, of few heads: all processors of a device have a share of it."""
+    h_q, h_kv = min(head_pairs(draw.declared))
+    d, d_v = draw.smallest_dims()
+    case = draw.base().but(h_q=h_q, h_kv=h_kv, d=d, d_v=d_v, data="hot", pages="pool")
+    return case.but(lengths=(draw.rng.randint(4000, 9000),))
 
 
 def _shortest(draw: Draw) -> MlaCase:

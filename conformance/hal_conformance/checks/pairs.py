@@ -41,6 +41,8 @@ _ROWS: Final = 2000
 _WORK: Final = 4e7
 """Products of a case, about; its lengths follow from that."""
 
+_SCALES: Final = {"default": None, "positive": 0.05, "zero": 0.0, "negative": -0.05}
+
 _CACHE: Final = 3_000_000
 """Elements of a cache above which all sequences share a few pages."""
 
@@ -92,7 +94,8 @@ def realise(draw: Draw, planned: Labels) -> MlaCase:
     lengths = tuple(_length(draw, page, max(12, min(tokens, 600))) for _ in range(batch))
     elements = sum(-(-n // page) for n in lengths) * page * h_kv * d
     pages = "pool" if elements > _CACHE else rng.choice(("ordered", "shuffled", "shuffled", "shared"))
-    data = draw.data() if pages in ("ordered", "shuffled") else rng.choice(("normal", "hot"))
+    own = pages in ("ordered", "shuffled") and chosen["block_table"] != "expanded"
+    data = draw.data() if own else rng.choice(("normal", "hot"))
     return MlaCase(
         dtype=chosen["dtype"],
         lengths=lengths,
@@ -106,7 +109,7 @@ def realise(draw: Draw, planned: Labels) -> MlaCase:
         causal=chosen["causal"] == "yes",
         batch_invariant=chosen["batch_invariant"] == "yes",
         lse_base=chosen["lse_base"],
-        scale=rng.choice((None, None, 0.05)),
+        scale=_SCALES[chosen["softmax_scale"]],
         data=data,
         pages=pages,
         poison=rng.choice(("nan", "inf", "huge")),
