@@ -91,9 +91,11 @@ class StagedQueue:
         return buffer
 
     def write(self, tensor: Tensor) -> tuple[Buffer, tuple[int, ...]]:
-        """Room for the elements alone: what lies between them is others'."""
-        packed = torch.empty(tensor.shape, dtype=tensor.dtype)
+        """A copy of the elements alone: what lies between them is others', and kernels may leave some as they are."""
+        packed = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
         buffer = self._device.empty(span(packed))
+        if packed.numel():
+            self._device.copy(int(buffer), packed.data_ptr(), span(packed))
         self._results.append((tensor, packed, buffer))
         return buffer, packed.stride()
 
@@ -113,6 +115,7 @@ class StagedQueue:
         for tensor, packed, _ in self._results:
             tensor.copy_(packed)
         self._held.clear()
+        self._results.clear()
 
 
 def span(tensor: Tensor) -> int:
