@@ -90,11 +90,12 @@ class StagedQueue:
             self._device.copy(int(buffer), tensor.data_ptr(), size)
         return buffer
 
-    def write(self, tensor: Tensor) -> tuple[Buffer, tuple[int, ...]]:
-        """A copy of the elements alone: what lies between them is others', and kernels may leave some as they are."""
-        packed = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+    def write(self, tensor: Tensor, partly: bool = False) -> tuple[Buffer, tuple[int, ...]]:
+        """Room for the elements alone: what lies between them is others'."""
+        packed = torch.empty(tensor.shape, dtype=tensor.dtype)
         buffer = self._device.empty(span(packed))
-        if packed.numel():
+        if partly and packed.numel():
+            packed.copy_(tensor)
             self._device.copy(int(buffer), packed.data_ptr(), span(packed))
         self._results.append((tensor, packed, buffer))
         return buffer, packed.stride()
