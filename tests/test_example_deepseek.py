@@ -344,7 +344,7 @@ class TestCommand:
     def test_runs_on_a_simulated_device(self, backend: str, chip: str) -> None:
         pytest.importorskip("hip", reason="hip-python is not installed")
         done = subprocess.run(
-            self.command(*"--batch 2 --tokens 2 --processes 2 --dtype float32 --seed 5".split()),
+            self.command(*["--batch", "2", "--tokens", "2", "--processes", "2", "--dtype", "float32", "--seed", "5"]),
             cwd=ROOT,
             env=os.environ | {"HAL_BACKEND": backend, "HAL_SIM": chip},
             capture_output=True,
