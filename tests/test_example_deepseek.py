@@ -338,6 +338,23 @@ class TestCommand:
         assert "tokens/s" in done.stdout
         assert "--seed 5 repeats this run" in done.stdout
 
+    @pytest.mark.sampled
+    @pytest.mark.timeout(400)
+    @pytest.mark.parametrize(("backend", "chip"), [("rocm", "hip:gfx942"), ("dcu", "hip:gfx936")])
+    def test_runs_on_a_simulated_device(self, backend: str, chip: str) -> None:
+        pytest.importorskip("hip", reason="hip-python is not installed")
+        done = subprocess.run(
+            self.command(*["--batch", "2", "--tokens", "2", "--processes", "2", "--dtype", "float32", "--seed", "5"]),
+            cwd=ROOT,
+            env=os.environ | {"HAL_BACKEND": backend, "HAL_SIM": chip},
+            capture_output=True,
+            text=True,
+            timeout=380,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"{backend}, chosen by HAL_BACKEND={backend}" in done.stdout
+        assert len(re.findall("^PASS", done.stdout, re.M)) == 1 and "FAIL" not in done.stdout
+
     def test_unknown_backend_is_one_paragraph(self) -> None:
         done = subprocess.run(
             self.command("--backend", "abacus"), cwd=ROOT, capture_output=True, text=True, timeout=100

@@ -11,7 +11,7 @@ import pytest
 from distributions import Interpreter, suite_site
 
 from hal.cli.new_backend import generate, runtimes
-from hal.portable import host
+from hal.portable import host, sim
 from hal.spec.errors import SpecError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -251,6 +251,61 @@ def test_declared_expert_parallelism_conforms(vendors: Interpreter, tmp_path: Pa
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     found = {row["id"]: row["status"] for row in report["obligations"] if row["status"] != "SKIPPED"}
     assert found == dict.fromkeys(("CAP-04", "EPN-01", "EPN-10"), "PASS")
+
+
+# Of the drivers as they come, for the device simulator in the place of a vendor's library.
+_TO_SIMULATOR = {
+    "cuda-like": {
+        'PREFIX: Final = "cyd"': 'PREFIX: Final = "mu"',
+        'COMPILER: Final = "cydcc"': 'COMPILER: Final = "mcc"',
+        'SUFFIX: Final = ".cu"': 'SUFFIX: Final = ".mu"',
+        '"-O2", "--cubin"': '"-O2", "-x", "musa", "--cuda-device-only"',
+        'ARCHITECTURE: Final = "sm_"': 'ARCHITECTURE: Final = "mp_"',
+        'f"-arch={': 'f"--offload-arch={',
+    },
+    "hip-like": {
+        'PREFIX: Final = "dee"': 'PREFIX: Final = "hip"',
+        'COMPILER_PREFIX: Final = "deertc"': 'COMPILER_PREFIX: Final = "hiprtc"',
+    },
+}
+_ALL_OF_IT = {
+    "from hal.spec.capability import Capabilities": "from hal.spec.capability import Capabilities, plain_dense",
+    "        from hal_NAME import driver\n\n        # step CAP-04": "        from hal.portable import ep\n\n"
+    "        from hal_NAME import driver\n\n        # step CAP-04",
+    "mla_dense=None": "mla_dense=plain_dense()",
+    "ep=None": 'ep=ep.capabilities("ipc")',
+}
+
+
+@pytest.mark.sampled
+@pytest.mark.long(20)
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("runtime", "chip"), [("cuda-like", "musa:mp_31"), ("hip-like", "hip:gfx942")])
+def test_a_fresh_backend_reaches_l1_and_e1_on_the_simulator(
+    runtime: str, chip: str, vendors: Interpreter, tmp_path: Path
+) -> None:
+    name = NAMES[runtime]
+    edits = {old.replace("NAME", name): new.replace("NAME", name) for old, new in _ALL_OF_IT.items()}
+    changes = {"driver.py": _TO_SIMULATOR[runtime], "backend.py": edits}
+    assert sum(1 + new.count("\n") for change in changes.values() for new in change.values()) <= 30
+    seen = edited(vendors, name, tmp_path, changes)
+    line = ["conform", "--backend", name, "--quick", "--patience", "6", "--out", str(tmp_path / "out")]
+    chosen = ("MLA-01", "EPN-01")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "mcc").symlink_to(sim.program("mcc"))
+    environment = {
+        sim.ENV: chip,
+        "PATH": f"{tmp_path / 'bin'}:{vendors.environment()['PATH']}",
+        "HAL_SIM_EAGER": "1",  # tensors of the host are freed whether or not the device is through with them
+        f"HAL_{name.upper()}_LIBRARY": str(sim.library(chip.partition(":")[0])),
+        "HAL_KERNEL_CACHE": str(tmp_path / "cache"),
+    }
+    done = seen.hal(*line, *(word for one in chosen for word in ("--only", one)), timeout=500, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    found = {row["id"]: row["status"] for row in report["obligations"] if row["status"] != "SKIPPED"}
+    assert found == dict.fromkeys(chosen, "PASS")
+    assert report["run"].get("evidence", report["backend"].get("evidence")) == "simulation"
 
 
 @pytest.mark.sampled

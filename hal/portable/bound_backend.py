@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from hal.backend import Backend, Probe
 from hal.spec.capability import Capabilities, plain_dense
-from hal.spec.errors import BackendUnavailable, HalError, UnsupportedError
+from hal.spec.errors import BackendUnavailable, HalError
 
 if TYPE_CHECKING:
     from hal.ep.engine import EpEngine
@@ -52,7 +52,7 @@ class Vendor:
 
 
 class BoundBackend(Backend):
-    """MLA decode on the devices of one vendor."""
+    """MLA decode and expert parallelism on the devices of one vendor."""
 
     spec_version: ClassVar[str] = "1.0"
     priority: ClassVar[int] = 100
@@ -120,9 +120,13 @@ class BoundBackend(Backend):
             return Probe(False, str(error).splitlines()[0], "see what the vendor's own tools say", details=details)
 
     def capabilities(self) -> Capabilities:
-        """Dense decode of plain caches. Packed caches and chosen tokens are not written, nor is EP judged."""
+        """Dense decode of plain caches, and expert parallelism; packed caches and chosen tokens are not written."""
+        from hal.portable import ep
+        from hal.portable.bindings import BoundDevice
+
         where = "cpu" if self.runtime.simulated else self._vendor.torch.device
-        return Capabilities(device_types=(where,), mla_dense=plain_dense(), mla_sparse=None, ep=None)
+        communicates = ep.capabilities(BoundDevice.transport)
+        return Capabilities(device_types=(where,), mla_dense=plain_dense(), mla_sparse=None, ep=communicates)
 
     def mla_plan(self, args: MlaPlanArgs) -> Schedule:
         """See `PortableMla.plan`."""
@@ -133,8 +137,12 @@ class BoundBackend(Backend):
         self._kernels.on(args.q.device.index or 0).decode(args, args.schedule)  # type: ignore[arg-type]
 
     def ep_buffer(self, args: EpBufferArgs) -> EpEngine:
-        """Not judged by the suite yet, and not declared."""
-        raise UnsupportedError(self._vendor.name, "group", "an expert-parallel group", "no expert parallelism yet")
+        """Open windows to the other ranks of the node, in memory that the runtime shares between processes."""
+        from hal.portable import ep
+
+        # The device that decodes: one stream for all it is given, and kernels are built once.
+        device: BoundDevice = self._kernels.on(args.device.index or 0).device  # type: ignore[assignment]
+        return ep.open_engine(args, device, self._vendor.name)
 
     def launches(self) -> Mapping[str, int]:
         """Of all kernels, over all devices."""

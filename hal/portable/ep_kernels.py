@@ -115,7 +115,7 @@ class EpKernels:
         found = torch.full((max(room, 1),), -1, dtype=torch.int32, device=idx.device)
         if tokens:
             sizes = _int32(tokens, topk, base, span, bins, repeat)
-            written = (queue.write(one)[0] for one in (counts, order, found))
+            written = (queue.write(one, partly=True)[0] for one in (counts, order, found))
             self._launch(
                 queue, LAYOUT, "ep_layout", bins, _THREADS, queue.read(idx), queue.read(starts), *written, *sizes
             )
@@ -184,7 +184,7 @@ class EpKernels:
         width = -(-groups // 4) if packed else groups
         scales = torch.zeros(n, width, dtype=torch.int32, device=x.device)
         if n:
-            to, scales_to = queue.write(rows)[0], queue.write(scales)[0]
+            to, scales_to = queue.write(rows)[0], queue.write(scales, partly=True)[0]
             sizes = _int32(columns, groups, 4 * width if packed else width)
             source = casts(x.dtype, cast != "fp8", packed)
             reads = (to, scales_to, scales_to, queue.read(x))

@@ -99,7 +99,7 @@ class RowCalls(NodeCalls):
         count = len(rows[0])
         if not count:
             return
-        to = Rows(queue.write(out)[0], places[0].row)
+        to = Rows(queue.write(out, partly=True)[0], places[0].row)
         for place, chosen in zip(places, rows, strict=True):
             self._kernels.copy(queue, to, place.rows(), chosen, 0, count, place.capacity, clear)
             clear = False
@@ -128,8 +128,8 @@ class RowCalls(NodeCalls):
             table = torch.zeros(len(place), topk, width, dtype=x.dtype, device=x.device)
             words = torch.zeros(len(place), topk, aux, dtype=torch.float32, device=x.device)
             queue = self._kernels.device.queue()
-            to = Rows(queue.write(table)[0], size)
-            words_to = Rows(queue.write(words)[0], 4 * aux) if aux else None
+            to = Rows(queue.write(table, partly=True)[0], size)
+            words_to = Rows(queue.write(words, partly=True)[0], 4 * aux) if aux else None
             for peer, staged in places:
                 chosen = place.masked_fill(rank[part] != peer, -1).flatten()
                 self._kernels.copy(queue, to, staged.rows(), chosen, 0, len(chosen), staged.capacity, False)

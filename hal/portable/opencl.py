@@ -483,7 +483,7 @@ class OpenClQueue:
         how = flags.USE_HOST_PTR if self._device.unified else flags.COPY_HOST_PTR
         return self._device.buffer(flags.READ_ONLY | how, size, start)
 
-    def write(self, tensor: Tensor) -> tuple[Any, tuple[int, ...]]:
+    def write(self, tensor: Tensor, partly: bool = False) -> tuple[Any, tuple[int, ...]]:
         """See `runtime.Queue`."""
         import pyopencl
 
@@ -495,6 +495,10 @@ class OpenClQueue:
         # Between the elements of the tensor may lie others', which must not be written: they come back packed.
         packed = torch.empty(tensor.shape, dtype=tensor.dtype)
         buffer = self._device.empty(_bytes(packed)[1])
+        if partly and packed.numel():
+            packed.copy_(tensor)
+            commands, content = self._device.commands, _host(*_bytes(packed))
+            checked("clEnqueueWriteBuffer", pyopencl.enqueue_copy, commands, buffer, content)
         self._results.append((tensor, packed, buffer))
         return buffer, packed.stride()
 
@@ -513,6 +517,7 @@ class OpenClQueue:
             tensor.copy_(packed)
         checked("clFinish", self._device.commands.finish)
         self._held.clear()
+        self._results.clear()
 
     def _resident(self, start: int, size: int) -> Any | None:
         """The device's copy of these bytes, if they lie within a tensor that was adopted."""

@@ -171,8 +171,11 @@ class Queue(Protocol):
     def read(self, tensor: Tensor) -> Memory:
         """The elements of a tensor where kernels of this queue can read them, for as long as the queue lives."""
 
-    def write(self, tensor: Tensor) -> tuple[Memory, tuple[int, ...]]:
-        """Where kernels of this queue are to write the elements of a tensor, and the strides to use there."""
+    def write(self, tensor: Tensor, partly: bool = False) -> tuple[Memory, tuple[int, ...]]:
+        """Where kernels of this queue are to write the elements of a tensor, and the strides to use there.
+
+        They write all of them or, with ``partly``, leave some as they are.
+        """
 
     def launch(self, program: Program, kernel: str, groups: int, threads: int, arguments: Sequence[Argument]) -> Event:
         """Queue a kernel.
@@ -291,7 +294,7 @@ class InPlace:
         """See `Queue`."""
         return tensor
 
-    def write(self, tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    def write(self, tensor: Tensor, partly: bool = False) -> tuple[Tensor, tuple[int, ...]]:
         """See `Queue`."""
         return tensor, tensor.stride()
 

@@ -90,10 +90,13 @@ class StagedQueue:
             self._device.copy(int(buffer), tensor.data_ptr(), size)
         return buffer
 
-    def write(self, tensor: Tensor) -> tuple[Buffer, tuple[int, ...]]:
+    def write(self, tensor: Tensor, partly: bool = False) -> tuple[Buffer, tuple[int, ...]]:
         """Room for the elements alone: what lies between them is others'."""
         packed = torch.empty(tensor.shape, dtype=tensor.dtype)
         buffer = self._device.empty(span(packed))
+        if partly and packed.numel():
+            packed.copy_(tensor)
+            self._device.copy(int(buffer), packed.data_ptr(), span(packed))
         self._results.append((tensor, packed, buffer))
         return buffer, packed.stride()
 
@@ -113,6 +116,7 @@ class StagedQueue:
         for tensor, packed, _ in self._results:
             tensor.copy_(packed)
         self._held.clear()
+        self._results.clear()
 
 
 def span(tensor: Tensor) -> int:

@@ -21,7 +21,7 @@ _COMPILER: Final = ("libhiprtc.so.5", "libhiprtc.so", *_RUNTIME)
 
 
 class DcuBackend(BoundBackend):
-    """MLA decode for tensors of DTK's torch, or of the host in simulation (``HAL_SIM=hip:gfx936``)."""
+    """For tensors of DTK's torch, or of the host in simulation (``HAL_SIM=hip:gfx936``)."""
 
     def __init__(self) -> None:
         super().__init__(vendor)

@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conforming import conform
 from hal_conformance.case import MlaCase
 from hal_conformance.decode import call, expect, judge
 from hal_conformance.inputs import build
 from hal_dcu import backend as dcu
 
 from hal import plugins
-from hal.portable import sim
-from hal.spec.errors import BackendUnavailable, UnsupportedError
+from hal.portable import ep, sim
+from hal.spec.errors import BackendUnavailable
 from hal.spec.limits import DENSE_LSE, DENSE_OUT
 
 pytest.importorskip("hip", reason="hip-python is not installed")
@@ -63,11 +64,13 @@ def test_it_gives_the_reference_and_nothing_is_found(dtype: str, monkeypatch: py
     assert "hip:mla_decode@gfx936" in plugins.select("dcu").backend.launches()
 
 
-def test_expert_parallelism_is_not_declared() -> None:
-    backend = dcu.DcuBackend()
-    assert backend.capabilities().ep is None
-    with pytest.raises(UnsupportedError):
-        backend.ep_buffer(None)  # type: ignore[arg-type]
+def test_expert_parallelism_is_declared_as_the_portable_engine_has_it() -> None:
+    assert dcu.DcuBackend().capabilities().ep == ep.capabilities("ipc")
+
+
+@pytest.mark.long(6)
+def test_the_suite_in_short() -> None:
+    assert conform("dcu", ("CAP-01", "CAP-03", "MLA-01", "EPN-01", "EPL-01"))["evidence"] == "simulation"
 
 
 @pytest.mark.parametrize("below", ["hip/lib", "lib"])

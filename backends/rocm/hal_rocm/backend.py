@@ -13,7 +13,7 @@ OF_HYGON: Final = ("gfx926", "gfx928", "gfx936", "gfx938")
 
 
 class RocmBackend(BoundBackend):
-    """MLA decode for tensors of a torch built for ROCm, or of the host in simulation (``HAL_SIM=hip:gfx942``)."""
+    """For tensors of ROCm's torch, or of the host in simulation (``HAL_SIM=hip:gfx942``)."""
 
     def __init__(self) -> None:
         super().__init__(vendor)

@@ -75,20 +75,39 @@ def test_a_library_that_is_too_old_is_told_what_it_lacks(offline: tuple[Path, st
 
 
 @pytest.mark.long(3)
-def test_clang_for_gfx942(tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", ["gfx942", "gfx950"])
+def test_clang_for_newer_chips(architecture: str, tmp_path: Path) -> None:
+    """Clang 19 to the end for gfx942; gfx950 is newer, so that its machine code is made by the LLVM within Triton."""
     clang = shutil.which("clang++-19")
     if clang is None:
         pytest.skip("clang 19 is not installed (apt-get install clang-19)")
-    sizes = tile(vendor().tunings["gfx942"].local_bytes)
+    own = architecture == "gfx942"
+    if not own:
+        pytest.importorskip("triton", reason="triton is not installed")
+    tuned = vendor().tunings[architecture].local_bytes
+    sizes = tile(tuned)
     for source, kernels in ((sizes.decode(), 2), (sizes.schedule(), 1)):
         (tmp_path / "kernels.hip").write_text(source.text("hip"))
         line = [clang, "-x", "hip", "--offload-arch=gfx942", "--cuda-device-only", "-nogpulib", "-nogpuinc", "-O3"]
         line += ["-std=c++17", "-include", str(Path(__file__).with_name("freestanding.h")), "-S", "-o", "-"]
+        line += [] if own else ["-emit-llvm"]
         made = subprocess.run([*line, str(tmp_path / "kernels.hip")], capture_output=True, text=True, check=False)
         assert made.returncode == 0, made.stderr[-3000:]
+        code = made.stdout if own else by_triton(made.stdout, architecture)
+        assert re.search(rf'\.amdgcn_target "amdgcn-amd-amdhsa-\w*-{architecture}"', code)
         for key in (".vgpr_spill_count", ".private_segment_fixed_size"):
-            assert re.findall(rf"{key}:\s+(\d+)", made.stdout) == ["0"] * kernels, key
-        local = [int(size) for size in re.findall(r"\.group_segment_fixed_size:\s+(\d+)", made.stdout)]
-        assert len(local) == kernels and max(local) <= vendor().tunings["gfx942"].local_bytes
+            assert re.findall(rf"{key}:\s+(\d+)", code) == ["0"] * kernels, key
+        local = [int(size) for size in re.findall(r"\.group_segment_fixed_size:\s+(\d+)", code)]
+        assert len(local) == kernels and max(local) <= tuned
         if kernels == 2:
-            assert all(name in made.stdout for name in WIDE)
+            assert all(name in code for name in WIDE)
+
+
+def by_triton(module: str, architecture: str) -> str:
+    """Assembly of a module that was made for another chip."""
+    from triton._C.libtriton import llvm
+
+    llvm.init_targets()
+    module = re.sub(r'"target-cpu"="\w+"', f'"target-cpu"="{architecture}"', module)
+    module = re.sub(r' "target-features"="[^"]*"', "", module)
+    return str(llvm.translate_to_asm(module, "amdgcn-amd-amdhsa", architecture, "", [], True, False, False))

@@ -21,11 +21,11 @@ from hal_conformance.inputs import build
 from hal_rocm.backend import RocmBackend, vendor
 
 from hal import plugins
-from hal.portable import bindings, sim
+from hal.portable import bindings, ep, sim
 from hal.portable.bindings import BoundDevice, Torch
 from hal.portable.mla import PortableMla
 from hal.reference.mla import mla_decode
-from hal.spec.errors import BackendUnavailable, UnsupportedError
+from hal.spec.errors import BackendUnavailable
 from hal.spec.limits import DENSE_LSE, DENSE_OUT
 
 pytest.importorskip("hip", reason="hip-python is not installed")
@@ -39,7 +39,9 @@ CASES = {
     "base 2, with a plan, fp16": SMALL.but(lse_base="2", plan=True, dtype="float16"),
     "the usual widths": SMALL.but(lengths=(40,), d=576, d_v=512, page=64),
 }
-CHOSEN = ("CAP-01", "CAP-02", "CAP-03", "CAP-04", "CAP-07", "MLA-01", "MLA-07", "MLA-20", "MLA-22", "MLA-24", "MLA-40")
+EP = ("EPN-01", "EPN-10", "EPN-20", "EPL-01", "EPL-06")
+MLA = ("MLA-01", "MLA-07", "MLA-20", "MLA-22", "MLA-24", "MLA-40")
+CHOSEN = ("CAP-01", "CAP-02", "CAP-03", "CAP-04", "CAP-07", *MLA, *EP)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -97,11 +99,8 @@ def test_launches_are_counted_by_chip() -> None:
     assert after[name] == before.get(name, 0) + 1
 
 
-def test_expert_parallelism_is_not_declared() -> None:
-    backend = RocmBackend()
-    assert backend.capabilities().ep is None
-    with pytest.raises(UnsupportedError):
-        backend.ep_buffer(None)  # type: ignore[arg-type]
+def test_expert_parallelism_is_declared_as_the_portable_engine_has_it() -> None:
+    assert RocmBackend().capabilities().ep == ep.capabilities("ipc")
 
 
 @pytest.mark.sampled

@@ -177,7 +177,6 @@ void mla_decode(HAL_GLOBAL const hal_element *q, HAL_GLOBAL const hal_element *k
       }
       HAL_UNROLL
       for (int e = 0; e < EACH; e++) values[e] = totals[e];
-      HAL_BARRIER();
     }
 
     hal_long slot = plan[batch + 1 + j] + y;

@@ -74,6 +74,20 @@ API hipGetDevicePropertiesR0600(char *properties, int device) {
   snprintf(properties + 1160, 256, "%s", chip()->name);
   return OK;
 }
+API hipDeviceGetName(char *name, int size, int device) {
+  CALL if (device || size < 1) return device ? INVALID_DEVICE : INVALID_VALUE;
+  snprintf(name, size, "%s (simulated)", chip()->product);
+  return OK;
+}
+API hipDeviceGetAttribute(int *value, int attribute, int device) {
+  CALL if (device) return INVALID_DEVICE;
+  switch (attribute) {
+    case 63: *value = (int)chip()->processors; return OK;
+    case 74: *value = (int)chip()->local_bytes; return OK;
+    case 87: *value = (int)chip()->wavefront; return OK;
+    default: return INVALID_VALUE;
+  }
+}
 
 API hipMalloc(void **made, size_t size) {
   CALL *made = nullptr;
@@ -98,6 +112,10 @@ API hipMemcpy(void *to, const void *from, size_t size, int) {
 }
 API hipMemsetAsync(void *to, int value, size_t size, Stream *stream) {
   CALL return streams::fill(stream, to, value, size);
+}
+API hipMemset(void *to, int value, size_t size) {
+  CALL int refused = streams::fill(nullptr, to, (unsigned char)value, size);
+  return refused ? refused : streams::synchronize(nullptr);
 }
 
 API hipStreamCreateWithFlags(Stream **made, unsigned flags) {
