@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,28 @@ def check(case: MlaCase, backend: str) -> None:
 def test_every_width_of_subgroups_gives_the_reference(width: int) -> None:
     for changes in CASES.values():
         check(SMALL.but(**changes), portable_backends.name(width))
+
+
+@pytest.mark.parametrize("setting", [torch.bfloat16, torch.device("meta")], ids=str)
+def test_memory_is_of_the_size_and_on_the_device_it_was_asked_for_whatever_is_the_default(setting: Any) -> None:
+    before = torch.get_default_dtype()
+    with setting if isinstance(setting, torch.device) else contextlib.nullcontext():
+        torch.set_default_dtype(setting if isinstance(setting, torch.dtype) else before)
+        try:
+            memory = HostDevice().empty(4096)
+        finally:
+            torch.set_default_dtype(before)
+    assert (memory.nbytes, memory.device.type) == (4096, "cpu")
+
+
+def test_calls_of_two_threads_share_no_local_memory() -> None:
+    case, name = SMALL.but(lengths=(300, 40)), portable_backends.name(32)
+    inputs = [build(case, seed) for seed in (0, 1)]
+    want = [call(one, name).out for one in inputs]
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(lambda one=one: [call(one, name).out for _ in range(8)]) for one in inputs]
+    for run, alone in zip(runs, want, strict=True):
+        assert all(torch.equal(out, alone) for out in run.result())
 
 
 @pytest.mark.parametrize("width", [1, 128])

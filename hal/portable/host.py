@@ -11,9 +11,10 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -52,10 +53,11 @@ def compiler() -> str:
 
 @dataclass(slots=True, eq=False)
 class HostProgram:
-    """See `runtime.Program`."""
+    """See `runtime.Program`; its local memory and fibres are the library's, so that one launch runs at a time."""
 
     source: Source
     library: ctypes.CDLL
+    alone: threading.Lock = field(default_factory=threading.Lock)
 
 
 class HostEvent:
@@ -96,7 +98,7 @@ class HostDevice(InPlace):
     def empty(self, size: int) -> Any:
         """See `runtime.Allocator`. What was never written is NaN wherever a float is read."""
         try:
-            return torch.full((max(size // 4, 4),), float("nan"))
+            return torch.full((max(size // 4, 4),), float("nan"), dtype=torch.float32, device="cpu")
         except RuntimeError as error:
             raise out_of_memory("torch.full", size, host_has(), str(error).splitlines()[0]) from error
 
@@ -144,7 +146,8 @@ class HostDevice(InPlace):
         given = (ctypes.c_void_p * len(cells))(*(ctypes.addressof(cell) for cell in cells))
         parted = (ctypes.c_int * 2)()
         called = getattr(program.library, f"call_{kernel}")
-        done: int = program.library.hal_host_run(called, given, groups, threads, self.facts.subgroup, parted)
+        with program.alone:
+            done: int = program.library.hal_host_run(called, given, groups, threads, self.facts.subgroup, parted)
         if done:
             lines = " and ".join(str(abs(line)) if line else "the end" for line in parted)
             files = ", ".join(program.source.files)

@@ -81,7 +81,7 @@ def _check_indices(args: MlaDecodeArgs, table: Tensor, lengths: Tensor) -> None:
     legal = f"0…{most} (max_blocks {args.max_blocks} × page_size {args.page_size})"
     require_values("cache_seqlens", (lengths < 0) | (lengths > most), lengths, legal)
     pages = (lengths.long() + args.page_size - 1) // args.page_size
-    used = torch.arange(args.max_blocks) < pages[:, None]
+    used = torch.arange(args.max_blocks, device=args.block_table.device) < pages[:, None]
     bad = used & ((table < 0) | (table >= args.num_blocks))
     require_values("block_table", bad, table, f"0…{args.num_blocks - 1} within cache_seqlens")
     if args.cu_seqlens_q is not None:
@@ -93,7 +93,7 @@ def _attend(args: MlaDecodeArgs, table: Tensor, length: int, q: Tensor, out: Ten
     queries = len(q)
     out.zero_()
     lse.fill_(math.inf)
-    positions = torch.arange(length)
+    positions = torch.arange(length, device=args.q.device)
     keys = args.kv_cache[table[positions // args.page_size].long(), positions % args.page_size].float()
     # Queries that see equally many keys go together; a key that is not seen is not even multiplied by zero.
     step = 1 if args.causal else max(queries, 1)

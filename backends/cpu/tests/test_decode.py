@@ -19,6 +19,14 @@ def test_the_common_shape(kernel: Kernel, dtype: torch.dtype) -> None:
     check(kernel, make([700, 64, 1], h_q=16, dtype=dtype))
 
 
+def test_another_default_device_changes_nothing(kernel: Kernel) -> None:
+    case = make([70, 5], h_q=4, d=64, d_v=64, page=16)
+    want = decode(kernel, case)
+    with torch.device("meta"):
+        got = decode(kernel, case)
+    assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+
+
 @pytest.mark.parametrize(("h_q", "h_kv"), HEADS)
 def test_any_number_of_heads(kernel: Kernel, h_q: int, h_kv: int) -> None:
     check(kernel, make([131, 5], h_q=h_q, h_kv=h_kv, seed=h_q))
