@@ -69,6 +69,7 @@ def test_expert_parallelism_is_declared_as_the_portable_engine_has_it() -> None:
 
 
 @pytest.mark.long(6)
+@pytest.mark.sampled
 def test_the_suite_in_short() -> None:
     assert conform("dcu", ("CAP-01", "CAP-03", "MLA-01", "EPN-01", "EPL-01"))["evidence"] == "simulation"
 
