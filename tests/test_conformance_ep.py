@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hal_conformance.checks import ep_misuse
 from hal_conformance.context import Record, Settings
-from hal_conformance.ep import Step
+from hal_conformance.ep import Step, own_device
 from hal_conformance.ep_case import ROUTINGS, EpCase
 from hal_conformance.ep_judge import differ, padded, received
 from hal_conformance.parcel import pack, unpack
@@ -93,6 +94,16 @@ def test_every_routing_has_legal_experts_of_every_rank() -> None:
                 assert given.topk_idx.dtype == torch.int64
                 assert not bool(((given.topk_idx < -1) | (given.topk_idx >= experts)).any())
     assert torch.equal(EpCase().inputs(5)[1].x, EpCase().inputs(5)[1].x)
+
+
+def test_ranks_take_the_devices_of_the_machine_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[int] = []
+    module = SimpleNamespace(device_count=lambda: 2, set_device=current.append)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    assert [own_device("cuda", rank) for rank in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert own_device("cuda:1", 2) == "cuda:1"
+    assert current == [0, 1, 0, 1]
+    assert own_device("cpu", 1) == "cpu" and len(current) == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int32, torch.bool, torch.float64])

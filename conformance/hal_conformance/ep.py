@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 import hal
@@ -112,6 +113,20 @@ def play(rank: Rank) -> dict[str, Any]:
     return player.play()
 
 
+def own_device(asked: str, rank: int) -> str:
+    """The device of a rank: where none is named by number, ranks take those of the machine in turn.
+
+    It becomes the current one, as in a program of one process a device.
+    """
+    wanted = torch.device(asked)
+    if wanted.type == "cpu":
+        return asked
+    module = torch.get_device_module(wanted)
+    index = rank % max(module.device_count(), 1) if wanted.index is None else wanted.index
+    module.set_device(index)
+    return f"{wanted.type}:{index}"
+
+
 class _Event:
     def __init__(self, rows: Tensor, into: Tensor) -> None:
         self.rows, self.into = rows, into
@@ -124,7 +139,7 @@ class _Event:
 class _Player:
     def __init__(self, rank: Rank) -> None:
         self.rank = rank
-        self.device = rank.payload["device"]
+        self.device = own_device(rank.payload["device"], rank.rank)
         self.backend = rank.payload["backend"]
         self.live: dict[str, Any] = {}
         self.guards: dict[str, list[Guarded]] = {}
