@@ -128,3 +128,15 @@ def test_a_compiler_that_is_gone_between_two_calls(folder: Path, monkeypatch: py
     Path(line[0]).unlink()
     with pytest.raises(CompileError, match=r"no: .*broken does not run"):
         compiling.compiled(line, "", ".cpp", "no", "last.h", "do something")
+
+
+def test_a_compiler_that_hangs_is_given_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hangs = folder / "hangs"
+    hangs.write_text("#!/bin/sh\nsleep 1000\n")
+    hangs.chmod(0o755)
+    monkeypatch.setattr(compiling, "_ANSWER", 0.2)
+    monkeypatch.setattr(compiling, "_COMPILE", 0.2)
+    with pytest.raises(BackendUnavailable, match=r"--version: no answer within 0\.2 s; CXX"):
+        compiling.version(str(hangs), "CXX")
+    with pytest.raises(CompileError, match=r"has not ended within 0\.2 s"):
+        compiling.compiled([str(hangs)], "int x;", ".cpp", "no", "/k/x.h", "CXX")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import signal
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from hal.portable import cache
 from hal.spec.errors import BackendUnavailable, CompileError
@@ -16,6 +18,9 @@ from hal.spec.errors import BackendUnavailable, CompileError
 _FILE: Final = re.compile(r'^#line \d+ "(.*)"$', re.M)
 _ERROR: Final = re.compile(r"\berror\b", re.I)
 _LESS: Final = re.compile(r"\b(warning|note|remark)\b", re.I)
+_ANSWER: Final = 30.0
+_COMPILE: Final = 900.0
+"""Seconds: what has not ended then will not."""
 
 
 def version(program: str, fix: str) -> str:
@@ -33,9 +38,11 @@ def version(program: str, fix: str) -> str:
         It is no program, or does not answer.
     """
     try:
-        done = _run([program, "--version"])
+        done = _run([program, "--version"], _ANSWER)
     except OSError as error:
         raise BackendUnavailable(f"{program} does not run ({error.strerror}); {fix}") from error
+    except subprocess.TimeoutExpired as error:
+        raise BackendUnavailable(f"{program} --version: no answer within {_ANSWER:g} s; {fix}") from error
     if done.returncode:
         raise BackendUnavailable(f"{program} --version: {_end(done.returncode)}; {fix}")
     return done.stdout
@@ -68,9 +75,11 @@ def compiled(line: Sequence[str], text: str, suffix: str, message: str, path: st
 def output(line: Sequence[str], made: Path, text: str, message: str, path: str, fix: str) -> Path:
     """Run a compiler that is to write a file; that file. See `compiled`."""
     try:
-        done = _run(line)
+        done = _run(line, _COMPILE)
     except OSError as error:
         raise refusal(f"{message}: {line[0]} does not run", str(error), text, path, fix) from error
+    except subprocess.TimeoutExpired as error:
+        raise refusal(f"{message}: {line[0]} has not ended within {_COMPILE:g} s", "", text, path, fix) from error
     if done.returncode:
         raise refusal(f"{message}: {_end(done.returncode)}", done.stdout + done.stderr, text, path, fix)
     if not made.is_file() or not made.stat().st_size:
@@ -114,8 +123,17 @@ def _blamed(log: str, text: str) -> tuple[str, int] | None:
     return None if first is None else (first[1], int(first[2]))
 
 
-def _run(line: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False)
+def _run(line: Sequence[str], seconds: float) -> subprocess.CompletedProcess[str]:
+    """In a group of its own: what a script has started would keep the pipes open after its end."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+    with subprocess.Popen(line, text=True, errors="replace", start_new_session=True, **pipes) as process:
+        try:
+            out, said = process.communicate(timeout=seconds)
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(line, process.returncode, out, said)
 
 
 def _end(code: int) -> str:

@@ -6,6 +6,7 @@ except for tensors that were adopted: they have a copy on the device.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import threading
@@ -123,6 +124,10 @@ def checked(name: str, function: Callable[..., T], *arguments: Any, **options: A
         raise DeviceError(f"{name}: out of device memory: {error}; {LESS}; {_OTHER_DEVICE}") from error
     except pyopencl.Error as error:
         raise DeviceError(f"{name}: {error}") from error
+    except OSError as error:
+        # pyopencl keeps what calls a kernel in the user's cache folder, and has no other way where there is none.
+        fix = "XDG_CACHE_HOME names a folder that can be written, or PYOPENCL_NO_CACHE=1 does without"
+        raise DeviceError(f"{name}: {error}; {fix}") from error
 
 
 @dataclass(slots=True, eq=False)
@@ -227,6 +232,7 @@ class OpenClDevice:
         self._unified = unified
         self._launches: Counter[str] = Counter()
         self._lock = threading.Lock()
+        self._process = os.getpid()
 
     @cached_property
     def handle(self) -> Any:
@@ -294,6 +300,7 @@ class OpenClDevice:
         """See `runtime.Allocator`."""
         import pyopencl
 
+        self._refuse_fork()
         return self.buffer(pyopencl.mem_flags.READ_WRITE, max(size, 16))
 
     def buffer(self, flags: int, size: int, start: int | None = None) -> Any:
@@ -388,7 +395,8 @@ class OpenClDevice:
         text = source.text("opencl")
         program = pyopencl.Program(self.context, text)
         try:
-            return program.build("-cl-std=CL1.2")
+            # Nothing of pyopencl's own cache, which reads pickles from a folder that nobody has looked at.
+            return program.build("-cl-std=CL1.2", cache_dir=False)
         except pyopencl.Error as error:
             message = f"the OpenCL compiler of {self.platform} does not build the kernels"
             fix = f"{PLATFORM_ENV} and {DEVICE_ENV} choose the device, whose driver has the compiler"
@@ -402,7 +410,14 @@ class OpenClDevice:
 
     def queue(self) -> OpenClQueue:
         """See `runtime.Device`."""
+        self._refuse_fork()
         return OpenClQueue(self)
+
+    def _refuse_fork(self) -> None:
+        """Say what would otherwise wait for ever: the driver's threads are not in a child."""
+        if os.getpid() != self._process:
+            wanted = "start processes by spawn or forkserver, or fork before the HAL is used"
+            raise DeviceError(f"{self.platform}: this process was forked from one that had opened it; {wanted}")
 
     def launches(self) -> Mapping[str, int]:
         """See `runtime.Device`."""
@@ -518,6 +533,12 @@ class OpenClQueue:
         checked("clFinish", self._device.commands.finish)
         self._held.clear()
         self._results.clear()
+
+    def __del__(self) -> None:
+        # Where a call was left half way, kernels may still read and write what is held.
+        if self._held or self._results:
+            with contextlib.suppress(DeviceError):
+                checked("clFinish", self._device.commands.finish)
 
     def _resident(self, start: int, size: int) -> Any | None:
         """The device's copy of these bytes, if they lie within a tensor that was adopted."""

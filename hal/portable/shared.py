@@ -77,7 +77,11 @@ class SharedMemory:
         there = os.fstat(handle.files[0]).st_size
         if not sealed or there != handle.size:
             raise DeviceError(f"a window of {handle.size} bytes: the file has {there}, {'' if sealed else 'un'}sealed")
-        return SharedMemory(os.dup(handle.files[0]), handle.size)
+        try:
+            file = os.dup(handle.files[0])
+        except OSError as error:
+            raise DeviceError(f"a window of {handle.size} bytes: {error}") from error
+        return SharedMemory(file, handle.size)
 
     @property
     def handle(self) -> Handle:

@@ -118,6 +118,12 @@ class StagedQueue:
         self._held.clear()
         self._results.clear()
 
+    def __del__(self) -> None:
+        # Where a call was left half way, kernels may still read and write what is held.
+        if self._held or self._results:
+            with contextlib.suppress(DeviceError):
+                self._device.runtime("StreamSynchronize", self._device.stream())
+
 
 def span(tensor: Tensor) -> int:
     """Bytes from the first element of a tensor to the end of its last."""

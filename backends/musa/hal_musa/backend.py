@@ -94,6 +94,8 @@ class MusaBackend(Backend):
             return Probe(False, str(error), f"unset {error.argument}", details=details)
         except BackendUnavailable as error:
             fix = "" if _simulating() else f"install the MUSA driver; {SIMULATE}=1 runs the kernels in simulation"
+            if os.environ.get(RUNTIME) == "driver":
+                fix = f"install what is missing, or unset {RUNTIME}"
             return Probe(False, str(error), fix, details=details)
         except HalError as error:
             return Probe(False, str(error).splitlines()[0], "see what mthreads-gmi and clinfo say", details=details)

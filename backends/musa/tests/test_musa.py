@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -19,9 +23,10 @@ from hal_musa import backend as musa
 from hal_musa import driver
 
 from hal.portable import cache, ep, opencl
-from hal.portable.ep_kernels import EpKernels
+from hal.portable.ep_kernels import FLAGS, EpKernels
 from hal.portable.mla import PortableMla
 from hal.portable.runtime import Source
+from hal.portable.shared import SharedMemory
 from hal.reference.mla import mla_decode
 from hal.spec.errors import BackendUnavailable, CompileError, DeviceError, SpecError
 from hal.spec.mla import MlaDecodeArgs
@@ -421,3 +426,71 @@ def test_no_expert_parallelism_without_shared_memory(monkeypatch: pytest.MonkeyP
     assert musa.MusaBackend().capabilities().ep == ep.capabilities("shm")
     monkeypatch.setattr(opencl.OpenClDevice, "unified", False)
     assert musa.MusaBackend().capabilities().ep is None
+
+
+def test_a_call_left_half_way_lets_no_memory_go_that_kernels_still_use(
+    chosen: opencl.Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = opencl.OpenClDevice(chosen)
+    kernels, called = PortableMla(device), []
+    real = opencl.checked
+
+    def refusing(name: str, *given: Any, **options: Any) -> Any:
+        called.append(name)
+        if name == "clEnqueueNDRangeKernel(mla_merge)":
+            raise DeviceError(f"{name}: OUT_OF_RESOURCES")
+        return real(name, *given, **options)
+
+    monkeypatch.setattr(opencl, "checked", refusing)
+    args = decode_args((torch.randn(4, 64, 1, 64) / 10).bfloat16())
+    with contextlib.suppress(DeviceError):
+        kernels.decode(args, None)
+    gc.collect()
+    assert called[-2:] == ["clEnqueueNDRangeKernel(mla_merge)", "clFinish"]
+
+
+def test_code_is_taken_from_no_cache_of_pyopencl(
+    chosen: opencl.Platform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As on a platform of which pyopencl does not know that it keeps code itself.
+    import pyopencl.cache
+    import pyopencl.characterize
+
+    monkeypatch.setattr(pyopencl.characterize, "has_src_build_cache", lambda device: False)
+    taken = lambda *given: pytest.fail("looked for in pyopencl's own cache")  # noqa: E731
+    monkeypatch.setattr(pyopencl.cache, "_create_built_program_from_source_cached", taken)
+    monkeypatch.setenv(cache.ENV, str(tmp_path))
+    assert opencl.OpenClDevice(chosen)._compiled(FLAGS) is not None
+
+
+def test_no_folder_for_what_calls_a_kernel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def called() -> None:
+        raise NotADirectoryError(20, "Not a directory", "/nowhere/pytools")
+
+    with pytest.raises(DeviceError, match=r"clCreateKernel: .*pytools.*XDG_CACHE_HOME"):
+        opencl.checked("clCreateKernel", called)
+
+
+def test_a_forked_child_is_told_instead_of_waiting_for_ever(chosen: opencl.Platform) -> None:
+    device = opencl.OpenClDevice(chosen)
+    device.queue().finish()
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        try:
+            device.queue()
+        except DeviceError as error:
+            os._exit("forked" in str(error))
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+
+def test_a_window_without_a_descriptor_left_is_the_device_s_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = SharedMemory.make(4096)
+
+    def none_left(file: int) -> int:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(os, "dup", none_left)
+    with pytest.raises(DeviceError, match=r"a window of 4096 bytes: .*Too many open files"):
+        SharedMemory.open(mine.handle)
