@@ -32,14 +32,14 @@ KERNELS = Path(hal.portable.__file__).parent / "kernels"
 
 RULES = {
     "a pointer without its address space": re.compile(
-        r"^(?!.*HAL_(GLOBAL|LOCAL)[^,(]*\*)[^/]*\b(hal_\w+|int|float|void|char|short|long|half)\s*\*\s*(const\s+)?\w+\s*[,;=)]"
+        r"^(?!.*HAL_(GLOBAL|LOCAL)[^,(]*\*)[^/]*\b(hal_\w+|u?int|unsigned|double|float|void|u?char|u?short|u?long|half|\w+_t)\s*\*[\s*]*(const\s+)?\w+\s*[,;=)]"
     ),
     "a shuffle without mask and width": re.compile(r"HAL_SHUFFLE\w*\(([^,()]*,){0,2}[^,()]*\)|__shfl|sub_group_"),
     "local memory whose size is not in the source": re.compile(
-        r"extern\s+\w+|__shared__|__local|HAL_SHARED\((?![^()]*,[^()]*,)"
+        r"extern\s+\w+|__shared__|__local|HAL_SHARED\((?![^()]*,[^()]*,)|HAL_SHARED\([^,]*,[^,]*,.*\b[a-z]\w*\)"
     ),
     "a literal width of subgroups": re.compile(
-        r"[%/&]\s*(31|32|63|64|127|128)\b|(WARP|SUBGROUP)\w*\s*=?=\s*\d|warpSize"
+        r"[%/&<]\s*(31|32|63|64|127|128)u?\b|[%/&]\s*0x[137]f\b|>>\s*[567]u?\b|(WARP|SUBGROUP)\w*\s*=?=\s*\d|warpSize"
     ),
     "fast mathematics": re.compile(r"fast_math|__(exp|log|pow|sin|cos)\w*f\(|native_|half_(exp|log)|\bexp\(|\bexpf\("),
     "an atomic": re.compile(r"atom(ic)?_?\w*\("),
@@ -80,6 +80,14 @@ def test_kernels_keep_to_the_dialect(path: Path) -> None:
         ("x = __shfl_xor(x, 1);", "shuffle"),
         ("extern float room[];", "local memory"),
         ("HAL_SHARED(float, room);", "local memory"),
+        ("HAL_SHARED(float, room, n);", "local memory"),
+        ("HAL_INLINE void f(unsigned *to) {", "pointer"),
+        ("HAL_INLINE void f(size_t *to) {", "pointer"),
+        ("HAL_INLINE void f(float **to) {", "pointer"),
+        ("int lane = thread % 32u;", "literal width"),
+        ("int group = thread >> 5;", "literal width"),
+        ("int lane = thread & 0x1f;", "literal width"),
+        ("if (thread < 32) x = 1;", "literal width"),
         ("int lane = thread % 32;", "literal width"),
         ("y = __expf(x);", "fast"),
         ("atomicAdd(p, 1);", "atomic"),

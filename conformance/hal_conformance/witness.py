@@ -10,6 +10,7 @@ there.
 
 from __future__ import annotations
 
+import copy
 import threading
 import zlib
 from collections import deque
@@ -161,13 +162,15 @@ class Recorder(Backend):
 
     def mla_decode(self, args: MlaDecodeArgs) -> None:
         """As the backend; what it wrote is written down."""
+        # What the backend puts in their place is no concern of the caller's, whose tensors these are.
+        given = copy.copy(args)
         with self._watched(), out_of_reach(*_ORACLE):
             self.inner.mla_decode(args)
-        entry: dict[str, Any] = {name: memory_of(to).cpu().clone() for name, to in _outputs(args).items()}
-        if args.q.device.type == "cpu":
+        entry: dict[str, Any] = {name: memory_of(to).cpu().clone() for name, to in _outputs(given).items()}
+        if given.q.device.type == "cpu":
             # Elsewhere a NaN that fills memory may have other bits.
-            entry["sums"] = sums(args)
-        self.tape.note(entry | {"shapes": _shapes(args)})
+            entry["sums"] = sums(given)
+        self.tape.note(entry | {"shapes": _shapes(given)})
 
     @contextmanager
     def _watched(self) -> Iterator[None]:

@@ -22,7 +22,11 @@ class TokensPast16384Lost(Sample):
         return [(a, min(z, 16384)) for a, z in super().splits(args, j, length) if a < 16384]
 
 
-@mutant("L2", "a row of the table is staged in room for 1024 entries: later pages are taken for the last of them", "")
+@mutant(
+    "L2",
+    "a row of the table is staged in room for 1024 entries: later pages are taken for the last of them",
+    only="MLA-33",
+)
 class TableRowsOf1024(Sample):
     def pages(self, args: Any, j: int, length: int) -> Any:
         pages = super().pages(args, j, length)
@@ -134,7 +138,7 @@ class InvarianceOfKvHeadsLost(_Variant):
         return args.h_kv > 1
 
 
-@mutant("L2", "a race of the merge: one call in twenty loses the last of more than eight pieces", "")
+@mutant("L2", "a race of the merge: one call in twenty loses the last of more than 24 pieces", only="MLA-37")
 class RaceOfManyPieces(Sample):
     def merge(self, args: Any, q: Any, parts: Any) -> Any:
         lost = len(parts) > 24 and args.batch == 1 and _LUCK.random() < 0.05

@@ -51,7 +51,15 @@ def base_two(context: Context) -> None:
     """Base 2, with empty sequences among the others."""
     draw = context.draw()
     lengths = draw.lengths(most=600) + ((0,) if context.index % 2 else ())
-    context.check(draw.base().but(lse_base="2", lengths=lengths, data=draw.rng.choice(("hot", "normal", "equal"))))
+    case = draw.base().but(lse_base="2", lengths=lengths, data=draw.rng.choice(("hot", "normal", "equal")))
+    context.check(case)
+    # A plan is for sizes and lengths, whatever the base.
+    first = context.make(case)
+    plan = plan_for(first, context.backend)
+    for base in context.dense.lse_bases:
+        inputs = context.make(case.but(lse_base=base))
+        inputs.cache_seqlens = first.cache_seqlens
+        context.compare(inputs, context.run(inputs, plan=plan), what=f"base {base} with one plan: ")
 
 
 def _part(inputs: Inputs, order: list[int], *, plan: bool, backend: str) -> Callable[[], tuple[torch.Tensor, ...]]:
