@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from hal.backend import Backend, Probe
 from hal.spec.capability import Capabilities, plain_dense
-from hal.spec.errors import BackendUnavailable, HalError
+from hal.spec.errors import BackendUnavailable, HalError, SpecError
 
 if TYPE_CHECKING:
     from hal.ep.engine import EpEngine
@@ -114,6 +114,8 @@ class BoundBackend(Backend):
             if reason:
                 return Probe(False, reason, "install the torch that is built for these devices", details=details)
             return Probe(True, f"{device.properties.name}, {facts.name}", details=details)
+        except SpecError as error:
+            return Probe(False, str(error), f"unset {error.argument}", details=details)
         except BackendUnavailable as error:
             return Probe(False, str(error).splitlines()[0], self._vendor.fix, details=details)
         except HalError as error:

@@ -396,7 +396,7 @@ class OpenClDevice:
         program = pyopencl.Program(self.context, text)
         try:
             # Nothing of pyopencl's own cache, which reads pickles from a folder that nobody has looked at.
-            return program.build("-cl-std=CL1.2", cache_dir=False)
+            return program.build("-cl-std=CL1.2", cache_dir=False)  # type: ignore[arg-type]
         except pyopencl.Error as error:
             message = f"the OpenCL compiler of {self.platform} does not build the kernels"
             fix = f"{PLATFORM_ENV} and {DEVICE_ENV} choose the device, whose driver has the compiler"

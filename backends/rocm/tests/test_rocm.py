@@ -116,6 +116,28 @@ def doctor(*names: str, **variables: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        (sim.ENV, "hip:gfx94"),
+        (sim.ENV, "hip"),
+        (sim.ENV, "HIP:gfx942"),
+        (sim.ENV, "hip:gfx942 "),
+        (sim.CHECK_ENV, "race"),
+        (sim.CHECK_ENV, "memory, races"),
+        (sim.CHECK_ENV, "all,memory"),
+    ],
+)
+def test_a_mistyped_request_for_the_simulator_is_refused(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    probe = RocmBackend().probe()
+    assert not probe.available and probe.reason.startswith(f"{variable}: got {value!r}"), probe
+    assert ("hip:gfx942" if variable == sim.ENV else "memory,races") in probe.reason
+    assert probe.fix == f"unset {variable}"
+
+
 def test_without_a_library_doctor_says_which() -> None:
     said = doctor("rocm", ROCM_PATH="/nowhere", LD_LIBRARY_PATH="")
     assert "libamdhip64.so: cannot open shared object file" in said and "pip install hip-python" in said

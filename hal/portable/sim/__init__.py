@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import platform
+import re
 import tempfile
 from functools import lru_cache
 from pathlib import Path
@@ -17,12 +18,13 @@ from typing import Final
 
 from hal.portable import cache, compiling
 from hal.portable.host import FIX, compiler
-from hal.spec.errors import BackendUnavailable
+from hal.spec.errors import BackendUnavailable, SpecError
 
 ENV: Final = "HAL_SIM"
 """``runtime:chip``, for instance of the runtime whose C names are in ``dialects/runtime.cpp``."""
 CHECK_ENV: Final = "HAL_SIM_CHECK"
-"""What is looked at: ``memory,races,uninitialised,order,streams`` or some of them, or ``all``."""
+"""What is looked at: some of `CHECKS`, or ``all``."""
+CHECKS: Final = ("memory", "races", "uninitialised", "order", "streams")
 
 CACHE_ENV: Final = "HAL_SIM_CACHE"
 """Folder of the simulator's libraries; ``kernel-hal`` in the user's cache folder if unset."""
@@ -31,13 +33,33 @@ MARK: Final = "halSimulator"
 """A function that only the simulator's libraries have."""
 
 _HERE: Final = Path(__file__).parent
+_CHIP: Final = re.compile(r'^    \{"(\w+)", "', re.M)
 _FLAGS: Final = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-pthread", f'-DHAL_SIM_FOLDER="{_HERE}"')
 
 
 def asked(runtime: str) -> str:
-    """The chip that is asked for under this runtime; empty if none is."""
-    name, _, chip = (os.environ.get(ENV) or "").partition(":")
+    """The chip that is asked for under this runtime; empty if none is.
+
+    Raises
+    ------
+    SpecError
+        `ENV` names no chip there is, or `CHECK_ENV` nothing that can be looked at.
+    """
+    wanted = os.environ.get(ENV) or ""
+    if wanted and wanted not in (legal := _chips()):
+        raise SpecError(ENV, repr(wanted), f"{', '.join(legal)}, or unset")
+    looks = os.environ.get(CHECK_ENV) or ""
+    if looks not in ("", "all") and not set(looks.split(",")) <= set(CHECKS):
+        raise SpecError(CHECK_ENV, repr(looks), f"all, or some of {','.join(CHECKS)}, without blanks; or unset")
+    name, _, chip = wanted.partition(":")
     return chip if name == runtime else ""
+
+
+@lru_cache(maxsize=1)
+def _chips() -> list[str]:
+    """What `ENV` may say, as the dialects list it."""
+    found = ((path.stem, path.read_text()) for path in sorted((_HERE / "dialects").glob("*.cpp")))
+    return [f"{runtime}:{chip}" for runtime, text in found for chip in _CHIP.findall(text)]
 
 
 def version() -> str:
