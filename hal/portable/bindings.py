@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor
 
 from hal.portable import cache, compiling, sim
 from hal.portable.bound_ipc import BoundIpc
 from hal.portable.ipc import IpcWindow
-from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source, StreamEvent, out_of_memory
+from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source, StreamEvent, out_of_memory, packed
 from hal.spec.errors import BackendUnavailable, DeviceError
 
 CALLS: Final = (
@@ -393,8 +392,7 @@ class BoundDevice(InPlace):
         runtime("SetDevice", self.index)
         if kernel not in program.functions:
             program.functions[kernel] = runtime("ModuleGetFunction", program.module, kernel.encode())
-        cells = [_cell(argument) for argument in arguments]
-        given = (ctypes.c_void_p * len(cells))(*(ctypes.addressof(cell) for cell in cells))
+        given, _held = packed(arguments)
         event = BoundEvent(runtime, stream, self._timed)
         shape = (groups, 1, 1, threads, 1, 1)
         runtime("ModuleLaunchKernel", program.functions[kernel], *shape, 0, stream, ctypes.addressof(given), None)
@@ -406,15 +404,6 @@ class BoundDevice(InPlace):
         """See `runtime.Device`."""
         prefix, name = self.runtime.bindings.prefix, self.facts.name
         return {f"{prefix}:{kernel}@{name}": count for kernel, count in self._launches.items()}
-
-
-def _cell(argument: Any) -> Any:
-    """Memory that holds an argument; memory of the device is given by its address."""
-    if isinstance(argument, Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    if isinstance(argument, int):
-        return ctypes.c_void_p(argument)
-    return ctypes.create_string_buffer(argument.tobytes())
 
 
 def _text(found: Any) -> str:

@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor
 
 from hal.portable import cache, compiling
-from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source, host_has, out_of_memory
+from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source, host_has, out_of_memory, packed
 from hal.portable.shared import SharedMemory
 from hal.spec.errors import BackendUnavailable, DeviceError
 
@@ -142,8 +141,7 @@ class HostDevice(InPlace):
             Threads of a group parted at a barrier.
         """
         assert isinstance(program, HostProgram)
-        cells = [_cell(argument) for argument in arguments]
-        given = (ctypes.c_void_p * len(cells))(*(ctypes.addressof(cell) for cell in cells))
+        given, _held = packed(arguments)
         parted = (ctypes.c_int * 2)()
         called = getattr(program.library, f"call_{kernel}")
         with program.alone:
@@ -158,13 +156,6 @@ class HostDevice(InPlace):
     def launches(self) -> Mapping[str, int]:
         """See `runtime.Device`."""
         return {f"host:{kernel}@fibres": count for kernel, count in self._launches.items()}
-
-
-def _cell(argument: Any) -> Any:
-    """Memory that holds an argument."""
-    if isinstance(argument, Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    return ctypes.create_string_buffer(argument.tobytes())
 
 
 def _library(code: bytes) -> ctypes.CDLL:

@@ -6,6 +6,7 @@ A driver implements `Device`, `Allocator`, `Program`, `Queue` and `Event` in one
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 from abc import ABC, abstractmethod
@@ -276,6 +277,23 @@ class SharingDevice(Device, Protocol):
         DeviceError
             It is none, or not of that size.
         """
+
+
+def packed(arguments: Sequence[Argument]) -> tuple[Any, list[Any]]:
+    """Addresses of a launch's arguments, as drivers of C take them, and what they point to, to be held meanwhile.
+
+    Memory of the device is given by its own address.
+    """
+    cells = [_cell(argument) for argument in arguments]
+    return (ctypes.c_void_p * len(cells))(*(ctypes.addressof(cell) for cell in cells)), cells
+
+
+def _cell(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, int):
+        return ctypes.c_void_p(argument)
+    return ctypes.create_string_buffer(argument.tobytes())
 
 
 class InPlace:

@@ -221,11 +221,11 @@ class CudaEvent:
         return float(checked("cuEventElapsedTime", self.started.elapsed_time, self.ended)) * 1e-3
 
 
-def lacking(call: str, size: int, error: object) -> DeviceError:
-    """What to raise where the current device does not give so many bytes."""
+def lacking(device: int, call: str, size: int, error: object) -> DeviceError:
+    """What to raise where a device does not give so many bytes."""
     has = ""
     with contextlib.suppress(RuntimeError, AssertionError):
-        free, whole = torch.cuda.mem_get_info()
+        free, whole = torch.cuda.mem_get_info(device)
         has = f"the device has {whole} bytes, {free} of them free"
     return out_of_memory(call, size, has, error, "torch.cuda.empty_cache() frees what torch keeps")
 
@@ -256,9 +256,7 @@ class CudaIpc:
         try:
             address = int(self._call("malloc", size))
         except DeviceError as error:
-            raise DeviceError(
-                f"{error}: {size} bytes for other processes to read; torch keeps what it freed"
-            ) from error
+            raise lacking(self._device, "cudaMalloc", size, error) from error
         self._call("memset", address, 0, size)
         self._call("deviceSynchronize")
         return address
@@ -315,7 +313,7 @@ class CudaDevice(InPlace):
         try:
             return torch.empty(size, dtype=torch.uint8, device=f"cuda:{self.index}")
         except torch.OutOfMemoryError as error:
-            raise lacking("torch.empty", size, str(error).splitlines()[0]) from error
+            raise lacking(self.index, "torch.empty", size, str(error).splitlines()[0]) from error
 
     @cached_property
     def _ipc(self) -> CudaIpc:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hal.portable import cache, compiling, sim
 from hal.portable.ipc import IpcWindow
-from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source, StreamEvent, out_of_memory
+from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source, StreamEvent, out_of_memory, packed
 from hal.spec.errors import BackendUnavailable, DeviceError, HalError
 
 LIBRARY_ENV: Final = "HAL_MUSA_LIBRARY"
@@ -327,8 +327,7 @@ class MusaDevice(InPlace):
         library, stream = self.library, self._stream()
         if kernel not in program.functions:
             program.functions[kernel] = library.handle("muModuleGetFunction", program.module, kernel.encode())
-        cells = [_cell(argument) for argument in arguments]
-        given = (ctypes.c_void_p * len(cells))(*(ctypes.addressof(cell) for cell in cells))
+        given, _held = packed(arguments)
         event = MusaEvent(library, stream, self._timed)
         shape = (groups, 1, 1, threads, 1, 1)
         library("muLaunchKernel", program.functions[kernel], *shape, 0, stream, given, None)
@@ -344,15 +343,6 @@ class MusaDevice(InPlace):
     def launches(self) -> Mapping[str, int]:
         """See `runtime.Device`."""
         return {f"musa:{kernel}@{self.facts.name}": count for kernel, count in self._launches.items()}
-
-
-def _cell(argument: Any) -> Any:
-    """Memory that holds an argument."""
-    if isinstance(argument, Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    if isinstance(argument, int):
-        return ctypes.c_void_p(argument)
-    return ctypes.create_string_buffer(argument.tobytes())
 
 
 def _compile(text: str, arch: str, source: Source) -> bytes:
