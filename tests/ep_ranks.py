@@ -70,10 +70,11 @@ def run_ranks(
     found = [outcome for outcome in outcomes if outcome is not None]
     if check:
         # A rank that failed makes the others report it; its own error says more.
-        for error in sorted(
+        errors = sorted(
             (o.error for o in found if o.error is not None), key=lambda error: isinstance(error, RankFailure)
-        ):
-            raise error
+        )
+        for error in errors:
+            raise error from (errors[-1] if errors[-1] is not error else None)
         for rank, outcome in enumerate(found):
             assert outcome.exitcode is None, f"rank {rank} ended with {outcome.exitcode}"
     return found
@@ -130,5 +131,6 @@ def _rank(
         pipe.send((value, error))
     except BaseException as caught:
         pipe.send((None, AssertionError(f"rank {rank} could not send its outcome: {caught!r}")))
-    pipe.close()
+    # Until it is killed with the others: a peer may be in the last collective still, which an end here would break.
+    pipe.poll(None)
     os._exit(0)  # peers may be gone; gloo's own shutdown would wait for them

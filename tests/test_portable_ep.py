@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import signal
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -233,12 +234,14 @@ def completing(rank: int) -> None:
         back = buffer.combine(got.recv_x, got.handle, async_finish=True)
         with pytest.MonkeyPatch.context() as patch:
             if rank:
+                dist.barrier()
                 patch.setattr(device, "launch", broken)
                 with pytest.raises(DeviceError, match="is lost"):
                     back.event.wait()
             else:
-                # What it lacks is not of this call any more: the next one hears of it.
+                # Nothing of this call is lacking once rank 1 goes wrong: the next one hears of it.
                 back.event.wait()
+                dist.barrier()
                 with pytest.raises(RankFailure, match="rank 1 failed in combine: DeviceError: the device is lost"):
                     buffer.dispatch(mine.x, mine.topk_idx)
         dist.barrier()
@@ -247,11 +250,14 @@ def completing(rank: int) -> None:
         for one in held:
             buffer.low_latency_combine(one.recv_x, mine.topk_idx, mine.topk_weights, one.handle)
         engine: Any = buffer._engine
+        posted = threading.Event()
         with pytest.MonkeyPatch.context() as patch:
             if rank:
                 patch.setattr(engine, "_free_rooms", [[], []])
-                patch.setattr(engine, "_send_rows", broken)
+                patch.setattr(engine, "_send_rows", lambda *given: posted.wait(20) and broken())
             later = buffer.low_latency_dispatch(mine.x, mine.topk_idx, use_fp8=False, return_recv_hook=True)
+            dist.barrier()
+            posted.set()
             for _ in range(2):
                 with pytest.raises(RankFailure, match="rank 1 failed in low_latency_dispatch: DeviceError: the device"):
                     later.hook()
