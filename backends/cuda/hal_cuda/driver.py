@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -59,6 +59,20 @@ def checked(name: str, function: Callable[..., T], *arguments: Any) -> T:
     except (RuntimeError, OSError) as error:
         # cupy's driver, runtime and compiler errors are all RuntimeErrors.
         raise DeviceError(f"{name}: {type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
+def current(device: int) -> Iterator[None]:
+    """Make a device this thread's, and its context too.
+
+    The runtime's calls bring a context to a thread by themselves, and torch counts on that. The driver's launches do
+    not: in a thread that has only taken memory from torch's cache they fail with ``CUDA_ERROR_INVALID_CONTEXT``.
+    """
+    from cupy.cuda import runtime
+
+    with torch.cuda.device(device):
+        checked("cudaSetDevice", runtime.setDevice, device)
+        yield
 
 
 def compile_source(
@@ -151,7 +165,7 @@ class Module:
         """
         import cupy
 
-        with torch.cuda.device(self.device):
+        with current(self.device):
             function = self._function(kernel, shared)
             stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(self.device).cuda_stream, self.device)
             plain = tuple(_plain(a) for a in arguments)

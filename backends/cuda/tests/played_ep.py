@@ -57,6 +57,9 @@ class Runtime:
         assert self._made[address][1] >= size
         ctypes.memset(address, value, size)
 
+    def setDevice(self, device: int) -> None:  # noqa: N802
+        assert device == 0
+
     def deviceSynchronize(self) -> None:  # noqa: N802  (the runtime's name)
         pass
 

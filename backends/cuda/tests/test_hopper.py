@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
 import subprocess
 import threading
 import time
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fakes import decode_args
 from hal_cuda.hopper import launch, lib, tier
 
 from hal.spec.mla import MlaGeometry, check_decode
@@ -155,3 +158,35 @@ def test_threads_that_launch_at_once_do_not_take_each_others_grid(monkeypatch: p
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_thread_that_has_no_context_gets_one_before_it_launches(
+    there: tier.HopperTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that takes memory from torch's cache alone has none, and a launch without one fails."""
+    import cupy
+
+    ready: set[int] = set()
+    launched: list[bool] = []
+
+    class Launched:
+        def __call__(self, *given: Any) -> None:
+            launched.append(threading.get_ident() in ready)
+
+    kernels = launch.Kernels(Launched(), Launched(), Launched())  # type: ignore[arg-type]
+    runtime = types.SimpleNamespace(setDevice=lambda index: ready.add(threading.get_ident()))
+    monkeypatch.setattr(cupy.cuda, "runtime", runtime)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index=None: types.SimpleNamespace(cuda_stream=0))
+    properties = types.SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(launch, "cache_maps", lambda *given: (None, None))
+    monkeypatch.setattr(there, "_on", lambda device, dtype: kernels)
+    q = torch.zeros((2, 1, 16, 576), dtype=torch.bfloat16)
+    cache = torch.zeros((4, 64, 1, 576), dtype=torch.bfloat16)
+    table, lengths = torch.zeros((2, 2), dtype=torch.int32), torch.full((2,), 70, dtype=torch.int32)
+    args = decode_args(q=q, kv_cache=cache, block_table=table, cache_seqlens=lengths, head_dim_v=512)
+    thread = threading.Thread(target=there.decode, args=(args, None))
+    thread.start()
+    thread.join()
+    assert launched == [True] * 3

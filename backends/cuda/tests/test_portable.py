@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -160,6 +161,22 @@ def test_a_plan_is_made_once_and_decodes_with_it_allocate_nothing(
     for _ in range(2):
         tier.decode(args, schedule)
     assert tier.launches()["cuda:mla_schedule@sm_90"] == 1 and tier.launches()["cuda:mla_decode@sm_90"] == 2
+
+
+def test_a_thread_that_has_no_context_gets_one_before_it_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever touched no runtime call has none, and a launch without one fails."""
+    order: list[str] = []
+    monkeypatch.setattr(
+        cupy.cuda, "runtime", types.SimpleNamespace(setDevice=lambda index: order.append(f"set {index}"))
+    )
+    monkeypatch.setattr(cupy.cuda, "ExternalStream", lambda stream, device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: types.SimpleNamespace(cuda_stream=0))
+    module = driver.Module(b"", 1)
+    module._functions["kernel"] = lambda grid, block, arguments, shared_mem: order.append("launched")
+    module._module = object()
+    module.launch("kernel", (1, 1, 1), (32, 1, 1), [])
+    assert order == ["set 1", "launched"]
 
 
 def test_memory_that_is_not_there_is_a_device_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,7 +117,7 @@ class HopperTier:
         if not isinstance(schedule, Schedule):
             assert args.cache_seqlens is not None
             schedule = self._schedule(args.geometry(), args.cache_seqlens)
-        with torch.cuda.device(args.q.device):
+        with driver.current(args.q.device.index):
             launch_decode(kernels, args, schedule)
         self._counts.update(("decode", "merge"))
 
@@ -129,7 +129,7 @@ class HopperTier:
         device = geometry.device
         kernels = self._on(device, geometry.dtype)
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-        with torch.cuda.device(device):
+        with driver.current(device.index):
             schedule = make_schedule(kernels, geometry, cache_seqlens, processors)
         self._counts["schedule"] += 1
         return schedule
@@ -138,8 +138,7 @@ class HopperTier:
         index = device.index
         assert index is not None  # a tensor's device has one
         if (index, dtype) not in self._kernels:
-            with torch.cuda.device(device):
-                torch.cuda.current_stream()  # a context
+            with driver.current(index):
                 self._kernels[index, dtype] = Kernels(*(self._load(*kernel, dtype) for kernel in KERNELS))
         return self._kernels[index, dtype]
 
