@@ -186,7 +186,7 @@ class _Swapped(Engine):
         return sorted(super().arrivals(idx, rank), key=lambda at: (at[1], at[0]))
 
 
-@mutant("E1", "where it finds the judge of ranks in its process, nothing differs any more")
+@mutant("E1", "where it finds the judge of ranks in its process, nothing differs any more", tampers=True)
 class SilencesTheJudgeOfRanks(EpSample):
     engine = _Swapped
 

@@ -28,6 +28,7 @@ class Mutant:
     ``level`` is the one that claims to cover it; ``story`` is the bug as its author would tell it; ``cause`` is a part
     of what the report must name as the likely cause (or several, with |), empty where no hypothesis covers it. ``only``
     is the obligation that covers it in a default run: of what it takes for it to show, a quick run has a part.
+    ``tampers`` with its process: the next one there would pass or fail for what this one did.
     """
 
     name: str
@@ -36,13 +37,14 @@ class Mutant:
     entry: str
     cause: str = ""
     only: str = ""
+    tampers: bool = False
 
 
 MUTANTS: dict[str, Mutant] = {}
 PLUGINS: dict[str, Any] = {}
 
 
-def mutant(level: str, story: str, cause: str = "", only: str = "") -> Callable[[type], type]:
+def mutant(level: str, story: str, cause: str = "", only: str = "", tampers: bool = False) -> Callable[[type], type]:
     """Register a backend class as a mutant under its own name."""
 
     def register(cls: type) -> type:
@@ -50,7 +52,7 @@ def mutant(level: str, story: str, cause: str = "", only: str = "") -> Callable[
         assert name not in MUTANTS, name
         PLUGINS[name] = Plugin(cls)
         attribute = name.replace("-", "_")
-        MUTANTS[name] = Mutant(name, level, story, f"mutants.entry:{attribute}", cause, only)
+        MUTANTS[name] = Mutant(name, level, story, f"mutants.entry:{attribute}", cause, only, tampers)
         return cls
 
     return register

@@ -105,9 +105,11 @@ def run(
             session.close()
 
 
-def kill(mutant: Mutant, worker: Worker | None = None) -> Kill:
-    """Run the suite against one mutant until a level fails."""
+def kill(mutant: Mutant, kept: Worker | None = None) -> Kill:
+    """Run the suite against one mutant until a level fails; in a worker that is kept, where that stays as it was."""
     started = time.monotonic()
+    # What wrong engines do, they do to their ranks: these may serve the next one too.
+    worker = kept if mutant.level.startswith("E") and not mutant.tampers else None
     patience = 0.1 if mutant.name in _HANGS else 1.0
     results = run(mutant.name, patience=patience, until=mutant.level, enough=3, worker=worker, only=mutant.only)
     red = [r for r in results if r.status in RED]
@@ -129,8 +131,7 @@ def table(names: list[str]) -> int:
     console.print(f"{'mutant':<34} {'level':<10} {'killed by':<34} {'s':>6}  likely cause named")
     ranks = Worker()
     for one in mutants:
-        # What wrong engines do, they do to their ranks: these may serve the next one too.
-        done = kill(one, ranks if one.level.startswith("E") else None)
+        done = kill(one, ranks)
         by = ", ".join(done.by[:3]) + (f" +{len(done.by) - 3}" if len(done.by) > 3 else "")
         mark = "" if done.right else "  ✗ "
         died = done.level if done.level == one.level else f"{one.level}→{done.level or 'alive'}"
