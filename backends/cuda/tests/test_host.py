@@ -272,6 +272,7 @@ def test_kernels_are_launched_with_addresses_on_torchs_stream(monkeypatch: pytes
     monkeypatch.setattr("cupy.cuda.function.Module", lambda: loaded)
     opened = lambda *given: log.append(given) or contextlib.nullcontext()  # noqa: E731
     monkeypatch.setattr(cupy.cuda, "ExternalStream", opened)
+    monkeypatch.setattr(cupy.cuda, "runtime", types.SimpleNamespace(setDevice=lambda index: None))
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: types.SimpleNamespace(cuda_stream=99))
     monkeypatch.setattr("cupy.cuda.driver.funcSetAttribute", lambda *given: log.append(("attribute", *given)))
