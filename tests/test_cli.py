@@ -442,6 +442,12 @@ def test_version_and_help() -> None:
         assert "Usage: hal" in result.output or "Usage: root" in result.output
 
 
+def test_help_shows_the_extra_an_option_needs() -> None:
+    """Square brackets are markup to the library that lays help out, which drops words it does not know."""
+    shown = CliRunner().invoke(app, ["bench", "mla", "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).stdout
+    assert "needs kernel-hal[bench]." in shown
+
+
 def test_every_command_describes_itself_without_loading_torch_or_a_backend() -> None:
     code = (
         "import atexit, sys; from hal.cli.app import main; sys.argv = ['hal', '--help']; heavy = "

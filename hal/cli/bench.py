@@ -104,7 +104,7 @@ def mla(
     record_file: RecordOption = None,
     against: AgainstOption = None,
     plots: Annotated[
-        Path | None, typer.Option("--plots", metavar="DIR", help="Draw roofline and scaling; needs kernel-hal[bench].")
+        Path | None, typer.Option("--plots", metavar="DIR", help="Roofline and scaling; needs kernel-hal\\[bench].")
     ] = None,
     list_only: Annotated[bool, typer.Option("--list", help="List cases and peers and stop.")] = False,
 ) -> None:
