@@ -1,7 +1,7 @@
-"""Of the docs site: what its pages link to outside docs gets a page too, and so do the links of those pages.
+"""Of the docs site: what its pages link to outside docs gets a page too, and commands in tables break between words.
 
 The site has no repository to point to. A page of Markdown is taken as it is, a file of code is shown, a folder without
-a README lists its files; they are found below ``repository/``, by their path.
+a README lists its files; they are found below ``repository/``, by their path, and so is whatever they link to.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ _BELOW: Final = "repository"
 _CODE_OR_LINK: Final = re.compile(
     r"^( *)```.*?^\1```|`[^`\n]+`|\]\((?P<path>[^)\s#:]+)(?P<rest>#[^)\s]*)?\)", re.M | re.S
 )
+_INLINE_CODE: Final = re.compile(r"(?<!</span>)<code>[^<]+</code>")
 _LANGUAGES: Final = {".cpp": "cpp", ".h": "cpp", ".py": "python"}
 
 
@@ -54,6 +55,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return f"]({posixpath.relpath(_uri(target), posixpath.dirname(here))}{found['rest'] or ''})"
 
     return _CODE_OR_LINK.sub(pointed, markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Let code in a line break where it has spaces and nowhere else: in tables ``site.css`` keeps it from any break."""
+    return _INLINE_CODE.sub(lambda found: found[0].replace(" ", " <wbr>"), html)
 
 
 def _has_links(path: Path) -> bool:

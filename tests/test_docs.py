@@ -7,6 +7,7 @@ import re
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -47,6 +48,16 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not dead
 
 
+@cache
+def hooks() -> Any:
+    """What the site's build calls."""
+    found = importlib.util.spec_from_file_location("docs_hooks", ROOT / "scripts" / "docs_hooks.py")
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.parametrize(
     ("page", "said", "on_the_site"),
     [
@@ -67,11 +78,12 @@ def test_links_lead_somewhere(page: Path) -> None:
     ],
 )
 def test_the_site_has_a_page_for_what_lies_outside_docs(page: str, said: str, on_the_site: str) -> None:
-    found = importlib.util.spec_from_file_location("docs_hooks", ROOT / "scripts" / "docs_hooks.py")
-    assert found is not None and found.loader is not None
-    hooks = importlib.util.module_from_spec(found)
-    found.loader.exec_module(hooks)
-    assert hooks.on_page_markdown(said, SimpleNamespace(file=SimpleNamespace(src_uri=page))) == on_the_site
+    assert hooks().on_page_markdown(said, SimpleNamespace(file=SimpleNamespace(src_uri=page))) == on_the_site
+
+
+def test_a_command_breaks_between_words_alone() -> None:
+    cell, block = "<td><code>hal bench --quick</code></td>", "<pre><span></span><code>a b\n</code></pre>"
+    assert hooks().on_page_content(cell + block) == cell.replace(" ", " <wbr>") + block
 
 
 def test_the_site_is_built_so_that_a_dead_link_fails() -> None:
