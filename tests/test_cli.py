@@ -83,6 +83,18 @@ def test_an_unknown_backend_is_one_paragraph_and_exit_code_2(crowd: Interpreter)
     assert "\x1b" not in said[0]
 
 
+@pytest.mark.parametrize("statement", ["os._exit(0)", "os.kill(os.getpid(), 11)"])
+def test_a_plugin_that_ends_the_process_is_named(statement: str, bare: Interpreter, tmp_path: Path) -> None:
+    ends = wrong("        return Probe(", f"        import os; {statement}\n        return Probe(")
+    both = (Distribution("hal-ends", ends, "ends"), Distribution("hal-fake", fake_backend(), "fake"))
+    seen = bare.seeing(install(tmp_path, *both))
+    for line in ("backends", "doctor ends"):
+        done = seen.hal(*line.split())
+        assert "the process ended while the backend ends was asked" in done.stderr, (line, done.stderr)
+    done = seen.hal("doctor", "fake", HAL_BACKEND="fake")
+    assert done.returncode == 0 and "ended" not in done.stderr
+
+
 @pytest.fixture(scope="module")
 def answers(crowd: Interpreter) -> dict[str, tuple[int, str, str]]:
     """What cheap command lines answer, by a word for each."""
@@ -241,6 +253,7 @@ def test_the_doctor_answers_for_the_backend_in_force(backend: str, code: int, cr
     done = crowd.run("-c", script, HAL_BACKEND=backend)
     assert done.returncode == code, done.stdout + done.stderr
     assert "boom broken" in done.stdout
+    assert "/hal_boom.py:1fix" in "".join(done.stdout.split())
     assert ("BackendUnavailable: HAL_BACKEND=nope" in done.stderr) == (code == 2)
 
 
@@ -530,7 +543,7 @@ def test_words() -> None:
     assert paragraph(error) == "BackendUnavailable: first second third"
     assert "\n  here" in paragraph(CompileError("failed", log="line 1\n  here", source_path="k.h"))
     nothing = Capabilities(device_types=(), mla_dense=None, mla_sparse=None, ep=None)
-    assert offers(nothing) == "nothing"
+    assert offers(nothing) == "nothing is declared yet"
     assert offers(replace(nothing, mla_dense=DENSE)) == "MLA decode (bfloat16, v32 cache)"
 
 

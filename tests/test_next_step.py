@@ -13,14 +13,14 @@ from hal_conformance.verdict import levels
 
 
 def report(
-    mode: str = "default", certified: bool = False, only: tuple[str, ...] = (), **statuses: str
+    mode: str = "default", certified: bool = False, only: tuple[str, ...] = (), patience: float = 1, **statuses: str
 ) -> dict[str, Any]:
     """Of a run in which all passes but these; L3 and EP are not declared."""
     every = {o.id: "PASS" if o.level in ("L0", "L1", "L2") else "REFUSED" for o in OBLIGATIONS}
     every |= {name.replace("_", "-"): status for name, status in statuses.items()}
     return {
         "backend": {"name": "acme"},
-        "run": {"mode": mode, "only": list(only), "case": None},
+        "run": {"mode": mode, "only": list(only), "case": None, "patience": patience},
         "obligations": [{"id": name, "status": status} for name, status in every.items()],
         "levels": levels(every),
         "certificate": {} if certified else None,
@@ -41,14 +41,15 @@ def marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_first_obligation_that_fails_is_named_with_its_line(marked: Path) -> None:
     said = next_step(report(CAP_04="FAIL", CAP_07="FAIL"))
     assert said[0].startswith("CAP-04, capabilities are data: Capabilities are exactly")
-    assert said[1:] == ["write: capabilities() of the backend", "hal_acme/backend.py:2: declare it"]
+    assert said[1:] == ["write, in the backend: capabilities()", "hal_acme/backend.py:2: declare it"]
 
 
 @pytest.mark.parametrize("status", ["FAIL", "CRASH", "TIMEOUT", "ERROR"])
 def test_a_step_may_be_for_a_level(marked: Path, status: str) -> None:
     said = next_step(report(MLA_22=status))
     assert said[0].startswith("MLA-22, the tail of the last page: ")
-    assert said[1].startswith("write: mla_decode()") and said[2] == "hal_acme/backend.py:3: look at the driver"
+    assert said[1].startswith("write, in the backend: mla_decode()")
+    assert said[2] == "hal_acme/backend.py:3: look at the driver"
 
 
 def test_without_comments_the_place_is_the_package(marked: Path) -> None:
@@ -60,7 +61,7 @@ def test_without_comments_the_place_is_the_package(marked: Path) -> None:
 def test_every_obligation_has_something_to_write(marked: Path) -> None:
     for obligation in OBLIGATIONS:
         said = next_step(report(**{obligation.id.replace("-", "_"): "FAIL"}))
-        assert said[0].startswith(f"{obligation.id}, ") and said[1].startswith("write: ")
+        assert said[0].startswith(f"{obligation.id}, ") and said[1].startswith("write, in the backend: ")
 
 
 def test_what_holds_is_said_with_the_first_level_that_is_open(marked: Path) -> None:
@@ -72,6 +73,14 @@ def test_what_holds_is_said_with_the_first_level_that_is_open(marked: Path) -> N
     (marked / "backend.py").write_text("# step L3: packed caches\n")
     assert next_step(report())[-1] == "hal_acme/backend.py:1: packed caches"
     assert next_step(report(only=("L0",))) == ["what was run holds; the rest: hal conform --backend acme --quick"]
+
+
+def test_what_is_said_to_be_run_next_has_the_patience_of_this_run(marked: Path) -> None:
+    (said,) = next_step(report(only=("L0",), patience=4))
+    assert said.endswith("the rest: hal conform --backend acme --quick --patience 4")
+    assert next_step(report("quick", patience=1.5))[0].endswith(
+        "it certifies: hal conform --backend acme --patience 1.5"
+    )
 
 
 def test_files_are_found_without_importing_the_backend() -> None:

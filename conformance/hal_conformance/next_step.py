@@ -76,11 +76,12 @@ def next_step(report: Mapping[str, Any]) -> list[str]:
     if broken is not None:
         return _broken(backend, broken)
     base = f"hal conform --backend {backend}"
+    patience = "" if run["patience"] == 1 else f" --patience {run['patience']:g}"
     if run["only"] or run["case"] is not None:
-        return [f"what was run holds; the rest: {base} --quick"]
+        return [f"what was run holds; the rest: {base} --quick{patience}"]
     open_level = next((row for row in report["levels"] if row["verdict"] == "UNDECLARED" and row["id"] in _MEANS), None)
     if run["mode"] == "quick":
-        lines = [f"what is declared holds as far as a quick run sees; without --quick it certifies: {base}"]
+        lines = [f"what is declared holds as far as a quick run sees; without --quick it certifies: {base}{patience}"]
     elif report["certificate"] is None:
         lines = ["what is declared holds; hal conform verify says of the report why it does not certify"]
     else:
@@ -103,7 +104,7 @@ def _broken(backend: str, row: Mapping[str, Any]) -> list[str]:
     obligation = BY_ID[row["id"]]
     keys = (obligation.id, obligation.level)
     write = next(_WRITE[key] for key in keys if key in _WRITE)
-    lines = [f"{obligation.id}, {obligation.title}: {obligation.sentence}", f"write: {write} of the backend"]
+    lines = [f"{obligation.id}, {obligation.title}: {obligation.sentence}", f"write, in the backend: {write}"]
     found = steps(backend, keys)
     return lines + ([f"{step.where}: {step.text}" for step in found] or _files(backend))
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import traceback
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
@@ -14,7 +15,7 @@ import typer
 import hal
 from hal import plugins
 from hal.cli.backends import STYLES, force_line
-from hal.cli.status import InForce, as_json, in_force, in_force_json, plugins_to_stderr, statuses
+from hal.cli.status import InForce, as_json, ask, in_force, in_force_json, plugins_to_stderr, statuses
 from hal.cli.text import console, offers, plain
 from hal.spec import validation
 from hal.spec.errors import BackendUnavailable
@@ -73,6 +74,7 @@ def doctor(
 def _named(names: list[str]) -> list[Status]:
     """Raise BackendUnavailable for the first name nobody registers."""
     with plugins_to_stderr():
+        ask(names)
         return [plugins.registry().status(name) for name in dict.fromkeys(names)]
 
 
@@ -139,6 +141,8 @@ def _print_backend(out: Console, status: Status, checks: list[Check], is_in_forc
     mark = "● " if is_in_force else ""
     _heading(out, Text.assemble(mark, plain(status.name), " ", (status.state, STYLES[status.state])))
     _fact(out, "why", status.reason)
+    if status.error is not None and (raised := traceback.extract_tb(status.error.__traceback__)):
+        _fact(out, "where", f"{raised[-1].filename}:{raised[-1].lineno}")
     if status.fix:
         _fact(out, "fix", status.fix, "bold")
     _fact(out, "distribution", status.distribution)

@@ -116,11 +116,14 @@ def generate(name: str, runtime: str, folder: Path) -> list[Path]:
     _check_folder(folder)
     texts = _texts(known[runtime])
     written = []
-    for path, text in texts.items():
-        target = folder / _renamed(str(path), name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(_renamed(text, name))
-        written.append(target)
+    try:
+        for path, text in texts.items():
+            target = folder / _renamed(str(path), name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(_renamed(text, name))
+            written.append(target)
+    except OSError as error:
+        raise SpecError("--out", str(folder), f"a folder that can be written to: {error.strerror}") from error
     return written
 
 

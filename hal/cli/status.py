@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from hal import plugins
 from hal.cli.text import plain
 from hal.plugins import Selected, Status
 from hal.spec.errors import BackendUnavailable
+
+_WITNESS: Final = 'while IFS= read -r line; do [ -n "$line" ] || exit 0; last=$line; done; printf "%s\\n" "$last" >&2'
+"""Says the last line it was given if what gives them ends before it has given an empty one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,31 @@ def plugins_to_stderr() -> Iterator[None]:
         os.close(kept)
 
 
+def ask(names: Iterable[str]) -> None:
+    """Ask these backends, where they were not before; stderr names the one that ends the process, as its libraries may.
+
+    Raises
+    ------
+    BackendUnavailable
+        No installed distribution registers one of them.
+    """
+    # Of a process that ended nothing is left to tell it, hence another one; Ctrl-C is not for it.
+    line = ["/bin/sh", "-c", _WITNESS]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, bufsize=0, start_new_session=True) as witness:
+        assert witness.stdin is not None
+        try:
+            for name in names:
+                said = (
+                    f"hal: the process ended while the backend {plain(name)} was asked, by its plugin or a library.",
+                    f"To see where it crashes: python -X faulthandler -m hal doctor {plain(name)}.",
+                    f"Until it is mended or uninstalled, {plugins.ENV} set to another keeps it from being asked.",
+                )
+                witness.stdin.write(f"{' '.join(said)}\n".encode())
+                plugins.registry().status(name)
+        finally:
+            witness.stdin.write(b"\n")
+
+
 def choose(name: str | None = None) -> InForce:
     """The backend of ``--backend`` if given, else of ``HAL_BACKEND``, else the best available one.
 
@@ -68,7 +97,9 @@ def choose(name: str | None = None) -> InForce:
         It cannot be used.
     """
     environment = os.environ.get(plugins.ENV) or None
+    chosen, installed = name or environment, plugins.registry().names()
     with plugins_to_stderr():
+        ask([chosen] if chosen in installed else installed)
         if name is not None:
             return InForce(plugins.registry().select(name, f"--backend {name}"), "chosen by --backend")
         if environment is not None:
@@ -96,6 +127,7 @@ def in_force() -> InForce:
 def statuses() -> list[Status]:
     """Ask every installed backend."""
     with plugins_to_stderr():
+        ask(plugins.registry().names())
         return plugins.registry().statuses()
 
 

@@ -54,7 +54,7 @@ def offers(capabilities: Capabilities) -> str:
     if capabilities.ep is not None:
         modes = ", ".join(mode.replace("_", " ") for mode in capabilities.ep.modes)
         parts.append(f"expert-parallel ({modes})")
-    return plain("; ".join(parts) or "nothing")
+    return plain("; ".join(parts) or "nothing is declared yet")
 
 
 def _types(declared: MlaCapabilities) -> str:

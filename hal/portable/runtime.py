@@ -6,6 +6,7 @@ A driver implements `Device`, `Allocator`, `Program`, `Queue` and `Event` in one
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -167,7 +168,10 @@ class Event(Protocol):
 
 
 class Queue(Protocol):
-    """Work of one call, done in the order in which it is given."""
+    """Work of one call, done in the order in which it is given.
+
+    Whoever gave memory to it may forget that at once: what kernels still use stays. See `HoldingQueue`.
+    """
 
     def read(self, tensor: Tensor) -> Memory:
         """The elements of a tensor where kernels of this queue can read them, for as long as the queue lives."""
@@ -296,7 +300,7 @@ def _cell(argument: Any) -> Any:
     return ctypes.create_string_buffer(argument.tobytes())
 
 
-class InPlace:
+class InPlace(ABC):
     """The half of a `Device` that is the same wherever kernels address torch's own memory, in torch's own order."""
 
     @property
@@ -304,7 +308,7 @@ class InPlace:
         """The device itself."""
         return self
 
-    def queue(self) -> Self:
+    def queue(self) -> Queue:
         """The device itself, on whatever stream is current."""
         return self
 
@@ -316,8 +320,53 @@ class InPlace:
         """See `Queue`."""
         return tensor, tensor.stride()
 
-    def finish(self) -> None:
+    @abstractmethod
+    def launch(self, program: Program, kernel: str, groups: int, threads: int, arguments: Sequence[Argument]) -> Event:
+        """See `Queue`."""
+
+    def finish(self) -> None:  # noqa: B027 - nothing to do, unless the tensors are the host's
         """Results are where torch looks for them: on its stream."""
+
+
+class HoldingQueue:
+    """A queue of a device that addresses the host's memory and runs behind the host, as a simulator does.
+
+    Torch keeps memory of its devices until their streams are through with it. That of the host it frees at once, so
+    what kernels were given is kept here until the device was waited for.
+
+    Parameters
+    ----------
+    device : InPlace
+        Whose `finish` waits for all that was launched.
+    """
+
+    def __init__(self, device: InPlace) -> None:
+        self._device = device
+        self._held: list[Argument] = []
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """See `Queue`."""
+        return self._device.read(tensor)
+
+    def write(self, tensor: Tensor, partly: bool = False) -> tuple[Tensor, tuple[int, ...]]:
+        """See `Queue`."""
+        return self._device.write(tensor, partly)
+
+    def launch(self, program: Program, kernel: str, groups: int, threads: int, arguments: Sequence[Argument]) -> Event:
+        """See `Queue`."""
+        self._held += arguments
+        return self._device.launch(program, kernel, groups, threads, arguments)
+
+    def finish(self) -> None:
+        """Wait, and let go."""
+        self._device.finish()
+        self._held.clear()
+
+    def __del__(self) -> None:
+        # Where a call was left half way, kernels may still read and write what is held.
+        if self._held:
+            with contextlib.suppress(DeviceError):
+                self._device.finish()
 
 
 class StreamEvent(ABC):

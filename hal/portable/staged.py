@@ -68,7 +68,7 @@ class StagedDevice(BoundDevice):
         kind = self.runtime.structure("MemcpyKind")(_ANYWHERE)
         self.runtime("MemcpyAsync", to, source, size, kind, self.stream())
 
-    def queue(self) -> StagedQueue:  # type: ignore[override]
+    def queue(self) -> StagedQueue:
         """A queue that knows what to bring back."""
         return StagedQueue(self)
 

@@ -17,8 +17,9 @@
 #define API(name) extern "C" int WITH(NAME, name)
 #define TEXT(name) extern "C" const char *WITH(NAME, name)
 
-enum { SUCCESS, INVALID_VALUE = 1, NOT_INITIALIZED = 3, INVALID_DEVICE = 101, INVALID_IMAGE = 200, NOT_FOUND = 500 };
+enum { SUCCESS, INVALID_VALUE = 1, NOT_INITIALIZED = 3, INVALID_DEVICE = 101, INVALID_IMAGE = 200, INVALID_CONTEXT = 201, NOT_FOUND = 500 };
 static bool ready;
+static thread_local bool entered; /* a thread has no context before it takes one */
 
 struct Function {
   void (*call)(void **);
@@ -39,7 +40,7 @@ API(GetErrorName)(int code, const char **name) { return *name = words(code), SUC
 API(DriverGetVersion)(int *version) { return *version = 7, SUCCESS; }
 API(DeviceGet)(int *device, int number) { return *device = number, !ready ? NOT_INITIALIZED : number ? INVALID_DEVICE : SUCCESS; }
 API(DevicePrimaryCtxRetain)(void **context, int) { return *context = &ready, SUCCESS; }
-API(CtxSetCurrent)(void *context) { return context == &ready ? SUCCESS : INVALID_VALUE; }
+API(CtxSetCurrent)(void *context) { return entered = context == &ready, entered ? SUCCESS : INVALID_VALUE; }
 
 /* The runtime API. */
 TEXT(GetErrorString)(int code) { return words(code); }
@@ -81,7 +82,7 @@ static int launch(Function *function, unsigned grid, unsigned block, unsigned sh
   return function->run(function->call, arguments, grid, block, 32, parted) ? INVALID_VALUE : SUCCESS;
 }
 API(LaunchKernel)(Function *f, unsigned x, unsigned, unsigned, unsigned b, unsigned, unsigned, unsigned shared, void *stream, void **given, void **) {
-  return launch(f, x, b, shared, stream, given);
+  return entered ? launch(f, x, b, shared, stream, given) : INVALID_CONTEXT;
 }
 API(ModuleLaunchKernel)(Function *f, unsigned x, unsigned, unsigned, unsigned b, unsigned, unsigned, unsigned shared, void *stream, void **given, void **) {
   return launch(f, x, b, shared, stream, given);
