@@ -7,15 +7,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor
 
-from hal.ep.engine import Finish, own_failure
+from hal.ep.engine import Finish
 from hal.ep.layout import count_layout
 from hal.ep.lines import Lines, Message
 from hal.ep.neighbours import introduced
-from hal.ep.rendezvous import agree
+from hal.ep.rendezvous import by_all
 from hal.portable.ep_post import FLAG, Operation, Posting
 from hal.portable.ep_windows import Lease
 from hal.portable.runtime import SharingDevice
@@ -58,9 +57,9 @@ class NodeCalls(Posting):
         with introduced(args, self._near) as met:
             self._lines = Lines(self._near.here, met.trade)
             try:
-                with _by_all(met.exchange, args.rank):
+                with by_all(met.exchange, args.rank):
                     mine = self._made()
-                with _by_all(met.exchange, args.rank):
+                with by_all(met.exchange, args.rank):
                     op = self._begin("open")
                     self._post(op, mine)
                     self._learned(op, self._await_letters(op))
@@ -214,20 +213,3 @@ class NodeCalls(Posting):
         """Take back what was lent for a call that all ranks refuse."""
         super()._void(op)
         self._unstage(op)
-
-
-@contextmanager
-def _by_all(exchange: Any, rank: int) -> Iterator[None]:
-    """Do something that all ranks do, or none goes on."""
-    failure: dict[str, Any] = {}
-    try:
-        yield
-    except RankFailure as error:
-        exchange.leave(error)
-        raise
-    except DeviceError as error:
-        failure = {"device": SpecError("device", str(error), "one whose memory the ranks of a node can share")}
-    except BaseException as error:
-        exchange.leave(own_failure(rank, "opening the buffer", error))
-        raise
-    agree(exchange, failure)

@@ -25,9 +25,9 @@ from hal.ep.neighbours import Neighbours
 from hal.ep.relay import NodeEngine
 from hal.portable.ep_kernels import EpKernels, before
 from hal.portable.ep_windows import Lease, Windows
-from hal.portable.runtime import SharingDevice, Window
+from hal.portable.runtime import ForeignWindow, SharingDevice, Window
 from hal.spec.ep import EpBufferArgs
-from hal.spec.errors import DeviceError, RankFailure, SpecError
+from hal.spec.errors import RankFailure, SpecError
 
 FLAG: Final = 16
 """Words from one flag to the next."""
@@ -142,13 +142,16 @@ class Posting(NodeEngine):
 
     def _listen(self, seconds: float) -> None:
         """Read what has come, or comes first within some time."""
-        for peer, message, files in self._lines.listen(seconds):
-            try:
-                self._heard(peer, message, files)
-            except (KeyError, TypeError, ValueError, DeviceError) as error:
-                rank = self._near.first + peer
-                raise self._fail(RankFailure(rank, "message", f"its message is damaged ({error})")) from None
-            finally:
+        heard = self._lines.listen(seconds)
+        try:
+            for peer, message, files in heard:
+                try:
+                    self._heard(peer, message, files)
+                except (KeyError, TypeError, ValueError, ForeignWindow) as error:
+                    rank = self._near.first + peer
+                    raise self._fail(RankFailure(rank, "message", f"its message is damaged ({error})")) from None
+        finally:
+            for _, _, files in heard:
                 for file in files:
                     os.close(file)
 
@@ -245,6 +248,10 @@ class Posting(NodeEngine):
                 raise self._fail(self._lost(op, gone[0], self._lines.gone[gone[0]]))
             now = time.monotonic()
             if now > end:
+                # After a stop it may be this rank that was waited for in vain.
+                self._listen(0)
+                if self._failure is not None:
+                    raise self._failure
                 raise self._fail(self._lost(op, left[0], f"nothing from it within {self._args.timeout:g} s"))
             op.record["waits_for"] = self._near.first + left[0]
             self._listen(min(nap, end - now + 0.001))
@@ -269,9 +276,9 @@ class Posting(NodeEngine):
         """End this buffer: everybody hears of whose fault it is, at once and at every later call."""
         if self._failure is None:
             self._failure = failure
+            # Whoever is to blame too: it may only have been slow.
             for peer in self._peers:
-                if self._near.first + peer != failure.rank:
-                    self._try_to_tell(peer, {"failure": [failure.rank, failure.phase, failure.reason]})
+                self._try_to_tell(peer, {"failure": [failure.rank, failure.phase, failure.reason]})
         return self._failure
 
     @contextmanager
