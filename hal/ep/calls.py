@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import partial
 
@@ -25,11 +26,17 @@ class Calls:
     _backend: str
     _declared: EpCapabilities
     _engine: EpEngine
+    _process: int
     _recorded = False
 
     def records(self) -> list[Mapping[str, object]]:
         """The flight recorder: the last operations of every rank of this node, oldest first."""
         return list(self._engine.records())
+
+    def _require_own(self) -> None:
+        """Refuse, here alone, what a forked child calls: it would speak in the name of the process it came from."""
+        if os.getpid() != self._process:
+            raise SpecError("buffer", f"one that process {self._process} opened", "one that this process opened")
 
     def _require_mode(self, mode: str) -> None:
         if mode not in self._args.modes:
@@ -54,6 +61,7 @@ class Calls:
         return DONE, None
 
     def _late(self, finish: Finish) -> None:
+        self._require_own()
         try:
             finish()
         except RankFailure as failure:
