@@ -90,7 +90,7 @@ def forking(rank: int) -> list[str]:
 
 def test_a_forked_child_has_no_buffer() -> None:
     *refused, closed = run_ranks(2, forking)[0].value
-    assert len(refused) == 3 and all("buffer: got one that process" in line for line in refused), refused
+    assert len(refused) == 3 and all("buffer: got one that another process opened" in line for line in refused), refused
     assert closed == "closed"
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
 
+from hal.ep.calls import this_process
 from hal.ep.engine import EpEngine
 from hal.ep.low_latency_calls import LowLatencyCalls
 from hal.ep.memory import size_hint
@@ -113,7 +113,7 @@ class EpBuffer(NormalCalls, LowLatencyCalls):
         self._args = args
         self._backend = chosen.name
         self._declared = chosen.capabilities.ep
-        self._process = os.getpid()
+        self._opened_by = this_process()
         self._engine: EpEngine = chosen.backend.ep_buffer(args)
 
     def __enter__(self) -> EpBuffer:
@@ -129,7 +129,7 @@ class EpBuffer(NormalCalls, LowLatencyCalls):
 
         In a forked child it does nothing: the buffer is its parent's.
         """
-        if os.getpid() == self._process:
+        if self._opened_by == this_process():
             self._engine.close()
 
     @property

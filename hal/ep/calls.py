@@ -18,6 +18,21 @@ from hal.spec.ep import (
 )
 from hal.spec.errors import RankFailure, SpecError, UnsupportedError
 
+_process = 0
+
+
+def this_process() -> int:
+    """Another number in a forked child than in its parent; asking the kernel would cost a call a microsecond."""
+    return _process
+
+
+def _forked() -> None:
+    global _process
+    _process += 1
+
+
+os.register_at_fork(after_in_child=_forked)
+
 
 class Calls:
     """One rank's end of an open buffer, as its calls see it."""
@@ -26,7 +41,7 @@ class Calls:
     _backend: str
     _declared: EpCapabilities
     _engine: EpEngine
-    _process: int
+    _opened_by: int
     _recorded = False
 
     def records(self) -> list[Mapping[str, object]]:
@@ -35,8 +50,8 @@ class Calls:
 
     def _require_own(self) -> None:
         """Refuse, here alone, what a forked child calls: it would speak in the name of the process it came from."""
-        if os.getpid() != self._process:
-            raise SpecError("buffer", f"one that process {self._process} opened", "one that this process opened")
+        if self._opened_by != _process:
+            raise SpecError("buffer", "one that another process opened", "one that this process opened itself")
 
     def _require_mode(self, mode: str) -> None:
         if mode not in self._args.modes:
