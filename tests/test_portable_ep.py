@@ -391,6 +391,28 @@ def ordered(rank: int) -> None:
     dist.barrier()
 
 
+def closing(rank: int) -> None:
+    """The handler of a signal closes the buffer whose call it interrupts: the call ends, and rank 1 hears of it."""
+    mine = FIBRES.inputs()[rank]
+    buffer = FIBRES.buffer(timeout=20.0)
+    if rank == 0:
+        signal.signal(signal.SIGALRM, lambda number, frame: buffer.close())
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        with pytest.raises(SpecError, match="a closed buffer"):
+            buffer.dispatch(mine.x, mine.topk_idx)
+        dist.barrier()
+    else:
+        dist.barrier()
+        with pytest.raises(RankFailure, match="rank 0 failed in dispatch: it closed its buffer"):
+            buffer.dispatch(mine.x, mine.topk_idx)
+    buffer.close()
+    assert not ep_node._parting
+
+
+def test_a_handler_may_close_the_buffer_that_it_interrupts(before: partial[None]) -> None:
+    run_ranks(2, closing, limit=30, before=before)
+
+
 def test_faults_to_inject_are_refused(before: partial[None]) -> None:
     run_ranks(1, no_faults, limit=60, before=before)
 

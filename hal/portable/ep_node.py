@@ -53,7 +53,7 @@ class NodeCalls(Posting):
         self._job: Future[None] | None = None
         self._worker = 0
         self._staged: dict[int, tuple[Lease, set[int]]] = {}
-        self._closed = False
+        self._calls = 0
         with introduced(args, self._near) as met:
             self._lines = Lines(self._near.here, met.trade)
             try:
@@ -132,11 +132,16 @@ class NodeCalls(Posting):
             if self._closed:
                 return
             self._closed = True
-            self._windows.close_peers()
-            for peer in self._peers:
-                self._try_to_tell(peer, {"gone": "it closed its buffer"})
-            _parting.append(self)
-            _part()
+            # From a signal's handler: the call that it interrupts ends first.
+            if not self._calls:
+                self._end()
+
+    def _end(self) -> None:
+        self._windows.close_peers()
+        for peer in self._peers:
+            self._try_to_tell(peer, {"gone": "it closed its buffer"})
+        _parting.append(self)
+        _part()
 
     def _parted(self) -> bool:
         """Whether nobody uses this rank's windows any more; they are freed then."""
@@ -159,12 +164,17 @@ class NodeCalls(Posting):
         if job is not None and threading.get_ident() != self._worker:
             job.exception()
         with self._lock:
-            if self._closed:
-                raise SpecError("buffer", "a closed buffer", "one that is open")
+            self._require_open()
             if self._failure is not None:
                 raise self._failure
-            with self._blamed(phase):
-                yield
+            self._calls += 1
+            try:
+                with self._blamed(phase):
+                    yield
+            finally:
+                self._calls -= 1
+                if self._closed and not self._calls:
+                    self._end()
 
     def _finish(self, op: Operation, body: Callable[[], None]) -> Finish:
         """What completes a posted call."""

@@ -85,6 +85,7 @@ class Posting(NodeEngine):
         self._number = 0
         self._letters: dict[tuple[int, int], dict[int, Message]] = {}
         self._failure: RankFailure | None = None
+        self._closed = False
         self._records: deque[dict[str, Any]] = deque(maxlen=_RECORDS)
 
     @property
@@ -165,7 +166,7 @@ class Posting(NodeEngine):
             rank, phase, reason = message["failure"]
             self._failure = self._failure or RankFailure(rank, phase, reason)
         elif "gone" in message:
-            self._lines.gone.setdefault(peer, str(message["gone"]))
+            self._lines.gone[peer] = str(message["gone"])  # its own words say more than that it hung up
         else:
             raise ValueError("of no kind there is")
 
@@ -240,6 +241,7 @@ class Posting(NodeEngine):
         self._listen(0)
         left = missing()
         while left:
+            self._require_open()
             if self._failure is not None:
                 raise self._failure
             gone = [peer for peer in left if peer in self._lines.gone]
@@ -264,6 +266,10 @@ class Posting(NodeEngine):
         op.record["waits_for"] = None
         if self._failure is not None:
             raise self._failure
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise SpecError("buffer", "a closed buffer", "one that is open")
 
     def _lost(self, op: Operation, peer: int, reason: str) -> RankFailure:
         rank = self._near.first + peer
