@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterable
@@ -24,7 +25,10 @@ class Place:
     """
 
     def __init__(self, group: Any, timeout: float) -> None:
-        self._store = dist.group.WORLD.get_group_store() if dist.group.WORLD is not None else group.get_group_store()
+        self._store: Any = group.get_group_store()
+        world: Any = dist.group.WORLD
+        with contextlib.suppress(RuntimeError):  # of a world without a store only this group sees it
+            self._store = world.get_group_store() or self._store
         self._ranks: list[int] = dist.get_process_group_ranks(group)
         self._mine = [str(group.group_name), self._ranks]
         # Who gives up stays to be seen until those who came later give up too; clocks need not agree to the second.
