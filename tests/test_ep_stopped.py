@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -72,6 +74,21 @@ def stopped_within_a_call(rank: int, phase: str) -> int:
 @pytest.mark.parametrize("phase", ["post", "grant", "push", "receive"])
 def test_within_a_call(phase: str) -> None:
     assert [outcome.value for outcome in run_ranks(3, stopped_within_a_call, phase)] == [1, 1, 1]
+
+
+def test_who_does_not_trade_windows_is_named_by_all() -> None:
+    bells = [Doorbell(3) for _ in range(3)]
+    names, token = [bell.name for bell in bells], b"t" * 32
+
+    def trade(rank: int) -> int:
+        with tempfile.TemporaryFile() as file, pytest.raises(RankFailure) as caught:
+            bells[rank].trade(file.fileno(), rank, names, token, 1.0)
+        return caught.value.rank
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(trade, (0, 2))) == [1, 1]
+    for bell in bells:
+        bell.close()
 
 
 def stopped_while_opening(rank: int, case: Case, where: type, method: str) -> int:

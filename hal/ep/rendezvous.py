@@ -11,6 +11,7 @@ import os
 import secrets
 import socket
 import struct
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -222,16 +223,18 @@ class Doorbell:
         calls: dict[int, socket.socket] = {}
         found: dict[int, tuple[int, int]] = {}
         waiting = set(range(len(names))) - {rank}
+        late, end = waiting, time.monotonic() + timeout
         try:
             for peer in sorted(waiting):
+                late = {peer}
                 call = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
                 calls[peer] = call
                 call.settimeout(timeout)
                 call.connect("\0" + names[peer])
                 call.sendall(token + struct.pack("<i", rank))
-            self._socket.settimeout(timeout)
-            served: set[int] = set()
-            while served != waiting:
+            late = set(waiting)
+            while late:
+                self._socket.settimeout(max(end - time.monotonic(), 0.001))
                 visitor, _ = self._socket.accept()
                 with visitor:
                     # Names are secret, yet the kernel lists them: another user is not even listened to.
@@ -242,8 +245,9 @@ class Doorbell:
                     if not secrets.compare_digest(peer_token, token):
                         continue
                     socket.send_fds(visitor, [b"w"], [fd])
-                    served.add(peer)
+                    late.discard(peer)
             for peer, call in calls.items():
+                late = {peer}
                 _, fds, _, _ = socket.recv_fds(call, 1, 1)
                 if len(fds) != 1:
                     raise RankFailure(peer, "rendezvous", "it sent no window")
@@ -255,8 +259,7 @@ class Doorbell:
                     os.close(pidfd)
             if isinstance(error, RankFailure):
                 raise
-            missing = sorted(waiting - set(found)) or sorted(waiting)
-            raise RankFailure(missing[0], "rendezvous", f"no window from it ({error})") from error
+            raise RankFailure(min(late), "rendezvous", f"no window from it ({error})") from error
         finally:
             for call in calls.values():
                 call.close()
