@@ -24,7 +24,7 @@ from ep_ranks import run_ranks
 from hal import EpFault, EpFaults, RankFailure, SpecError, UnsupportedError, plugins
 from hal.portable import ep_node
 from hal.portable.ep_kernels import EpKernels, Rows
-from hal.portable.runtime import Handle
+from hal.portable.runtime import ForeignWindow, Handle
 from hal.portable.shared import SharedMemory
 from hal.spec.errors import CompileError, DeviceError
 
@@ -166,6 +166,40 @@ def lacking(rank: int) -> None:
         here = torch.stack([mine.topk_idx // 4 == r for r in range(2)]).any(2).sum(0)
         assert torch.equal(back.combined_x, (mine.x.float() * here[:, None]).to(mine.x.dtype))
     dist.barrier()
+
+
+@pytest.mark.parametrize("foreign", [False, True], ids=["lacks", "foreign"])
+def test_a_window_that_cannot_be_opened_is_the_fault_of_whose_it_is(foreign: bool, before: partial[None]) -> None:
+    run_ranks(2, unopened, foreign, limit=60, before=before)
+
+
+def unopened(rank: int, foreign: bool) -> None:
+    """Rank 1 does not open rank 0's windows, for lack of memory, or because they are none."""
+    case = replace(FIBRES, tokens=(300, 300), hidden=256, routing="distinct")
+    mine = case.inputs()[rank]
+    device: Any = plugins.select(case.backend).backend.device  # type: ignore[attr-defined]
+    culprit = 0 if foreign else 1
+
+    def refused(handle: Handle) -> None:
+        raise (ForeignWindow if foreign else DeviceError)(f"no window of {handle.size} bytes")
+
+    with case.buffer(modes=("normal",), timeout=20.0) as buffer, pytest.MonkeyPatch.context() as patch:
+        if rank:
+            patch.setattr(device, "peer", refused)
+        begin = time.monotonic()
+        with pytest.raises(DeviceError if rank == culprit == 1 else RankFailure, match="no window of"):
+            buffer.dispatch(mine.x, mine.topk_idx)
+        assert time.monotonic() - begin < 10
+        with pytest.raises(RankFailure, match="no window of") as caught:
+            buffer.dispatch(mine.x, mine.topk_idx)
+        assert caught.value.rank == culprit
+        dist.barrier()
+    with pytest.MonkeyPatch.context() as patch:
+        if rank:
+            patch.setattr(device, "peer", refused)
+        with pytest.raises(RankFailure if foreign else SpecError, match="no window of") as opening:
+            case.buffer(timeout=20.0)
+    assert opening.value.rank == 0 if foreign else "on rank 1" in str(opening.value)
 
 
 # Where it goes wrong: of rank 1 the driver's method, and from which call of it on, counted from the first dispatch.
@@ -355,6 +389,28 @@ def ordered(rank: int) -> None:
                 pass
             assert (mine.memory[: rows * row].view(torch.int32) == turn).all()
     dist.barrier()
+
+
+def closing(rank: int) -> None:
+    """The handler of a signal closes the buffer whose call it interrupts: the call ends, and rank 1 hears of it."""
+    mine = FIBRES.inputs()[rank]
+    buffer = FIBRES.buffer(timeout=20.0)
+    if rank == 0:
+        signal.signal(signal.SIGALRM, lambda number, frame: buffer.close())
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        with pytest.raises(SpecError, match="a closed buffer"):
+            buffer.dispatch(mine.x, mine.topk_idx)
+        dist.barrier()
+    else:
+        dist.barrier()
+        with pytest.raises(RankFailure, match="rank 0 failed in dispatch: it closed its buffer"):
+            buffer.dispatch(mine.x, mine.topk_idx)
+    buffer.close()
+    assert not ep_node._parting
+
+
+def test_a_handler_may_close_the_buffer_that_it_interrupts(before: partial[None]) -> None:
+    run_ranks(2, closing, limit=30, before=before)
 
 
 def test_faults_to_inject_are_refused(before: partial[None]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from hal.ep.calls import this_process
 from hal.ep.engine import EpEngine
 from hal.ep.low_latency_calls import LowLatencyCalls
 from hal.ep.memory import size_hint
@@ -19,6 +20,7 @@ from hal.spec.ep import (
     EpBufferArgs,
 )
 from hal.spec.errors import SpecError
+from hal.spec.tensors import require_int
 
 
 class EpBuffer(NormalCalls, LowLatencyCalls):
@@ -111,6 +113,7 @@ class EpBuffer(NormalCalls, LowLatencyCalls):
         self._args = args
         self._backend = chosen.name
         self._declared = chosen.capabilities.ep
+        self._opened_by = this_process()
         self._engine: EpEngine = chosen.backend.ep_buffer(args)
 
     def __enter__(self) -> EpBuffer:
@@ -122,8 +125,12 @@ class EpBuffer(NormalCalls, LowLatencyCalls):
         self.close()
 
     def close(self) -> None:
-        """Release the windows. Tensors received before stay valid. Idempotent; waits for nobody."""
-        self._engine.close()
+        """Release the windows. Tensors received before stay valid. Idempotent; waits for nobody.
+
+        In a forked child it does nothing: the buffer is its parent's.
+        """
+        if self._opened_by == this_process():
+            self._engine.close()
 
     @property
     def args(self) -> EpBufferArgs:
@@ -145,6 +152,7 @@ class EpBuffer(NormalCalls, LowLatencyCalls):
         SpecError
             ``error``, or what another rank refused at the same time: the same on every rank.
         """
+        self._require_own()
         if not isinstance(error, SpecError):
             raise SpecError("error", type(error).__name__, "a SpecError")
         raise self._engine.refuse("refuse", error)
@@ -165,9 +173,11 @@ class EpBuffer(NormalCalls, LowLatencyCalls):
 
     def set_mask(self, rank: int, masked: bool = True) -> None:
         """Carry on without a rank, or with it again; needs ``mask_ranks=True``. Local."""
+        self._require_own()
         if not self._args.mask_ranks:
             raise SpecError("mask_ranks", False, "True when the buffer is made")
-        if not isinstance(rank, int) or not 0 <= rank < self._args.num_ranks or rank == self._args.rank:
+        require_int("rank", rank, 0, self._args.num_ranks - 1)
+        if rank == self._args.rank:
             raise SpecError("rank", rank, f"another rank of 0…{self._args.num_ranks - 1}")
         self._engine.set_mask(rank, bool(masked))
 

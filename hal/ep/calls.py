@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import partial
 
@@ -17,6 +18,21 @@ from hal.spec.ep import (
 )
 from hal.spec.errors import RankFailure, SpecError, UnsupportedError
 
+_process = 0
+
+
+def this_process() -> int:
+    """Another number in a forked child than in its parent; asking the kernel would cost a call a microsecond."""
+    return _process
+
+
+def _forked() -> None:
+    global _process
+    _process += 1
+
+
+os.register_at_fork(after_in_child=_forked)
+
 
 class Calls:
     """One rank's end of an open buffer, as its calls see it."""
@@ -25,11 +41,17 @@ class Calls:
     _backend: str
     _declared: EpCapabilities
     _engine: EpEngine
+    _opened_by: int
     _recorded = False
 
     def records(self) -> list[Mapping[str, object]]:
         """The flight recorder: the last operations of every rank of this node, oldest first."""
         return list(self._engine.records())
+
+    def _require_own(self) -> None:
+        """Refuse, here alone, what a forked child calls: it would speak in the name of the process it came from."""
+        if self._opened_by != _process:
+            raise SpecError("buffer", "one that another process opened", "one that this process opened itself")
 
     def _require_mode(self, mode: str) -> None:
         if mode not in self._args.modes:
@@ -54,6 +76,7 @@ class Calls:
         return DONE, None
 
     def _late(self, finish: Finish) -> None:
+        self._require_own()
         try:
             finish()
         except RankFailure as failure:

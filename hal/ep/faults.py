@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -42,6 +43,9 @@ class EpFault:
         require_choice("phase", self.phase, PHASES)
         require_int("operation", self.operation, -1)
         require_int("target", self.target, -1)
+        number = isinstance(self.seconds, (int, float)) and not isinstance(self.seconds, bool)
+        if not number or not 0 <= self.seconds < math.inf:
+            raise SpecError("seconds", repr(self.seconds), "a finite number of seconds, 0 or more")
         if self.kind == "corrupt" and self.phase != "post":
             raise SpecError("phase", repr(self.phase), "'post' for a corrupt message")
         if self.kind == "drop" and self.phase not in ("post", "grant", "push"):
@@ -55,4 +59,7 @@ class EpFaults:
     faults: tuple[EpFault, ...]
 
     def __init__(self, *faults: EpFault) -> None:
+        for one in faults:
+            if not isinstance(one, EpFault):
+                raise SpecError("faults", repr(one), "each an EpFault")
         object.__setattr__(self, "faults", faults)

@@ -11,6 +11,7 @@ import torch
 from hal.spec.errors import SpecError, UnsupportedError
 
 RANKS_PER_NODE_ENV: Final = "HAL_EP_RANKS_PER_NODE"
+_MOST: Final = 999_999
 
 
 def launched_ranks_per_node(num_ranks: int) -> int | None:
@@ -23,12 +24,19 @@ def launched_ranks_per_node(num_ranks: int) -> int | None:
     """
     said = os.environ.get(RANKS_PER_NODE_ENV)
     if said is not None:
-        if not said.isdigit() or int(said) < 1:
-            raise SpecError(RANKS_PER_NODE_ENV, repr(said), "a positive integer, or unset")
-        return int(said)
-    local, world = os.environ.get("LOCAL_WORLD_SIZE", ""), os.environ.get("WORLD_SIZE", "")
+        if (ranks := _positive(said)) is None:
+            raise SpecError(RANKS_PER_NODE_ENV, repr(said), f"an integer of 1…{_MOST}, or unset")
+        return ranks
     # A group that is not the whole world says nothing about how its ranks lie on nodes.
-    return int(local) if local.isdigit() and int(local) > 0 and world == str(num_ranks) else None
+    whole = os.environ.get("WORLD_SIZE", "") == str(num_ranks)
+    return _positive(os.environ.get("LOCAL_WORLD_SIZE", "")) if whole else None
+
+
+def _positive(said: str) -> int | None:
+    # Digits of other scripts, and powers, are digits to Python too.
+    if not (said.isascii() and said.isdigit() and len(said) <= len(str(_MOST))):
+        return None
+    return int(said) or None
 
 
 def resolved_device(device: object, declared: Sequence[str], backend: str) -> torch.device:

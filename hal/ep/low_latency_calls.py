@@ -58,6 +58,7 @@ class LowLatencyCalls(Calls):
         EpLowLatencyDispatchResult
             recv_x [L, R · M, H]; of expert e the first ``recv_count[e]`` rows are valid.
         """
+        self._require_own()
         try:
             self._require_mode("low_latency")
             args = check_low_latency_dispatch(
@@ -113,6 +114,7 @@ class LowLatencyCalls(Calls):
             [R] int64.
         zero_copy, async_finish, return_recv_hook : bool
         """
+        self._require_own()
         try:
             self._require_mode("low_latency")
             args = check_low_latency_combine(
@@ -144,4 +146,5 @@ class LowLatencyCalls(Calls):
         if not isinstance(handle, EpLowLatencyHandle):
             raise SpecError("handle", type(handle).__name__, "the handle that low_latency_dispatch returned")
         handle.check(self._engine.owner)
+        self._require_own()
         return self._engine.low_latency_combine_buffer(handle)

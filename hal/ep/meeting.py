@@ -17,12 +17,17 @@ from typing import Any, Final, TypeVar
 
 import torch.distributed as dist
 
+from hal.ep.places import Place
 from hal.spec.errors import RankFailure
 
 _OPENING: Final = "opening the buffer"
 _DEPARTURES: Final = "hal-ep/departures"
 _FIRST_POLL, _LAST_POLL = 2e-4, 5e-3
 _T = TypeVar("_T")
+
+
+def _left(name: str) -> str:
+    return f"hal-ep/left/{name}"
 
 
 class _Left(Exception):
@@ -50,6 +55,8 @@ class Meeting:
     ------
     RankFailure
         A rank did not come.
+    SpecError
+        Ranks wait for each other in different groups.
     """
 
     def __init__(self, group: Any, timeout: float) -> None:
@@ -58,7 +65,8 @@ class Meeting:
         self._timeout = timeout
         self._own = f"{self._rank}.{secrets.token_hex(8)}"
         self._rounds = 0
-        self._came: set[int] = set()
+        self._came: dict[int, str] = {}
+        self._place = self._ask(lambda: Place(group, timeout))
         self._departures = self._ask(lambda: self._store.add(_DEPARTURES, 0))
         self._say(self._offer(self._rank), self._own.encode())
         end = time.monotonic() + timeout
@@ -72,6 +80,7 @@ class Meeting:
                 continue  # it may come again
         # Everybody has read the offer, and none of an earlier meeting is to be found by the next.
         self._say(self._offer(self._rank), b"")
+        self._ask(self._place.leave)
 
     @property
     def name(self) -> str:
@@ -95,10 +104,17 @@ class Meeting:
             raise left.failure from None
         return [pickle.loads(found[rank]) for rank in self._ranks]
 
+    def told(self) -> RankFailure | None:
+        """Why one of those who came has left, if one has."""
+        for rank, name in self._came.items():
+            if rank != self._rank and self._store.check([key := _left(name)]):
+                return RankFailure(*pickle.loads(self._store.get(key)))
+        return None
+
     def leave(self, failure: RankFailure) -> None:
         """Tell the others that this rank does not go on, and why, so that they need not wait for it."""
         told = failure.rank, failure.phase, failure.reason
-        self._say(f"hal-ep/left/{self._own}", pickle.dumps(told))
+        self._say(_left(self._own), pickle.dumps(told))
         self._ask(lambda: self._store.add(_DEPARTURES, 1))
         self._say(self._offer(self._rank), b"")
 
@@ -115,16 +131,14 @@ class Meeting:
         if not self._store.check(keys):
             there = [rank for rank in self._ranks if self._store.check([keys[rank]])]
         found = dict(zip(there, self._read([keys[rank] for rank in there]), strict=True))
-        self._came |= {rank for rank, name in found.items() if name}
+        self._came |= {rank: name.decode() for rank, name in found.items() if name}
         return {rank: name for rank, name in found.items() if name}
 
     def _heard(self, where: str) -> dict[int, bytes]:
         keys = [self._key(where, rank) for rank in self._ranks]
         found = dict(enumerate(self._read(keys))) if self._store.check(keys) else {}
-        if self._store.add(_DEPARTURES, 0) != self._departures:
-            for rank, name in self._names.items():
-                if rank != self._rank and self._store.check([key := f"hal-ep/left/{name.decode()}"]):
-                    raise _Left(RankFailure(*pickle.loads(self._store.get(key))))
+        if self._store.add(_DEPARTURES, 0) != self._departures and (failure := self.told()) is not None:
+            raise _Left(failure)
         return found
 
     def _read(self, keys: list[str]) -> list[bytes]:
@@ -146,19 +160,23 @@ class Meeting:
                 break
             time.sleep(poll)
             poll = min(1.5 * poll, _LAST_POLL * max(1.0, len(self._ranks) / 16))
-        failure = RankFailure(self._missing(found), _OPENING, f"no answer from it within {self._timeout:g} s")
-        self.leave(failure)
-        raise failure
+        missing = self._missing(found)
+        # Who came and left again knows whom he waited for: one who is missing still, or this rank.
+        told = self._ask(self.told)
+        if told is None or told.rank not in {self._rank, *missing}:
+            culprit = min(missing - set(self._came) or missing, default=self._rank)
+            told = RankFailure(culprit, _OPENING, f"no answer from it within {self._timeout:g} s")
+        self.leave(told)
+        wrong = None if self._rounds else self._ask(lambda: self._place.mismatch(missing))
+        raise wrong or told
 
-    def _missing(self, found: dict[int, bytes]) -> int:
+    def _missing(self, found: dict[int, bytes]) -> set[int]:
         if not found:  # looked for all at once: ask for each
             where = f"round{self._rounds}" if self._rounds else "here"
             found = {
                 rank: b"" for rank in self._ranks if self._ask(partial(self._store.check, [self._key(where, rank)]))
             }
-        missing = set(self._ranks) - set(found)
-        # Who came and left again did so on account of one who did not come.
-        return min(missing - self._came or missing, default=self._rank)
+        return set(self._ranks) - set(found)
 
     def _ask(self, step: Callable[[], _T]) -> _T:
         """The store may live in a process that is gone."""

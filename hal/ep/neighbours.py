@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
@@ -13,6 +14,9 @@ from hal.ep.rendezvous import Doorbell, Exchange, exchange_over, host_identity
 from hal.ep.topology import Topology
 from hal.spec.ep import EpBufferArgs
 from hal.spec.errors import RankFailure, SpecError
+
+_SHARE: Final = 0.75
+"""Of the timeout: who is missing in a node is told before other nodes give up those who wait for it."""
 
 
 class Neighbours:
@@ -57,10 +61,13 @@ class Introduction:
         Over the whole group.
     token : bytes
         The node's secret.
+    first : int
+        Number of the node's first rank in the whole group.
     """
 
     exchange: Exchange
     token: bytes
+    first: int
     _doorbell: Doorbell
     _names: tuple[str, ...]
     _rank: int
@@ -75,10 +82,12 @@ class Introduction:
             A neighbour does not answer; the group has been told.
         """
         try:
-            return self._doorbell.trade(file, self._rank, self._names, self.token, self._timeout)
+            return self._doorbell.trade(file, self._rank, self._names, self.token, _SHARE * self._timeout)
         except RankFailure as failure:
-            self.exchange.leave(failure)
-            raise
+            # The others may have given this rank up, and gone.
+            told = self.exchange.told() or RankFailure(self.first + failure.rank, failure.phase, failure.reason)
+            self.exchange.leave(told)
+            raise told from failure
 
 
 @contextmanager
@@ -103,7 +112,8 @@ def introduced(args: EpBufferArgs, near: Neighbours) -> Iterator[Introduction]:
                 legal = f"ranks {head} and {rank} on one machine and in one network namespace"
                 raise SpecError("ranks_per_node", args.ranks_per_node, legal)
         names = tuple(name for _, name, _ in everyone[near.first : near.first + near.ranks])
-        yield Introduction(exchange, everyone[near.first][2], doorbell, names, near.here, args.timeout)
+        secret = everyone[near.first][2]
+        yield Introduction(exchange, secret, near.first, doorbell, names, near.here, args.timeout)
     finally:
         doorbell.close()
 

@@ -71,6 +71,7 @@ class NormalCalls(Calls):
         EpDispatchResult
             Rows by source rank, then source position.
         """
+        self._require_own()
         try:
             self._require_mode("normal")
             args = check_dispatch(
@@ -134,6 +135,7 @@ class NormalCalls(Calls):
         previous_event, async_finish, return_recv_hook
             As in `dispatch`.
         """
+        self._require_own()
         try:
             self._require_mode("normal")
             args = check_combine(

@@ -10,11 +10,13 @@ import torch
 import torch.distributed as dist
 
 from hal import plugins
+from hal.ep.faults import EpFaults
 from hal.ep.launch import launched_ranks_per_node, resolved_device
 from hal.ep.rendezvous import agree, exchange_over
 from hal.spec.ep import (
     EpBufferArgs,
     check_buffer,
+    is_timeout,
     require_ep_declared,
 )
 from hal.spec.errors import SpecError
@@ -53,9 +55,11 @@ def agreed_args(
     group = dist.group.WORLD if group is None else group
     if not isinstance(group, dist.ProcessGroup):
         raise SpecError("group", type(group).__name__, "a torch.distributed.ProcessGroup this process belongs to")
-    exchange = exchange_over(group, float(timeout) if _is_number(timeout) and timeout > 0 else TIMEOUT)
+    exchange = exchange_over(group, float(timeout) if is_timeout(timeout) else TIMEOUT)
     num_ranks = dist.get_world_size(group)
     try:
+        if faults is not None and not isinstance(faults, EpFaults):
+            raise SpecError("faults", type(faults).__name__, "an EpFaults, or None")
         if ranks_per_node is None:
             ranks_per_node = launched_ranks_per_node(num_ranks)
         chosen = plugins.select(backend)
@@ -88,10 +92,6 @@ def agreed_args(
         raise
     agree(exchange, {"backend": chosen.name, **_agreed(args)})
     return args, chosen
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _agreed(args: EpBufferArgs) -> dict[str, Any]:

@@ -6,20 +6,24 @@ has a name in any file system and nothing is left when the processes are gone, h
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import socket
 import struct
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
+from hal.ep.engine import own_failure
 from hal.ep.meeting import Meeting
 from hal.spec.ep import EpBufferArgs
-from hal.spec.errors import RankFailure, SpecError
+from hal.spec.errors import DeviceError, RankFailure, SpecError
 
 
 class Exchange(Protocol):
@@ -36,6 +40,9 @@ class Exchange(Protocol):
 
     def leave(self, failure: RankFailure) -> None:
         """Tell the others that this rank does not go on."""
+
+    def told(self) -> RankFailure | None:
+        """Why another rank does not go on, if one has told."""
 
     def communicator(self, timeout: float) -> Any:
         """Something to send and receive with that nobody else uses, and that no earlier timeout has broken."""
@@ -69,6 +76,11 @@ class _OverStore:
         if self._meeting is not None:
             self._meeting.leave(failure)
 
+    def told(self) -> RankFailure | None:
+        with contextlib.suppress(RuntimeError):  # the store may be gone too
+            return None if self._meeting is None else self._meeting.told()
+        return None
+
     def communicator(self, timeout: float) -> Any:
         """Connections of its own where the group's bytes go over gloo, whose timeouts break all there are."""
         if "cpu:gloo" not in str(dist.get_backend_config(self._group)):
@@ -89,6 +101,9 @@ class _OverGroup:
 
     def leave(self, failure: RankFailure) -> None:
         """The others come to it by the group's timeout."""
+
+    def told(self) -> RankFailure | None:
+        return None
 
     def communicator(self, timeout: float) -> Any:
         return self._group
@@ -117,6 +132,34 @@ def agree(exchange: Exchange, fields: dict[str, Any]) -> None:
         for name, value in first.items():
             if found.get(name) != value:
                 raise SpecError(name, f"{found.get(name)!r} on rank {rank}", f"{value!r}, as on rank 0")
+
+
+@contextmanager
+def by_all(exchange: Exchange, rank: int) -> Iterator[None]:
+    """Do something that all ranks do, or none goes on.
+
+    Raises
+    ------
+    SpecError
+        On every rank, where one lacks memory or its device refuses.
+    RankFailure
+        What a rank came upon otherwise, on all others.
+    """
+    wrong: dict[str, Any] = {}
+    try:
+        yield
+    except RankFailure as failure:
+        exchange.leave(failure)
+        raise
+    except SpecError as error:
+        wrong = {error.argument: error}
+    except (DeviceError, OSError) as error:
+        legal = "one whose memory the ranks of a node can share"
+        wrong = {"device": SpecError("device", f"{error}, on rank {rank}", legal)}
+    except BaseException as error:
+        exchange.leave(own_failure(rank, "opening the buffer", error))
+        raise
+    agree(exchange, wrong)
 
 
 def connected(args: EpBufferArgs) -> Any:
@@ -180,36 +223,43 @@ class Doorbell:
         calls: dict[int, socket.socket] = {}
         found: dict[int, tuple[int, int]] = {}
         waiting = set(range(len(names))) - {rank}
+        late, end = waiting, time.monotonic() + timeout
         try:
             for peer in sorted(waiting):
+                late = {peer}
                 call = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
                 calls[peer] = call
                 call.settimeout(timeout)
                 call.connect("\0" + names[peer])
                 call.sendall(token + struct.pack("<i", rank))
-            self._socket.settimeout(timeout)
-            served: set[int] = set()
-            while served != waiting:
+            late = set(waiting)
+            while late:
+                self._socket.settimeout(max(end - time.monotonic(), 0.001))
                 visitor, _ = self._socket.accept()
                 with visitor:
+                    # Names are secret, yet the kernel lists them: another user is not even listened to.
+                    if _credentials(visitor)[1] != os.geteuid():
+                        continue
                     visitor.settimeout(timeout)
                     peer_token, peer = _hello(visitor, len(token))
-                    if _credentials(visitor)[1] != os.geteuid() or not secrets.compare_digest(peer_token, token):
+                    if not secrets.compare_digest(peer_token, token):
                         continue
                     socket.send_fds(visitor, [b"w"], [fd])
-                    served.add(peer)
+                    late.discard(peer)
             for peer, call in calls.items():
+                late = {peer}
                 _, fds, _, _ = socket.recv_fds(call, 1, 1)
                 if len(fds) != 1:
                     raise RankFailure(peer, "rendezvous", "it sent no window")
                 found[peer] = (fds[0], _pidfd(_credentials(call)[0]))
-        except OSError as error:
+        except (OSError, RankFailure) as error:
             for window, pidfd in found.values():
                 os.close(window)
                 if pidfd >= 0:
                     os.close(pidfd)
-            missing = sorted(waiting - set(found)) or sorted(waiting)
-            raise RankFailure(missing[0], "rendezvous", f"no window from it ({error})") from error
+            if isinstance(error, RankFailure):
+                raise
+            raise RankFailure(min(late), "rendezvous", f"no window from it ({error})") from error
         finally:
             for call in calls.values():
                 call.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import NamedTuple
 
 from torch import Tensor
@@ -11,25 +12,29 @@ from hal.spec.ep import EpHandle, EpLowLatencyHandle
 
 
 class EpCompletion:
-    """Completion of a call: ``wait()`` it as an event, or call it as a receive hook; once or often."""
+    """Completion of a call: ``wait()`` it as an event, or call it as a receive hook; once or often, on any thread."""
 
-    __slots__ = ("_error", "_finish")
+    __slots__ = ("_error", "_finish", "_lock")
 
     def __init__(self, finish: Finish | None) -> None:
         self._finish = finish
         self._error: BaseException | None = None
+        # Of two threads that wait neither may return before the rows are there. One that comes again while it waits, as
+        # a signal's handler, is not to wait for itself.
+        self._lock = threading.RLock()
 
     def wait(self) -> None:
         """Return when the call's results are complete; raise what it failed with."""
-        finish, self._finish = self._finish, None
-        if finish is not None:
-            try:
-                finish()
-            except BaseException as error:
-                self._error = error
-                raise
-        elif self._error is not None:
-            raise self._error
+        with self._lock:
+            finish, self._finish = self._finish, None
+            if finish is not None:
+                try:
+                    finish()
+                except BaseException as error:
+                    self._error = error
+                    raise
+            elif self._error is not None:
+                raise self._error
 
     __call__ = wait
 

@@ -118,7 +118,7 @@ class Wire:
         if waits is not None:
             for rank, seconds in waited.items():
                 waits[rank] += int(seconds * 1e6)
-        failure = self._blamed(failed, kind)
+        failure = found_out = self._blamed(failed, kind)
         landing[self._args.rank] = mine
         headers = {rank: landing[rank].tolist() for rank in sorted(landing)}
         for rank, header in list(headers.items()):
@@ -130,6 +130,9 @@ class Wire:
                 failed.setdefault(rank, told.reason)
         if failure is not None:
             self._broken = failure
+            self._calls += 1
+            if failure is found_out:
+                self._tell_blamed(failure)
             raise failure
         self.absent |= failed.keys()
         headers = {rank: header for rank, header in headers.items() if rank not in failed}
@@ -175,7 +178,10 @@ class Wire:
         )
         self._broken = self._blamed(failed, phase)
         if self._broken is not None:
-            self._broken = self._named_by_others(failed) or self._broken
+            found_out, told = self._broken, self._named_by_others(failed)
+            if told is None:
+                self._tell_blamed(found_out)
+            self._broken = told or found_out
             raise self._broken
         self._silent |= failed.keys()
         return {rank for rank, _ in receives if rank in self.absent | self._silent}
@@ -230,6 +236,11 @@ class Wire:
             text = (str(rank), "call", f"rank {self._args.rank} carries on without this one")
             self._posts.send(rank, self._header("failed", (), (), text).view(torch.uint8), self._tag(0))
         self._left = set(self.absent)
+
+    def _tell_blamed(self, failure: RankFailure) -> None:
+        """In place of its next header; it may only have been slow."""
+        header = self._header("failed", (), (), (str(failure.rank), failure.phase, failure.reason))
+        self._posts.send(failure.rank, header.view(torch.uint8), self._tag(0))
 
     def _tell(self, failure: RankFailure, near: Sequence[int]) -> None:
         """In place of the next header; where failed ranks are masked, that is this one."""

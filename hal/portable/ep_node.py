@@ -7,15 +7,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor
 
-from hal.ep.engine import Finish, own_failure
+from hal.ep.engine import Finish
 from hal.ep.layout import count_layout
 from hal.ep.lines import Lines, Message
 from hal.ep.neighbours import introduced
-from hal.ep.rendezvous import agree
+from hal.ep.rendezvous import by_all
 from hal.portable.ep_post import FLAG, Operation, Posting
 from hal.portable.ep_windows import Lease
 from hal.portable.runtime import SharingDevice
@@ -54,13 +53,13 @@ class NodeCalls(Posting):
         self._job: Future[None] | None = None
         self._worker = 0
         self._staged: dict[int, tuple[Lease, set[int]]] = {}
-        self._closed = False
+        self._calls = 0
         with introduced(args, self._near) as met:
             self._lines = Lines(self._near.here, met.trade)
             try:
-                with _by_all(met.exchange, args.rank):
+                with by_all(met.exchange, args.rank):
                     mine = self._made()
-                with _by_all(met.exchange, args.rank):
+                with by_all(met.exchange, args.rank):
                     op = self._begin("open")
                     self._post(op, mine)
                     self._learned(op, self._await_letters(op))
@@ -133,11 +132,16 @@ class NodeCalls(Posting):
             if self._closed:
                 return
             self._closed = True
-            self._windows.close_peers()
-            for peer in self._peers:
-                self._try_to_tell(peer, {"gone": "it closed its buffer"})
-            _parting.append(self)
-            _part()
+            # From a signal's handler: the call that it interrupts ends first.
+            if not self._calls:
+                self._end()
+
+    def _end(self) -> None:
+        self._windows.close_peers()
+        for peer in self._peers:
+            self._try_to_tell(peer, {"gone": "it closed its buffer"})
+        _parting.append(self)
+        _part()
 
     def _parted(self) -> bool:
         """Whether nobody uses this rank's windows any more; they are freed then."""
@@ -160,12 +164,17 @@ class NodeCalls(Posting):
         if job is not None and threading.get_ident() != self._worker:
             job.exception()
         with self._lock:
-            if self._closed:
-                raise SpecError("buffer", "a closed buffer", "one that is open")
+            self._require_open()
             if self._failure is not None:
                 raise self._failure
-            with self._blamed(phase):
-                yield
+            self._calls += 1
+            try:
+                with self._blamed(phase):
+                    yield
+            finally:
+                self._calls -= 1
+                if self._closed and not self._calls:
+                    self._end()
 
     def _finish(self, op: Operation, body: Callable[[], None]) -> Finish:
         """What completes a posted call."""
@@ -214,20 +223,3 @@ class NodeCalls(Posting):
         """Take back what was lent for a call that all ranks refuse."""
         super()._void(op)
         self._unstage(op)
-
-
-@contextmanager
-def _by_all(exchange: Any, rank: int) -> Iterator[None]:
-    """Do something that all ranks do, or none goes on."""
-    failure: dict[str, Any] = {}
-    try:
-        yield
-    except RankFailure as error:
-        exchange.leave(error)
-        raise
-    except DeviceError as error:
-        failure = {"device": SpecError("device", str(error), "one whose memory the ranks of a node can share")}
-    except BaseException as error:
-        exchange.leave(own_failure(rank, "opening the buffer", error))
-        raise
-    agree(exchange, failure)

@@ -25,9 +25,9 @@ from hal.ep.neighbours import Neighbours
 from hal.ep.relay import NodeEngine
 from hal.portable.ep_kernels import EpKernels, before
 from hal.portable.ep_windows import Lease, Windows
-from hal.portable.runtime import SharingDevice, Window
+from hal.portable.runtime import ForeignWindow, SharingDevice, Window
 from hal.spec.ep import EpBufferArgs
-from hal.spec.errors import DeviceError, RankFailure, SpecError
+from hal.spec.errors import RankFailure, SpecError
 
 FLAG: Final = 16
 """Words from one flag to the next."""
@@ -85,6 +85,7 @@ class Posting(NodeEngine):
         self._number = 0
         self._letters: dict[tuple[int, int], dict[int, Message]] = {}
         self._failure: RankFailure | None = None
+        self._closed = False
         self._records: deque[dict[str, Any]] = deque(maxlen=_RECORDS)
 
     @property
@@ -142,13 +143,16 @@ class Posting(NodeEngine):
 
     def _listen(self, seconds: float) -> None:
         """Read what has come, or comes first within some time."""
-        for peer, message, files in self._lines.listen(seconds):
-            try:
-                self._heard(peer, message, files)
-            except (KeyError, TypeError, ValueError, DeviceError) as error:
-                rank = self._near.first + peer
-                raise self._fail(RankFailure(rank, "message", f"its message is damaged ({error})")) from None
-            finally:
+        heard = self._lines.listen(seconds)
+        try:
+            for peer, message, files in heard:
+                try:
+                    self._heard(peer, message, files)
+                except (KeyError, TypeError, ValueError, ForeignWindow) as error:
+                    rank = self._near.first + peer
+                    raise self._fail(RankFailure(rank, "message", f"its message is damaged ({error})")) from None
+        finally:
+            for _, _, files in heard:
                 for file in files:
                     os.close(file)
 
@@ -162,7 +166,7 @@ class Posting(NodeEngine):
             rank, phase, reason = message["failure"]
             self._failure = self._failure or RankFailure(rank, phase, reason)
         elif "gone" in message:
-            self._lines.gone.setdefault(peer, str(message["gone"]))
+            self._lines.gone[peer] = str(message["gone"])  # its own words say more than that it hung up
         else:
             raise ValueError("of no kind there is")
 
@@ -237,6 +241,7 @@ class Posting(NodeEngine):
         self._listen(0)
         left = missing()
         while left:
+            self._require_open()
             if self._failure is not None:
                 raise self._failure
             gone = [peer for peer in left if peer in self._lines.gone]
@@ -245,6 +250,10 @@ class Posting(NodeEngine):
                 raise self._fail(self._lost(op, gone[0], self._lines.gone[gone[0]]))
             now = time.monotonic()
             if now > end:
+                # After a stop it may be this rank that was waited for in vain.
+                self._listen(0)
+                if self._failure is not None:
+                    raise self._failure
                 raise self._fail(self._lost(op, left[0], f"nothing from it within {self._args.timeout:g} s"))
             op.record["waits_for"] = self._near.first + left[0]
             self._listen(min(nap, end - now + 0.001))
@@ -258,6 +267,10 @@ class Posting(NodeEngine):
         if self._failure is not None:
             raise self._failure
 
+    def _require_open(self) -> None:
+        if self._closed:
+            raise SpecError("buffer", "a closed buffer", "one that is open")
+
     def _lost(self, op: Operation, peer: int, reason: str) -> RankFailure:
         rank = self._near.first + peer
         if op.record["phase"] != "receive" or not op.expected:
@@ -269,9 +282,9 @@ class Posting(NodeEngine):
         """End this buffer: everybody hears of whose fault it is, at once and at every later call."""
         if self._failure is None:
             self._failure = failure
+            # Whoever is to blame too: it may only have been slow.
             for peer in self._peers:
-                if self._near.first + peer != failure.rank:
-                    self._try_to_tell(peer, {"failure": [failure.rank, failure.phase, failure.reason]})
+                self._try_to_tell(peer, {"failure": [failure.rank, failure.phase, failure.reason]})
         return self._failure
 
     @contextmanager

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from hal.portable.runtime import Handle
-from hal.spec.errors import DeviceError
+from hal.portable.runtime import ForeignWindow, Handle
 
 
 class Ipc(Protocol):
@@ -60,11 +59,13 @@ class IpcWindow(int):
 
         Raises
         ------
-        DeviceError
+        ForeignWindow
             It is none.
+        DeviceError
+            The runtime does not open it.
         """
         if len(handle.data) != ipc.handle_bytes:
-            raise DeviceError(f"a window with {len(handle.data)} bytes of handle, not {ipc.handle_bytes}")
+            raise ForeignWindow(f"a window with {len(handle.data)} bytes of handle, not {ipc.handle_bytes}")
         return cls._of(ipc, ipc.open(handle.data), handle.size, False)
 
     @classmethod

@@ -37,6 +37,10 @@ LESS: Final = "make the cache, the batch or the buffer smaller, or close other u
 """What helps where memory is lacking, whatever the device."""
 
 
+class ForeignWindow(DeviceError):
+    """What another process gave is no window: that is its fault, unlike a window that cannot be opened here."""
+
+
 def out_of_memory(call: str, size: int, has: str, error: object, fix: str = "") -> DeviceError:
     """What to raise where a device does not give so many bytes.
 
@@ -278,8 +282,10 @@ class SharingDevice(Device, Protocol):
 
         Raises
         ------
-        DeviceError
+        ForeignWindow
             It is none, or not of that size.
+        DeviceError
+            This process cannot open it, as where it lacks memory.
         """
 
 

@@ -14,7 +14,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from hal.portable.runtime import Handle, host_has, out_of_memory
+from hal.portable.runtime import ForeignWindow, Handle, host_has, out_of_memory
 from hal.spec.errors import DeviceError
 
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -65,18 +65,21 @@ class SharedMemory:
 
         Raises
         ------
-        DeviceError
+        ForeignWindow
             What came is no window of that size.
+        DeviceError
+            This process lacks memory or files for it.
         """
         if len(handle.files) != 1 or handle.size < 1:
-            raise DeviceError(f"a window of {handle.size} bytes in {len(handle.files)} files, not in one")
+            raise ForeignWindow(f"a window of {handle.size} bytes in {len(handle.files)} files, not in one")
         try:
             sealed = fcntl.fcntl(handle.files[0], fcntl.F_GET_SEALS) & _SEALS == _SEALS
         except OSError:
             sealed = False
         there = os.fstat(handle.files[0]).st_size
         if not sealed or there != handle.size:
-            raise DeviceError(f"a window of {handle.size} bytes: the file has {there}, {'' if sealed else 'un'}sealed")
+            said = f"the file has {there}, {'' if sealed else 'un'}sealed"
+            raise ForeignWindow(f"a window of {handle.size} bytes: {said}")
         try:
             file = os.dup(handle.files[0])
         except OSError as error:

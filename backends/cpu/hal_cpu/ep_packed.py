@@ -88,10 +88,10 @@ class PackedCalls(WindowEngine):
         return self._args.num_ranks * self._args.max_tokens_per_rank
 
     def _packed_outputs(self) -> tuple[Tensor, Tensor]:
-        """Counts by expert and ranges by block, to be filled."""
+        """Counts by expert and ranges by block, to be filled. Even of a call that failed, combine reads the ranges."""
         local = self._args.local_experts
         count = torch.empty(local, dtype=torch.int32)
-        return count, torch.empty(local, self._sources * self._ranks, dtype=torch.int64)
+        return count, torch.zeros(local, self._sources * self._ranks, dtype=torch.int64)
 
     def _send_packed(
         self,

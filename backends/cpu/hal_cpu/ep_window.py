@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from hal.ep.fields import OPERATIONS, Fields
 from hal.ep.layout import count_layout
 from hal.ep.neighbours import Neighbours, introduced
 from hal.ep.relay import NodeEngine
-from hal.ep.rendezvous import agree
+from hal.ep.rendezvous import by_all
 from hal.spec.ep import (
     OVERFLOW,
     EpBufferArgs,
@@ -51,33 +52,29 @@ class WindowEngine(NodeEngine):
         self._origins, self._blocks = near.origins, near.blocks
         crowded = near.ranks > len(os.sched_getaffinity(0))
         with introduced(args, near) as met:
-            self._engine = _ep.Engine(
-                near.here,
-                near.ranks,
-                near.sources,
-                args.local_experts,
-                near.first * args.local_experts,
-                near.first,
-                args.timeout,
-                args.mask_ranks,
-                args.max_recv_tokens,
-                OVERFLOW.index(args.overflow),
-                crowded,
-                args.num_ranks,
-                met.token,
-            )
-            failure: dict[str, Any] = {}
-            for peer, (window, pidfd) in met.trade(self._engine.fd()).items():
-                try:
-                    self._engine.attach(peer, window, pidfd)
-                except ValueError as error:
-                    what = f"a window of rank {near.first + peer} where {error}"
-                    failure = failure or {"group": SpecError("group", what, "a peer's window")}
-                finally:
-                    os.close(window)
-                    if pidfd >= 0:
-                        os.close(pidfd)
-            agree(met.exchange, failure)
+            with by_all(met.exchange, args.rank):
+                self._engine = _ep.Engine(
+                    near.here,
+                    near.ranks,
+                    near.sources,
+                    args.local_experts,
+                    near.first * args.local_experts,
+                    near.first,
+                    args.timeout,
+                    args.mask_ranks,
+                    args.max_recv_tokens,
+                    OVERFLOW.index(args.overflow),
+                    crowded,
+                    args.num_ranks,
+                    met.token,
+                )
+            found = met.trade(self._engine.fd())
+            with by_all(met.exchange, args.rank):
+                self._attach(found)
+        # Closes it where nobody else does, before the memory goes that its thread may still write to.
+        weakref.finalize(self, self._engine.close)
+        # Operations write into their tensors whether or not anybody still wants their results.
+        self._under_way: dict[int, tuple[Any, object]] = {}
         if isinstance(args.faults, EpFaults):
             self._engine.set_faults(
                 [
@@ -87,6 +84,20 @@ class WindowEngine(NodeEngine):
             )
         self._owner = object()
         self._names = tuple(f"{call}_{_ep.isa}" for call in OPERATIONS[1:])
+
+    def _attach(self, found: Mapping[int, tuple[int, int]]) -> None:
+        try:
+            for peer, (window, pidfd) in found.items():
+                try:
+                    self._engine.attach(peer, window, pidfd)
+                except ValueError as error:
+                    what = f"a window of rank {self._first + peer} where {error}"
+                    raise SpecError("group", what, "a peer's window") from None
+        finally:
+            for pair in found.values():
+                for file in pair:
+                    if file >= 0:
+                        os.close(file)
 
     @property
     def owner(self) -> object:
@@ -131,19 +142,28 @@ class WindowEngine(NodeEngine):
     def close(self) -> None:
         """Tell the peers and let the windows go."""
         self._engine.close()
+        self._under_way.clear()
 
     def _finish(self, op: Any, fields: Fields, keep: object = None) -> Finish:
+        """What completes a posted call; ``keep`` is what it reads and writes until then."""
         finish = self._engine.finish
+        self._let_go()
+        self._under_way[op.seq] = op, keep
 
         def run() -> None:
-            nonlocal keep
             try:
                 finish(op)
             except Exception as error:
                 raise self._translated(error, fields) from None
-            keep = None
+            finally:
+                self._let_go()
 
         return run
+
+    def _let_go(self) -> None:
+        for number, (op, _) in list(self._under_way.items()):
+            if op.finished:
+                self._under_way.pop(number, None)
 
     def _translated(self, error: Exception, fields: Fields) -> Exception:
         return translated(self._native, self._first, error, fields)

@@ -19,7 +19,7 @@ from hal.spec.ep.arguments import (
     EpLowLatencyDispatchArgs,
 )
 from hal.spec.ep.declared import require_ep_call_declared, require_ep_declared, whole_ep
-from hal.spec.ep.geometry import check_buffer
+from hal.spec.ep.geometry import check_buffer, is_timeout
 from hal.spec.ep.handles import EpHandle, EpLayout, EpLowLatencyHandle, EpSources
 from hal.spec.ep.low_latency import check_low_latency_combine, check_low_latency_dispatch
 from hal.spec.ep.normal import check_combine, check_dispatch, check_layout
@@ -50,6 +50,7 @@ __all__ = [
     "check_layout",
     "check_low_latency_combine",
     "check_low_latency_dispatch",
+    "is_timeout",
     "require_ep_call_declared",
     "require_ep_declared",
     "whole_ep",

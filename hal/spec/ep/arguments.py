@@ -13,7 +13,9 @@ from hal.spec.ep.terms import EpEvent
 
 @dataclass(slots=True)
 class EpBufferArgs:
-    """The geometry and the policies of one buffer, equal on every rank but for ``rank``; read-only.
+    """The geometry and the policies of one buffer; read-only.
+
+    Equal on every rank but for ``rank``, ``device``, ``timeout`` and ``faults``.
 
     Attributes
     ----------

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
 from hal.spec.ep.arguments import EpBufferArgs
-from hal.spec.ep.terms import MAX_INT32, MODES, OVERFLOW, PLAIN_DTYPES, ROW_ALIGNMENT
+from hal.spec.ep.terms import MAX_INT32, MAX_TIMEOUT, MODES, OVERFLOW, PLAIN_DTYPES, ROW_ALIGNMENT
 from hal.spec.errors import SpecError
 from hal.spec.tensors import dtype_name, require_bool, require_choice, require_int
+
+
+def is_timeout(value: Any) -> bool:
+    """Whether ranks may be waited for so many seconds."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= MAX_TIMEOUT
 
 
 def check_buffer(
@@ -60,8 +64,8 @@ def check_buffer(
         require_int("ranks_per_node", ranks_per_node, 1)
     require_bool("pre_reduce", pre_reduce)
     require_choice("overflow", overflow, OVERFLOW)
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < math.inf:
-        raise SpecError("timeout", repr(timeout), "a positive finite number of seconds")
+    if not is_timeout(timeout):
+        raise SpecError("timeout", repr(timeout), f"a positive number of seconds, at most {MAX_TIMEOUT:.0f}")
     require_bool("mask_ranks", mask_ranks)
     return EpBufferArgs(
         group=group,

@@ -28,6 +28,8 @@ INT64: Final = (torch.int64,)
 INT32: Final = (torch.int32,)
 FLOAT32: Final = (torch.float32,)
 MAX_INT32: Final = 2**31 - 1
+MAX_TIMEOUT: Final = 1e9
+"""Seconds; the clocks of sockets and threads end at some nine times as many."""
 
 
 @runtime_checkable

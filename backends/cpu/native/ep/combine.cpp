@@ -36,7 +36,7 @@ void Engine::fetch(Operation& op, int64_t* waits) {
 }
 
 std::shared_ptr<Operation> Engine::combine(const CombineCall& call) {
-  std::unique_lock<std::mutex> hold(api_);
+  std::unique_lock<Gate> hold(api_);
   idle_.wait(hold, [&] { return !job_running_; });
   auto op = begin(Kind::combine);
   op->routes = call.routes;

@@ -146,7 +146,7 @@ void Engine::wait(Phase phase, const Operation& op, int64_t* waits, Ready ready)
     if (left_.empty() || now < next_look) continue;
     next_look = now + kNap;
     note(op, phase, left_[0], false);
-    if (closing_.load()) throw Interrupted();
+    if (closing_.load()) throw closed();
     for (int peer = 0; peer < config_.ranks; ++peer)
       if (peer != config_.rank && alive(peer)) {
         check_abort(peer);

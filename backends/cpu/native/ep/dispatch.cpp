@@ -118,8 +118,8 @@ bool Engine::grant(Operation& op, const DispatchCall& call, int round) {
   const bool worst = call.worst > 0;
   if ((worst && rows > call.worst) || (config_.policy == Policy::error && total > config_.room) || rows > INT32_MAX) {
     // The room a worst-case call states is its own.
-    give(op, round, Status::overflow, uint64_t(worst && rows > call.worst ? call.worst : 0), 0, uint64_t(total), starts,
-         0);
+    give(op, round, Status::overflow, uint64_t(worst && rows > call.worst ? call.worst : 0),
+         uint64_t(rows > INT32_MAX ? rows : 0), uint64_t(total), starts, 0);
     return true;
   }
   if (worst) rows = call.worst;
@@ -356,7 +356,7 @@ void Engine::receive(Operation& op, int64_t* waits) {
 }
 
 std::shared_ptr<Operation> Engine::dispatch(const DispatchCall& call) {
-  std::unique_lock<std::mutex> hold(api_);
+  std::unique_lock<Gate> hold(api_);
   idle_.wait(hold, [&] { return !job_running_; });
   enter();
   auto routes = std::make_shared<Routes>();

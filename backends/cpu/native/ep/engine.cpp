@@ -17,14 +17,17 @@ Engine::Engine(const Config& config, const uint8_t token[32])
   window_ = Window::create(map_, uint32_t(config.rank), token);
   auto* header = reinterpret_cast<Header*>(window_->at(0));
   header->first_rank = config.first_rank;
-  header->pid = getpid();
+  header->pid = pid_;
   header->timeout = config.timeout;
   arena_ = std::make_shared<Arena>(window_, map_.end);
   peers_.resize(size_t(config.ranks));
   peers_[size_t(config.rank)].window = window_;
 }
 
-Engine::~Engine() { close(); }
+Engine::~Engine() {
+  close();
+  if (getpid() == pid_) delete threads_;
+}
 
 void Engine::attach(int peer, int fd, int pidfd) {
   const auto* header = reinterpret_cast<const Header*>(window_->at(0));
@@ -113,7 +116,7 @@ bool Engine::lost(const Operation& op, int peer) const {
 }
 
 void Engine::set_mask(int rank, bool masked) {
-  std::unique_lock<std::mutex> hold(api_);
+  std::unique_lock<Gate> hold(api_);
   idle_.wait(hold, [&] { return !job_running_; });
   if (masked) {
     mask_now(rank);
@@ -260,14 +263,16 @@ bool Engine::fault(Phase phase, uint64_t seq, int target) {
   return drop;
 }
 
+RankFailed Engine::closed() const {
+  RankFailed failure;
+  failure.rank = config_.rank;
+  failure.phase = "call";
+  failure.reason = "this buffer is closed";
+  return failure;
+}
+
 void Engine::enter() {
-  if (closed_) {
-    RankFailed failure;
-    failure.rank = config_.rank;
-    failure.phase = "call";
-    failure.reason = "this buffer is closed";
-    throw failure;
-  }
+  if (closed_ || closing_.load()) throw closed();
   if (broken_) throw *broken_;
   asked_ = Clock::now();
   while (pending_.size() >= kRing - 4) settle(*pending_.front());
@@ -316,7 +321,7 @@ void Engine::settle(Operation& op) {
 
 void Engine::finish(const std::shared_ptr<Operation>& op) {
   const auto asked = Clock::now();
-  std::unique_lock<std::mutex> hold(api_);
+  std::unique_lock<Gate> hold(api_);
   idle_.wait(hold, [&] { return !job_running_; });
   asked_ = asked;
   while (!op->finished) {
@@ -330,7 +335,7 @@ void Engine::finish(const std::shared_ptr<Operation>& op) {
 }
 
 void Engine::run_worker() {
-  std::unique_lock<std::mutex> hold(api_);
+  std::unique_lock<Gate> hold(api_);
   for (;;) {
     idle_.wait(hold, [&] { return stop_worker_ || job_; });
     if (stop_worker_) return;
@@ -347,9 +352,12 @@ void Engine::run_worker() {
 }
 
 void Engine::close() {
+  if (getpid() != pid_) return;
   closing_ = true;
+  // From a signal's handler: the call that it interrupts ends, and whoever closes next does the rest.
+  if (api_.mine()) return;
   {
-    std::unique_lock<std::mutex> hold(api_);
+    std::unique_lock<Gate> hold(api_);
     if (closed_) return;
     idle_.wait(hold, [&] { return !job_running_; });
     closed_ = true;

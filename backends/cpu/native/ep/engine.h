@@ -7,6 +7,9 @@
 // alone, so a rank that dies half way needs no vote.
 #pragma once
 
+#include <sys/types.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -15,6 +18,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
@@ -51,6 +55,25 @@ struct Refused : std::exception {
 };
 
 struct Interrupted : std::exception {};
+
+// One call at a time. The handler of a signal that comes while its own thread is in a call would wait for itself.
+class Gate {
+ public:
+  void lock() {
+    if (mine()) throw std::runtime_error("a signal's handler calls the buffer whose call it interrupts");
+    lock_.lock();
+    owner_.store(std::this_thread::get_id(), std::memory_order_relaxed);
+  }
+  void unlock() {
+    owner_.store(std::thread::id(), std::memory_order_relaxed);
+    lock_.unlock();
+  }
+  bool mine() const { return owner_.load(std::memory_order_relaxed) == std::this_thread::get_id(); }
+
+ private:
+  std::mutex lock_;
+  std::atomic<std::thread::id> owner_{std::thread::id()};
+};
 
 struct Fault {
   enum What : int { delay, drop, kill, stop, corrupt };
@@ -112,7 +135,7 @@ class Engine;
 struct Operation {
   uint64_t seq = 0;
   Kind kind = Kind::none;
-  bool finished = false;
+  std::atomic<bool> finished{false};  // also for whoever keeps the memory that it writes to
   std::exception_ptr error;
   std::function<void()> complete;
   std::shared_ptr<Routes> routes;
@@ -227,7 +250,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   uint64_t in_use() const { return arena_->in_use(); }
   void close();
 
-  // Called about ten times a second while waiting, without any lock; may throw Interrupted.
+  // Called every few naps while waiting; may throw Interrupted.
   std::function<void()> poll_signals;
 
  private:
@@ -259,6 +282,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
 
   std::shared_ptr<Operation> begin(Kind kind, std::shared_ptr<Operation> op = nullptr);
   void enter();
+  RankFailed closed() const;
   void post(Operation& op, const uint64_t* arguments, const Routes* routes, uint64_t offset, uint64_t bytes,
             uint64_t extra, const Text* refusal, int round, const std::vector<int>* only = nullptr);
   void check_posts(const Operation& op, int round);
@@ -304,11 +328,20 @@ class Engine : public std::enable_shared_from_this<Engine> {
   std::atomic<bool> closing_{false};
   std::chrono::steady_clock::time_point asked_;  // since when the caller has been waiting
 
-  std::mutex api_;                    // one call at a time
-  std::condition_variable_any idle_;  // the worker has finished its job
+  // A forked child has a copy of this engine that is its parent's. It tells nobody anything, and cannot take apart the
+  // thread that it does not have nor the condition on which that waits.
+  const pid_t pid_ = getpid();
+  struct Threads {
+    std::condition_variable_any idle;
+    std::thread worker;
+  };
+  Threads* threads_ = new Threads;
+
+  Gate api_;
+  std::condition_variable_any& idle_ = threads_->idle;  // the worker has finished its job
+  std::thread& worker_ = threads_->worker;
   std::function<void()> job_;
   bool job_running_ = false, stop_worker_ = false;
-  std::thread worker_;
   struct PackedSlot {
     std::shared_ptr<Lease> lease;
     std::weak_ptr<int> use;

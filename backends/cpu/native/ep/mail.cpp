@@ -114,7 +114,7 @@ void Engine::check_posts(const Operation& op, int round) {
 }
 
 void Engine::refuse(const Text& text) {
-  std::unique_lock<std::mutex> hold(api_);
+  std::unique_lock<Gate> hold(api_);
   idle_.wait(hold, [&] { return !job_running_; });
   auto op = begin(Kind::none);
   post(*op, nullptr, nullptr, 0, 0, 0, &text, 0);
@@ -172,6 +172,14 @@ std::vector<int> Engine::check_grants(Operation& op, int round, const std::vecto
       fail(failure);
     }
     if (mail.status == Status::shorten) fewer.push_back(peer);
+    if (mail.status == Status::overflow && mail.rows != 0) {
+      Text text;
+      set_text(text, mail.rows == mail.wanted ? "x" : "expert_alignment",
+               "what makes " + std::to_string(mail.rows) + " rows of " + std::to_string(mail.wanted) + " on rank " +
+                   number(peer),
+               "at most " + std::to_string(INT32_MAX) + " rows on a rank");
+      throw_text(text, peer);
+    }
     if (mail.status == Status::overflow) {
       Text text;
       uint64_t most = mail.offset != 0 ? mail.offset : mail.room;

@@ -5,6 +5,9 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <cstring>
 
 #include "engine.h"
@@ -64,7 +67,7 @@ NB_MODULE(_ep, m) {
       nb::object args = nb::make_tuple(e.argument, e.got, e.legal, e.field, e.rank, e.against, e.value, e.other);
       PyErr_SetObject(refused, args.ptr());
     } catch (const Interrupted&) {
-      if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, "the buffer was closed while a call was waiting");
+      // What the signal's handler raised is set.
     } catch (const SystemError& e) {
       PyErr_SetString(PyExc_OSError, e.what());
     }
@@ -102,6 +105,7 @@ NB_MODULE(_ep, m) {
       .def_ro("seq", &Operation::seq)
       .def_ro("rows", &Operation::rows)
       .def_ro("routes", &Operation::routes)
+      .def_prop_ro("finished", [](const Operation& op) { return op.finished.load(); })
       .def_prop_ro("reserved", [](const Operation& op) { return op.slot != nullptr; })
       .def("x", [](const Operation& op, int code, const std::vector<int64_t>& shape) {
         return tensor(op.slot, op.use, op.x_at, Element(code), shape, {});
@@ -125,7 +129,10 @@ NB_MODULE(_ep, m) {
              Config config{rank, ranks, sources, experts,        expert_base, first_rank, timeout,
                            mask, room,  Policy(policy), crowded, all_ranks};
              new (self) Engine(config, static_cast<const uint8_t*>(token.data()));
+             // Handlers run on the process's first thread alone. Others have nothing to ask, and must not: whoever waits
+             // for their call to end may have the interpreter.
              self->poll_signals = [] {
+               if (syscall(SYS_gettid) != getpid()) return;
                nb::gil_scoped_acquire hold;
                if (PyErr_CheckSignals() != 0) throw Interrupted();
              };
@@ -207,6 +214,7 @@ NB_MODULE(_ep, m) {
            [](Engine& self, int64_t columns, int type, int cast, int64_t slots) {
              PackedCall call;
              call.columns = columns, call.type = Type(type), call.cast = cast, call.slots = slots;
+             nb::gil_scoped_release release;
              return self.packed_reserve(call);
            })
       .def("packed_dispatch",

@@ -4,13 +4,13 @@
 namespace hal_ep {
 
 void Engine::release(const std::shared_ptr<Routes>& routes) {
-  std::unique_lock<std::mutex> hold(api_);
+  std::unique_lock<Gate> hold(api_);
   if (routes->packed_slot >= 0 && packed_[routes->packed_slot].id == routes->id)
     packed_[routes->packed_slot].released = true;
 }
 
 std::shared_ptr<Operation> Engine::packed_reserve(const PackedCall& call) {
-  std::unique_lock<std::mutex> hold(api_);
+  std::unique_lock<Gate> hold(api_);
   return reserve(call);
 }
 
@@ -45,7 +45,7 @@ std::shared_ptr<Operation> Engine::reserve(const PackedCall& call) {
 }
 
 std::shared_ptr<Operation> Engine::packed_dispatch(const PackedCall& call) {
-  std::unique_lock<std::mutex> hold(api_);
+  std::unique_lock<Gate> hold(api_);
   idle_.wait(hold, [&] { return !job_running_; });
   enter();
   Text bad;
@@ -262,7 +262,7 @@ void Engine::packed_body(Operation& op, const PackedCall& call) {
 }
 
 std::shared_ptr<Operation> Engine::packed_combine(const PackedCombineCall& call) {
-  std::unique_lock<std::mutex> hold(api_);
+  std::unique_lock<Gate> hold(api_);
   idle_.wait(hold, [&] { return !job_running_; });
   enter();
   const Routes& routes = *call.routes;
@@ -270,7 +270,10 @@ std::shared_ptr<Operation> Engine::packed_combine(const PackedCombineCall& call)
   op->routes = call.routes;
   if (!faults_.empty()) fault(kStage, op->seq, -1);
   Text bad;
-  bool fine = true;
+  bool fine = routes.packed_slot < 0 || packed_[routes.packed_slot].id == routes.id;
+  if (!fine)
+    set_text(bad, "handle", "one that was combined, and whose memory a later dispatch has taken, on rank " + number(config_.rank),
+             "one of a result that is live");
   for (size_t i = 0; fine && i < size_t(routes.tokens * routes.topk); ++i) {
     const int64_t expert = call.idx[i] - config_.expert_base;
     const bool here = call.idx[i] >= 0 && expert >= 0 && expert < int64_t(config_.experts) * config_.ranks;

@@ -6,6 +6,8 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cinttypes>
+#include <cstdio>
 #include <cstring>
 #include <new>
 
@@ -14,8 +16,21 @@ namespace {
 
 constexpr uint64_t kReserve = uint64_t(1) << 38;
 constexpr uint64_t kGrain = 1 << 16;
+constexpr uint64_t kMuch = uint64_t(64) << 20;
 
 std::string why(const char* what) { return std::string(what) + ": " + std::strerror(errno); }
+
+// Where the kernel has less than it was asked for it does not refuse: it ends a process.
+uint64_t available() {
+  uint64_t kilobytes = UINT64_MAX >> 10;
+  if (FILE* file = std::fopen("/proc/meminfo", "re")) {
+    char line[128];
+    while (std::fgets(line, sizeof line, file) != nullptr && std::sscanf(line, "MemAvailable: %" SCNu64, &kilobytes) != 1) {
+    }
+    std::fclose(file);
+  }
+  return kilobytes << 10;
+}
 
 }  // namespace
 
@@ -88,6 +103,10 @@ bool Window::contains(uint64_t offset, uint64_t bytes) {
 
 void Window::grow(uint64_t size, bool commit) {
   if (base_ != nullptr && size > reserved_) throw SystemError("the window's address range is used up");
+  const uint64_t more = size - size_;
+  if (commit && more >= kMuch)
+    if (const uint64_t there = available(); more > there)
+      throw SystemError("growing a window by " + std::to_string(more) + " bytes: " + std::to_string(there) + " are free");
   int failed;
   do {
     if (commit)
