@@ -253,7 +253,7 @@ def _per_row(lse: Tensor) -> Tensor:
 
 
 def _parts(name: str, parts: Sequence[Tensor] | Tensor) -> list[Tensor]:
-    stacked = isinstance(parts, Tensor) and parts.dim() > 0 and parts.layout is torch.strided
+    stacked = isinstance(parts, Tensor) and not parts.is_nested and parts.dim() > 0 and parts.layout is torch.strided
     if not stacked and not isinstance(parts, (list, tuple)):
         raise SpecError(name, type(parts).__name__, "a list of tensors, or one tensor stacked along dimension 0")
     return list(parts)

@@ -28,7 +28,7 @@ import pluggy
 from hal.backend import Backend, Probe
 from hal.spec import SPEC_VERSION
 from hal.spec.capability import Capabilities
-from hal.spec.errors import BackendUnavailable, SpecError
+from hal.spec.errors import BackendUnavailable, SpecError, shown
 
 GROUP: Final = "hal.backends"
 ENV: Final = "HAL_BACKEND"
@@ -307,7 +307,7 @@ def select(name: str | None = None) -> Selected:
 
 def _require_name(argument: str, name: object) -> None:
     if name is not None and not isinstance(name, str):
-        raise SpecError(argument, repr(name), "the name of a backend, or None")
+        raise SpecError(argument, shown(name), "the name of a backend, or None")
 
 
 def _source(name: str | None) -> str:

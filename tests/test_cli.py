@@ -101,6 +101,7 @@ def answers(crowd: Interpreter) -> dict[str, tuple[int, str, str]]:
     runs = {
         "list": ("backends", {}),
         "narrow": ("backends", {"COLUMNS": "48", "HAL_BACKEND": "chip"}),
+        "no room": ("backends", {"COLUMNS": "0"}),
         "json": ("backends --json", {"HAL_BACKEND": "half"}),
         "traceback": ("demo --backend nope", {"HAL_DEBUG": "1"}),
         "doctor": ("doctor fake nope", {}),
@@ -139,6 +140,13 @@ def test_the_list_is_whole_on_a_narrow_terminal(answers: dict[str, tuple[int, st
     assert max(map(len, text.splitlines())) <= 48
     assert "…" not in text
     assert "in force: none — HAL_BACKEND=chip: unavailable: no /dev/chip0" in " ".join(text.split())
+
+
+def test_a_terminal_too_narrow_for_anything_gets_it_all_the_same(answers: dict[str, tuple[int, str, str]]) -> None:
+    code, text, _ = answers["no room"]
+    assert code == 0
+    assert "…" not in text
+    assert all(f" {name} " in text for name in SOURCES)
 
 
 def test_the_list_as_json_is_whole(answers: dict[str, tuple[int, str, str]]) -> None:
@@ -322,6 +330,28 @@ def test_a_reader_that_leaves_is_no_error(crowd: Interpreter) -> None:
     )
     os.close(writing)
     assert (done.returncode, done.stderr) == (1, "LOUD\n")
+
+
+@pytest.mark.parametrize("arguments", ["backends", "--version"])
+def test_a_full_disk_is_one_line(arguments: str, crowd: Interpreter) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            crowd.command("-m", "hal", arguments),
+            env=crowd.environment(),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    said = [line for line in done.stderr.splitlines() if line != "LOUD"]
+    assert (done.returncode, said) == (1, ["hal: No space left on device: the answer is not whole"])
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_stream_that_lacks_a_character_gets_the_rest(encoding: str, crowd: Interpreter) -> None:
+    done = crowd.hal("backends", PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stderr) == (0, "LOUD\n")
+    assert "? in force: fake" in done.stdout
 
 
 @pytest.mark.sampled

@@ -124,6 +124,15 @@ def test_a_report_that_was_changed_does_not_verify(change: Any) -> None:
     assert certificate.verify(one)[0]
 
 
+def test_a_report_of_another_suite_says_which_one_judged_and_which_is_here() -> None:
+    one = made()
+    here = one["suite"]["hash"]
+    forge(one, lambda: one["suite"].update(hash="cd" * 32))
+    (error,) = certificate.verify(one)[0]
+    assert "of hash cdcdcdcdcdcd" in error
+    assert f"of hash {here[:12]}: verify with the one that judged" in error
+
+
 def test_quick_filtered_editable_and_failing_runs_have_no_certificate() -> None:
     assert made(mode="quick")["certificate"] is None
     failing = made(MLA_07="FAIL")

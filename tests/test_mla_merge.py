@@ -79,7 +79,9 @@ def test_bad_parts_are_named(change: Any, argument: str) -> None:
 
 def test_bad_containers_are_named() -> None:
     outs, lses = parts()
-    for bad_outs, bad_lses, argument in ((None, lses, "outs"), (outs, 3, "lses"), (torch.tensor(2), lses, "outs")):
+    bad = [(None, lses, "outs"), (outs, 3, "lses"), (torch.tensor(2), lses, "outs")]
+    bad.append((torch.nested.nested_tensor(outs), lses, "outs"))
+    for bad_outs, bad_lses, argument in bad:
         with pytest.raises(hal.SpecError) as caught:
             hal.mla_merge(bad_outs, bad_lses)  # type: ignore[arg-type]
         assert caught.value.argument == argument

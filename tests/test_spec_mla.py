@@ -307,6 +307,48 @@ def test_bad_calls_name_the_argument(restore_validation: None, data: st.DataObje
     assert str(caught.value).startswith(caught.value.argument)
 
 
+class Unprintable:
+    def __repr__(self) -> str:
+        raise RuntimeError("no words")
+
+
+@pytest.mark.parametrize("value", [10**5000, -(10**5000), Unprintable(), "x" * 100_000], ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize("name", ["head_dim_v", "softmax_scale", "causal", "kv_format", "lse_base"])
+def test_a_value_that_no_message_can_hold_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(hal.SpecError) as caught:
+        decode(good_call() | {name: value})
+    assert caught.value.argument == name
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.grad, torch.func.functionalize])
+def test_a_tensor_of_a_transform_is_refused_by_name(transform: Callable[..., Any]) -> None:
+    call = good_call()
+    q = torch.stack([call["q"]] * 2) if transform is torch.func.vmap else call["q"]
+    with pytest.raises(hal.SpecError, match="q: got a tensor without memory"):
+        transform(lambda q: decode(call | {"q": q, "out": None})[0])(q)
+
+
+@pytest.mark.parametrize("name", ["indices", "topk_length", "attn_sink", "extra_kv_cache", "extra_indices"])
+def test_an_out_over_any_input_is_refused(name: str) -> None:
+    call = good_call()
+    call["kv_cache"] = call["kv_cache"][:, :, :1]
+    indices = torch.zeros(B, S_Q, 8, dtype=torch.int32)
+    call |= {
+        "indices": indices,
+        "topk_length": torch.zeros(B, dtype=torch.int32),
+        "attn_sink": torch.zeros(H_Q),
+        "extra_kv_cache": torch.zeros(BLOCKS, PAGE, 1, D, dtype=torch.bfloat16),
+        "extra_indices": indices.clone(),
+    }
+    shape = call[name].shape
+    memory = torch.zeros(BLOCKS * PAGE * D, dtype=torch.float32)
+    call[name] = memory.view(call[name].dtype).flatten()[: shape.numel()].view(shape)
+    call["out"] = memory.view(torch.bfloat16)[: call["out"].numel()].view(call["out"].shape)
+    with pytest.raises(hal.SpecError, match=f"out: got memory that {name} also covers"):
+        decode(call)
+
+
 @pytest.mark.parametrize("name", TENSORS)
 def test_a_storage_cut_short_under_a_tensor_is_refused(name: str) -> None:
     call = good_call()

@@ -14,6 +14,7 @@ from typing import Any
 
 from hal import plugins
 from hal.spec.capability import Capabilities
+from hal_conformance import SUITE_VERSION
 from hal_conformance.facts import distribution, suite_hash
 from hal_conformance.requirements import REQUIREMENTS
 from hal_conformance.schema import schema_errors
@@ -111,9 +112,12 @@ def verify(report: Any, today: datetime.date | None = None) -> tuple[list[str], 
     if issue(report) != certificate:
         # Nothing in it can be taken at its word, not even that it is there.
         return [*errors, "the certificate is not the one this report gives: one of them was changed"], []
-    if certificate["suite_hash"] != suite_hash():
+    installed = suite_hash()
+    if certificate["suite_hash"] != installed:
+        # Two states of a checkout have one version: their hashes tell them apart.
         errors.append(
-            f"judged by another suite (version {certificate['suite']}) than the one installed here; use that one"
+            f"judged by the suite {certificate['suite']} of hash {certificate['suite_hash'][:12]}, and the one "
+            f"installed here is {SUITE_VERSION} of hash {installed[:12]}: verify with the one that judged"
         )
     day = today or datetime.date.today()
     for waiver in certificate["waivers"]:

@@ -5,6 +5,8 @@ A `HalError` that reaches `main` becomes one paragraph on stderr and exit code 2
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 import traceback
@@ -61,9 +63,22 @@ def _open_closed_streams() -> None:
             setattr(sys, name, null)
 
 
+def _write_in_any_encoding() -> None:
+    """What a stream's encoding lacks, such as the bullet of the backend in force in ASCII, becomes a question mark."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+
+
+def _give_up_stdout() -> None:
+    """Whatever is left to write goes nowhere: the interpreter would try again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main() -> None:
     """Run the command line and exit with its code."""
     _open_closed_streams()
+    _write_in_any_encoding()
     try:
         try:
             app(prog_name="hal")
@@ -78,6 +93,12 @@ def main() -> None:
         # The command line's own handling ends where the command does; what comes just after is the same interrupt.
         raise SystemExit(130) from None
     except BrokenPipeError:
-        # The reader has gone: nothing is left to say, and the interpreter must not try again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader has gone: nothing is left to say.
+        _give_up_stdout()
+        raise SystemExit(1) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _give_up_stdout()
+        print(f"hal: {error.strerror}: the answer is not whole", file=sys.stderr)
         raise SystemExit(1) from None

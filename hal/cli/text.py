@@ -14,15 +14,20 @@ from hal.spec.capability import Capabilities, MlaCapabilities
 from hal.spec.errors import CompileError, HalError
 
 _PIPE_WIDTH: Final = 120
+_LEAST_WIDTH: Final = 40
+"""Below it tables would lose what they say; the terminal breaks lines instead."""
 
 
 def console(stderr: bool = False) -> Console:
     """A console on stdout (or stderr): colours only on a terminal, a fixed width where there is none."""
     stream = sys.stderr if stderr else sys.stdout
     known_width = stream.isatty() or "COLUMNS" in os.environ
-    return Console(
+    made = Console(
         stderr=stderr, highlight=False, markup=False, emoji=False, width=None if known_width else _PIPE_WIDTH
     )
+    if made.width < _LEAST_WIDTH:
+        made.width = _LEAST_WIDTH
+    return made
 
 
 def plain(value: object) -> str:

@@ -9,7 +9,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
+
+_LONGEST: Final = 200
+
+
+def shown(value: object) -> str:
+    """``repr(value)``, shortened, for a message: what cannot be shown must not hide that it is wrong."""
+    try:
+        text = repr(value)
+    except Exception as error:
+        # Integers of more digits than Python prints, and objects of the caller's own.
+        return f"an unprintable {type(value).__name__} ({type(error).__name__})"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 class HalError(Exception):
@@ -41,9 +53,9 @@ class SpecError(HalError, ValueError):
     """
 
     def __init__(self, argument: str, got: object, legal: object) -> None:
-        super().__init__(f"{argument}: got {got}; legal: {legal}")
         self.argument = argument
-        self.got = str(got)
+        self.got = got if isinstance(got, str) else shown(got)
+        super().__init__(f"{argument}: got {self.got}; legal: {legal}")
         self.legal = str(legal)
 
 

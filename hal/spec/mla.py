@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hal.spec.capability import Capabilities, MlaCapabilities
-from hal.spec.errors import SpecError, UnsupportedError
+from hal.spec.errors import SpecError, UnsupportedError, shown
 from hal.spec.tensors import (
     dtype_name,
     require_bool,
@@ -209,8 +209,20 @@ def check_decode(
             require_tensor("out", out, (q.dtype,), len(out_shape), "like q with last dimension head_dim_v")
             require_shape("out", out, out_shape, "like q with last dimension head_dim_v")
             require_device("out", out, q.device)
-            inputs = {"q": q, "kv_cache": kv_cache, "block_table": block_table, "cache_seqlens": cache_seqlens}
-            require_writable("out", out, inputs | {"cu_seqlens_q": cu_seqlens_q, "indices": indices})
+            inputs = {
+                "q": q,
+                "kv_cache": kv_cache,
+                "block_table": block_table,
+                "cache_seqlens": cache_seqlens,
+                "cu_seqlens_q": cu_seqlens_q,
+                "indices": indices,
+                "topk_length": topk_length,
+                "attn_sink": attn_sink,
+                "extra_kv_cache": extra_kv_cache,
+                "extra_indices": extra_indices,
+                "extra_topk_length": extra_topk_length,
+            }
+            require_writable("out", out, inputs)
     args = MlaDecodeArgs(
         q,
         kv_cache,
@@ -257,7 +269,7 @@ def _check_scalars(
         number = isinstance(softmax_scale, (int, float)) and not isinstance(softmax_scale, bool)
         if not number or not -MAX_SCALE <= softmax_scale <= MAX_SCALE:
             legal = f"a float within ±{MAX_SCALE:g}, or None for d ** -0.5"
-            raise SpecError("softmax_scale", repr(softmax_scale), legal)
+            raise SpecError("softmax_scale", shown(softmax_scale), legal)
     require_bool("causal", causal)
     require_bool("batch_invariant", batch_invariant)
     require_choice("kv_format", kv_format, KV_FORMATS)

@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from hal.spec.errors import SpecError
+from hal.spec.errors import SpecError, shown
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -26,10 +26,14 @@ def require_tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], ndim:
     if not isinstance(value, Tensor):
         raise SpecError(name, type(value).__name__, f"a torch.Tensor {layout}")
     if value.layout is not torch.strided or value.is_nested or value.is_neg():
-        kind = "a nested tensor" if value.is_nested else f"a lazily negated or {value.layout} tensor"
-        raise SpecError(name, kind, f"a plain strided tensor {layout}")
-    if value.data_ptr() == 0 and value.numel() > 0:
-        # Freed storage, meta tensors, and wrappers whose elements live elsewhere or nowhere.
+        kind = "nested" if value.is_nested else "lazily negated" if value.is_neg() else str(value.layout)
+        raise SpecError(name, f"a {kind} tensor", f"a plain strided tensor {layout}")
+    try:
+        absent = value.data_ptr() == 0 and value.numel() > 0
+    except RuntimeError:
+        absent = True
+    if absent:
+        # Freed storage, meta tensors, and wrappers whose elements live elsewhere or nowhere, such as torch.func's.
         raise SpecError(name, "a tensor without memory", f"a tensor with memory of its own {layout}")
     if value.dtype not in dtypes:
         legal = " or ".join(map(dtype_name, dtypes))
@@ -60,7 +64,7 @@ def require_device(name: str, value: Tensor, device: torch.device, of: str = "q"
 def require_int(name: str, value: Any, low: int, high: int | None = None) -> None:
     """An int (not a bool) within inclusive bounds."""
     if not isinstance(value, int) or isinstance(value, bool):
-        raise SpecError(name, f"{value!r} ({type(value).__name__})", "an int")
+        raise SpecError(name, f"{shown(value)} ({type(value).__name__})", "an int")
     if value < low or (high is not None and value > high):
         raise SpecError(name, value, f"{low} or more" if high is None else f"{low}…{high}")
 
@@ -68,13 +72,13 @@ def require_int(name: str, value: Any, low: int, high: int | None = None) -> Non
 def require_bool(name: str, value: Any) -> None:
     """True or False, not something truthy."""
     if value is not True and value is not False:
-        raise SpecError(name, f"{value!r} ({type(value).__name__})", "True or False")
+        raise SpecError(name, f"{shown(value)} ({type(value).__name__})", "True or False")
 
 
 def require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """One of a few strings."""
     if not isinstance(value, str) or value not in choices:
-        raise SpecError(name, repr(value), " or ".join(map(repr, choices)))
+        raise SpecError(name, shown(value), " or ".join(map(repr, choices)))
 
 
 def require_values(name: str, bad: Tensor, values: Tensor, legal: str) -> None:

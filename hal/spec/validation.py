@@ -11,7 +11,7 @@ import enum
 import os
 from typing import Final
 
-from hal.spec.errors import SpecError
+from hal.spec.errors import SpecError, shown
 
 ENV: Final = "HAL_VALIDATE"
 
@@ -46,5 +46,5 @@ def set_validation(level: str | Level) -> Level:
     try:
         _current = level if isinstance(level, Level) else Level[level.upper()]
     except (KeyError, AttributeError):
-        raise SpecError(ENV, repr(level), "off, shapes or full") from None
+        raise SpecError(ENV, shown(level), "off, shapes or full") from None
     return _current

@@ -7,35 +7,40 @@
 # at most --limit, and writes OUT/STAGE*.log; one that fails does not stop the next. OUT/verdict.txt has a line for each.
 # Wheels are made with: pip wheel --no-deps --no-build-isolation -w DIR ./ ./backends/cuda ./conformance
 set -uo pipefail
-cd "$(dirname "$0")/../.."
-ROOT=$PWD
+ROOT=$(realpath "$(dirname "$0")/../..")
 
-backend=cuda wheels="" tiers="" quick="" most=100000
+known=(install doctor conform graph overhead sanitize bench)
+backend=cuda wheels="" tiers="" quick="" limit=100000
 wrong() { echo "mla.sh: $*" >&2; exit 2; }
+usage() { sed -n '2,9s/^# \{0,1\}//p' "$ROOT/scripts/gpu/mla.sh"; }
 while [[ ${1:-} == --* ]]; do
-  [[ $1 == --quick || $# -ge 2 ]] || wrong "$1 needs a value"
   case $1 in
-    --backend) backend=$2; shift 2 ;;
-    --wheels) wheels=$2; shift 2 ;;
-    --tiers) tiers=$2; shift 2 ;;
-    --limit) most=$2; shift 2 ;;
+    --backend | --wheels | --tiers | --limit)
+      [[ $# -ge 2 ]] || wrong "$1 needs a value"
+      declare "${1#--}=$2"; shift 2 ;;
     --quick) quick=--quick; shift ;;
+    --help) usage; exit ;;
     *) wrong "what is $1?" ;;
   esac
 done
-[[ $most =~ ^[0-9]+$ ]] || wrong "--limit $most: a number of seconds"
+[[ $limit =~ ^[1-9][0-9]*$ ]] || wrong "--limit $limit: a number of seconds, 1 or more"
 if [[ -n $wheels ]]; then
   compgen -G "$wheels/*.whl" >/dev/null || wrong "--wheels $wheels: a folder with wheels"
   wheels=$(realpath "$wheels")
 fi
-[[ $# -ge 1 ]] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
-mkdir -p "$1"
-OUT=$(realpath "$1"); shift
+[[ $# -ge 1 ]] || { usage >&2; exit 2; }
+out=$1; shift
 stages=("$@")
-[[ ${#stages[@]} -gt 0 ]] || stages=(install doctor conform graph overhead sanitize bench)
+[[ ${#stages[@]} -gt 0 ]] || stages=("${known[@]}")
+# Before the first of them runs: a typo in the last one would be found half an hour later.
+for stage in "${stages[@]}"; do
+  [[ " ${known[*]} " == *" $stage "* ]] || wrong "no stage is called $stage; there are: ${known[*]}"
+done
+mkdir -p "$out" || wrong "$out: no folder to write to"
+OUT=$(realpath "$out")
 PYTHON=${PYTHON:-python3}
 # Stages run elsewhere. Not resolved further: what a link into a virtual environment is called decides what it imports.
-[[ $PYTHON != */* || $PYTHON == /* ]] || PYTHON=$ROOT/$PYTHON
+[[ $PYTHON != */* || $PYTHON == /* ]] || PYTHON=$PWD/$PYTHON
 export HAL_BACKEND=$backend PYTHONUNBUFFERED=1 COLUMNS=120
 failed=0
 
@@ -45,7 +50,7 @@ say() { echo "$*" | tee -a "$OUT/verdict.txt"; }
 limited() {
   local seconds=$1 name=$2 start=$SECONDS code=0 verdict=PASS
   shift 2
-  [[ $seconds -le $most ]] || seconds=$most
+  [[ $seconds -le $limit ]] || seconds=$limit
   # Not from the checkout: what is tested is what is installed.
   (cd "$OUT" && timeout --kill-after=10 "$seconds" "$@") >"$OUT/$name.log" 2>&1 || code=$?
   if [[ $code == 124 || $code == 137 ]]; then verdict="TIMEOUT after ${seconds} s"; elif [[ $code != 0 ]]; then verdict="FAIL, exit code $code"; fi
@@ -53,8 +58,6 @@ limited() {
   say "$name: $verdict ($((SECONDS - start)) s) $(grep -v '^[[:space:]]*$' "$OUT/$name.log" | tail -n 1 | cut -c1-160)"
   return "$code"
 }
-
-hal() { "$PYTHON" -m hal "$@"; }
 
 # What to judge: the tiers as users get them (auto: the best that takes a call), then the one that takes every call alone.
 usable_tiers() {
@@ -126,7 +129,5 @@ stage_bench() {
 
 # Runs of single stages add up to one list.
 say "== $(date -u +'%F %H:%M UTC') $backend: ${stages[*]}"
-for stage in "${stages[@]}"; do
-  if declare -F "stage_$stage" >/dev/null; then "stage_$stage"; else say "$stage: FAIL, no such stage"; failed=1; fi
-done
+for stage in "${stages[@]}"; do "stage_$stage"; done
 exit $failed

@@ -8,7 +8,7 @@ import torch
 
 from hal.spec.ep.arguments import EpBufferArgs
 from hal.spec.ep.terms import MAX_INT32, MAX_TIMEOUT, MODES, OVERFLOW, PLAIN_DTYPES, ROW_ALIGNMENT
-from hal.spec.errors import SpecError
+from hal.spec.errors import SpecError, shown
 from hal.spec.tensors import dtype_name, require_bool, require_choice, require_int
 
 
@@ -54,7 +54,7 @@ def check_buffer(
     if (hidden * dtype.itemsize) % ROW_ALIGNMENT:
         raise SpecError("hidden", hidden, f"a row of a multiple of {ROW_ALIGNMENT} bytes")
     if not isinstance(modes, (tuple, list)) or not modes:
-        raise SpecError("modes", repr(modes), f"some of {', '.join(MODES)}")
+        raise SpecError("modes", shown(modes), f"some of {', '.join(MODES)}")
     for mode in modes:
         require_choice("modes", mode, MODES)
     most = num_ranks * max_tokens_per_rank
@@ -65,7 +65,7 @@ def check_buffer(
     require_bool("pre_reduce", pre_reduce)
     require_choice("overflow", overflow, OVERFLOW)
     if not is_timeout(timeout):
-        raise SpecError("timeout", repr(timeout), f"a positive number of seconds, at most {MAX_TIMEOUT:.0f}")
+        raise SpecError("timeout", shown(timeout), f"a positive number of seconds, at most {MAX_TIMEOUT:.0f}")
     require_bool("mask_ranks", mask_ranks)
     return EpBufferArgs(
         group=group,
