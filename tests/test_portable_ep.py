@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
+import mmap
 import os
 import signal
 import threading
@@ -12,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import ep_cases
 import portable_backends
@@ -74,6 +77,25 @@ def test_nodes(before: partial[None]) -> None:
     cases = [replace(four, expand=True, alignment=4), replace(four, pre_reduce=True)]
     run_ranks(4, ep_cases.normal, cases, limit=90, before=before)
     run_ranks(4, ep_cases.packed, [(four, "none")], limit=90, before=before)
+
+
+def test_a_rank_without_room_for_a_peers_window_blames_itself(before: partial[None]) -> None:
+    outcomes = run_ranks(3, short_of_room, limit=60, check=False, before=before)
+    for rank, outcome in enumerate(outcomes):
+        assert isinstance(outcome.error, RankFailure), f"rank {rank}: {outcome}"
+        assert outcome.error.rank == 1 and "mmap of" in str(outcome.error), str(outcome.error)
+
+
+def short_of_room(rank: int) -> None:
+    """Rank 1 can make windows and open none."""
+    original = SharedMemory.open
+
+    def refused(handle: Handle) -> SharedMemory:
+        with patch.object(mmap, "mmap", side_effect=OSError(errno.ENOMEM, "Cannot allocate memory")):
+            return original(handle)
+
+    with patch.object(SharedMemory, "open", refused if rank == 1 else original):
+        ep_cases.normal(rank, [replace(FIBRES, ranks=3, tokens=(5, 0, 9))])
 
 
 def test_two_results_and_no_third(before: partial[None]) -> None:

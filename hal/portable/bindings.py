@@ -24,7 +24,18 @@ import torch
 from hal.portable import cache, compiling, sim
 from hal.portable.bound_ipc import BoundIpc
 from hal.portable.ipc import IpcWindow
-from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source, StreamEvent, out_of_memory, packed
+from hal.portable.runtime import (
+    Argument,
+    Facts,
+    Handle,
+    InPlace,
+    OutOfMemory,
+    Program,
+    Source,
+    StreamEvent,
+    out_of_memory,
+    packed,
+)
 from hal.spec.errors import BackendUnavailable, DeviceError
 
 CALLS: Final = (
@@ -116,7 +127,8 @@ class Runtime:
         error, results = self._called(self.module, self.bindings.prefix + name, arguments)
         if int(error):
             text = self._called(self.module, f"{self.bindings.prefix}GetErrorString", (error,))[1]
-            raise DeviceError(f"{self.bindings.prefix}{name}: {error.name} ({int(error)}): {_text(text)}")
+            kind = OutOfMemory if error.name.endswith("OutOfMemory") else DeviceError
+            raise kind(f"{self.bindings.prefix}{name}: {error.name} ({int(error)}): {_text(text)}")
         return results
 
     def lacking(self, call: str, size: int, error: object) -> DeviceError:

@@ -25,7 +25,7 @@ from hal.ep.neighbours import Neighbours
 from hal.ep.relay import NodeEngine
 from hal.portable.ep_kernels import EpKernels, before
 from hal.portable.ep_windows import Lease, Windows
-from hal.portable.runtime import SharingDevice, Window
+from hal.portable.runtime import OutOfMemory, SharingDevice, Window
 from hal.spec.ep import EpBufferArgs
 from hal.spec.errors import DeviceError, RankFailure, SpecError
 
@@ -145,6 +145,8 @@ class Posting(NodeEngine):
         for peer, message, files in self._lines.listen(seconds):
             try:
                 self._heard(peer, message, files)
+            except OutOfMemory as error:
+                raise self._fail(own_failure(self._args.rank, "message", error)) from error
             except (KeyError, TypeError, ValueError, DeviceError) as error:
                 rank = self._near.first + peer
                 raise self._fail(RankFailure(rank, "message", f"its message is damaged ({error})")) from None

@@ -83,6 +83,8 @@ class Windows:
 
         Raises
         ------
+        OutOfMemory
+            There is no room for it here.
         DeviceError
             It is no window.
         """

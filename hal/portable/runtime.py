@@ -36,7 +36,11 @@ LESS: Final = "make the cache, the batch or the buffer smaller, or close other u
 """What helps where memory is lacking, whatever the device."""
 
 
-def out_of_memory(call: str, size: int, has: str, error: object, fix: str = "") -> DeviceError:
+class OutOfMemory(DeviceError):
+    """A device, or this process, has no room: nobody else's fault."""
+
+
+def out_of_memory(call: str, size: int, has: str, error: object, fix: str = "") -> OutOfMemory:
     """What to raise where a device does not give so many bytes.
 
     Parameters
@@ -51,7 +55,7 @@ def out_of_memory(call: str, size: int, has: str, error: object, fix: str = "") 
     fix : str
         What else than `LESS` helps with this driver.
     """
-    return DeviceError(f"{call} of {size} bytes: {'; '.join(filter(None, (str(error), has, LESS, fix)))}")
+    return OutOfMemory(f"{call} of {size} bytes: {'; '.join(filter(None, (str(error), has, LESS, fix)))}")
 
 
 def host_has() -> str:

@@ -23,7 +23,18 @@ from torch import Tensor
 
 from hal.portable import cache, compiling, sim
 from hal.portable.ipc import IpcWindow
-from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source, StreamEvent, out_of_memory, packed
+from hal.portable.runtime import (
+    Argument,
+    Facts,
+    Handle,
+    InPlace,
+    OutOfMemory,
+    Program,
+    Source,
+    StreamEvent,
+    out_of_memory,
+    packed,
+)
 from hal.spec.errors import BackendUnavailable, DeviceError, HalError
 
 LIBRARY_ENV: Final = "HAL_MUSA_LIBRARY"
@@ -74,7 +85,8 @@ class Library:
         if code:
             text = ctypes.c_char_p()
             self._library.muGetErrorName(code, ctypes.byref(text))
-            raise DeviceError(f"{name}: {(text.value or b'unknown error').decode()} ({code})")
+            said = (text.value or b"unknown error").decode()
+            raise (OutOfMemory if said.endswith("OUT_OF_MEMORY") else DeviceError)(f"{name}: {said} ({code})")
 
     @property
     def simulated(self) -> bool:
