@@ -190,6 +190,31 @@ HAL_KERNEL(128) void global_barrier_missing(ARGUMENTS) {
   to[i] += neighbour;
 }
 
+HAL_KERNEL(128) void divides_by_nothing(ARGUMENTS) {
+  int item = ITEM;
+  to[i] = from[i] + (float)(item / (right + (item != 77)));
+}
+
+__attribute__((noinline)) static int deep(int depth, volatile int *before) {
+  volatile int room[64];
+  room[0] = depth + before[0];
+  return depth ? deep(depth - 1, room) + room[depth % 64] : room[0];
+}
+HAL_KERNEL(128) void recurses_too_deep(ARGUMENTS) {
+  int item = ITEM;
+  volatile int start = item;
+  to[i] = from[i] + (float)deep(right || item != 77 ? 3 : 1 << 20, &start);
+}
+
+/* For seconds, and then a number that depends on all of it. */
+HAL_KERNEL(128) void takes_its_time(ARGUMENTS) {
+  int item = ITEM;
+  hal_u32 x = (hal_u32)item;
+  if (item == 0)
+    for (hal_u32 turn = 0; turn < 1500000000u; turn++) x = x * 1664525u + 1013904223u;
+  to[i] = (float)x;
+}
+
 HAL_KERNEL(128) void right_enough(ARGUMENTS) {
   int item = ITEM;
   to[i] = from[i] + right;

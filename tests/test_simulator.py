@@ -6,6 +6,9 @@ import ctypes
 import multiprocessing
 import os
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -164,6 +167,61 @@ def test_memory_of_the_host_is_none_of_the_device(
     mine = torch.zeros(N)
     with pytest.raises(DeviceError, match="reads 4 bytes at an address: not memory of the device"):
         device.launch(planted, "right_enough", 2, 128, (device.empty(4 * N), mine, np.int32(128), np.int32(1))).wait()
+
+
+@pytest.mark.parametrize("looks", ["", "memory"])
+def test_what_the_processor_refuses_fails_the_kernel_alone(
+    looks: str, device: StagedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(sim.CHECK_ENV, looks)
+    program = hal_rocm.RocmBackend().device(0).build(PLANTED)
+    arguments = (0, device.empty(4 * N), np.int32(128), np.int32(1))
+    with pytest.raises(DeviceError, match=r"right_enough: work-item 0 of group . .*not memory of the device") as caught:
+        device.launch(program, "right_enough", 2, 128, arguments).wait()
+    assert "LaunchFailure" in str(caught.value)
+    at = r" \(planted\.h:\d+\)" if looks else "$"
+    divides = f"divides_by_nothing: work-item 77 of group . divides an integer by zero.*{at}"
+    for kernel, said in (("divides_by_nothing", divides), ("recurses_too_deep", "work-item 77 of group . needs more")):
+        with pytest.raises(DeviceError, match=said):
+            run(device, program, kernel, right=False)
+        run(device, program, kernel, right=True)
+
+
+CRASH = """
+import ctypes, faulthandler, os, signal, sys, threading, time
+import numpy as np
+from hal.portable.runtime import Source
+from hal_rocm.backend import RocmBackend
+
+device = RocmBackend().device(0)
+program = device.build(Source((sys.argv[1],), ()))
+def work(kernel, to):
+    return device.launch(program, kernel, 1, 128, (to, device.empty(512), np.int32(128), np.int32(1)))
+faulthandler.enable()
+try:
+    work("right_enough", 0).wait()
+except Exception as error:
+    print(error, flush=True)
+before, between = [], threading.Thread(target=lambda: (work("takes_its_time", device.empty(512)).wait(), print("late")))
+signal.signal(signal.SIGFPE, lambda *_: print("handled", flush=True))
+between.start()
+time.sleep(0.3)
+os.kill(os.getpid(), signal.SIGFPE)
+time.sleep(0.1)
+if sys.argv[2] == "after":
+    between.join()
+ctypes.string_at(0)
+"""
+
+
+@pytest.mark.parametrize("when", ["after", "meanwhile"])
+def test_signals_that_are_not_a_kernels_are_whose_they_were(when: str) -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", CRASH, PLANTED.files[0], when], capture_output=True, text=True, timeout=100
+    )
+    assert "right_enough: work-item" in found.stdout and "handled" in found.stdout, found
+    assert ("late" in found.stdout) == (when == "after"), found
+    assert found.returncode == -signal.SIGSEGV and "Fatal Python error: Segmentation fault" in found.stderr, found
 
 
 def test_memory_never_written_is_not_a_number(device: StagedDevice) -> None:

@@ -149,6 +149,7 @@ Compiled compile(const std::string &text, const std::string &name, const std::ve
   /* -march=native: a library is only ever run by who compiled it. */
   std::vector<std::string> line = {compiler(), "-std=c++17", "-x", "c++", "-I" HAL_SIM_FOLDER, "-fPIC", "-march=native"};
   line.insert(line.end(), {"-fno-strict-aliasing", "-fno-exceptions", "-fno-math-errno", "-ffp-contract=off", "-w"});
+  line.push_back("-fstack-clash-protection"); /* no frame reaches over the page that ends a work-item's stack */
   line.insert(line.end(), options.begin(), options.end());
   Compiled made{false, "", ""};
   std::vector<std::string> scan = line;

@@ -3,6 +3,7 @@
  *   memory.cpp   device memory: buffers with red zones, poison, handles for other processes
  *   modules.cpp  compiles kernels for the host and loads them
  *   groups.cpp   runs the work-items of a group in turns, wavefront by wavefront
+ *   faults.cpp   what the processor refuses to do for a kernel becomes the kernel's failure
  *   checks.cpp   looks at every access of a kernel
  *   streams.cpp  queues of work, done when somebody waits, in an order drawn from a seed
  *   dialects/    one file a vendor: the C names of its runtime, and its chips
@@ -166,6 +167,31 @@ std::string access(const Where &where, const void *address, size_t size, int kin
 std::string copy(const Op &op, const void *address, size_t size, int kind);
 std::string work_item(const Where &where);
 }  // namespace check
+
+/* What the processor does not do for a kernel: signals of its own thread. */
+namespace faults {
+struct Fault {
+  int signal;
+  const char *address, *instruction;
+};
+/* While there is one, faults of kernels are theirs; all other signals are whose they were before. */
+struct Watch {
+  Watch();
+  ~Watch();
+};
+/* Every thread that runs kernels has one: what its signals are handled on. */
+struct Stack {
+  Stack();
+  ~Stack();
+  char *base;
+  void *before;
+};
+}  // namespace faults
+namespace running {
+/* Take note of a fault, and say on which stack to tell of it; null if this thread is in no kernel of that stack. */
+char *caught(const faults::Fault &fault, const char *stack);
+[[noreturn]] void tell();
+}  // namespace running
 
 struct Stream;
 struct Event;
