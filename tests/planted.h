@@ -190,6 +190,34 @@ HAL_KERNEL(128) void global_barrier_missing(ARGUMENTS) {
   to[i] += neighbour;
 }
 
+/* One item writes plainly, then all of them atomically: whoever comes after whom. */
+HAL_KERNEL(128) void counted_before_it_was_cleared(ARGUMENTS) {
+  int item = ITEM;
+  int *count = (int *)to + group * n;
+  if (item == 0) *count = 0;
+  if (right) HAL_BARRIER();
+  atomicAdd(count, 1);
+  if (item) to[i] = from[i];
+}
+
+HAL_KERNEL(128) void count_read_before_all_have_counted(ARGUMENTS) {
+  HAL_SHARED(int, count, 1);
+  int item = ITEM;
+  if (item == 0) *count = 0;
+  HAL_BARRIER();
+  atomicAdd(count, 1);
+  if (right) HAL_BARRIER();
+  to[i] = item == n - 1 ? (float)*count : from[i];
+}
+
+HAL_KERNEL(128) void groups_count_what_one_of_them_cleared(ARGUMENTS) {
+  int item = ITEM;
+  int *count = (int *)to + (right ? group * n : 0);
+  if (item == 0 && (right || group == 0)) *count = 0;
+  if (item == 0) atomicAdd(count, 1);
+  if (item) to[i] = from[i];
+}
+
 HAL_KERNEL(128) void divides_by_nothing(ARGUMENTS) {
   int item = ITEM;
   to[i] = from[i] + (float)(item / (right + (item != 77)));

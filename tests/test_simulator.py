@@ -106,6 +106,12 @@ BUGS = {
         r"of group 1 writes .* to\[0\]: a race, .* of group 0 wrote it in the same launch",
     ),
     "group_reads_what_another_writes": ("races", r"a race, work-item .* of group 0 wrote it in the same launch"),
+    "counted_before_it_was_cleared": (
+        "races",
+        r"at to\[\d+\]: a race, (several )?work-items? .*since the last barrier",
+    ),
+    "count_read_before_all_have_counted": ("races", "local memory count: a race, .* since the last barrier"),
+    "groups_count_what_one_of_them_cleared": ("races", r"of group \d (writes|updates) 4 bytes at to\[0\]: a race"),
     "global_barrier_missing": ("races", r"at to\[\d+\]: a race, work-item \d+ (wrote|read) it since the last barrier"),
 }
 
@@ -167,6 +173,32 @@ def test_memory_of_the_host_is_none_of_the_device(
     mine = torch.zeros(N)
     with pytest.raises(DeviceError, match="reads 4 bytes at an address: not memory of the device"):
         device.launch(planted, "right_enough", 2, 128, (device.empty(4 * N), mine, np.int32(128), np.int32(1))).wait()
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("kernel", [name for name in BUGS if "count" in name])
+def test_what_was_written_plainly_is_not_forgotten_for_atomic_operations(
+    kernel: str, seed: int, device: StagedDevice, planted: BoundProgram, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(sim.CHECK_ENV, "races,order")
+    monkeypatch.setenv("HAL_SIM_SEED", str(seed))
+    with pytest.raises(DeviceError, match=f"{kernel}: .* a race"):
+        run(device, planted, kernel, right=False)
+
+
+def test_a_copy_of_what_was_never_written_is_not_written_either(
+    device: StagedDevice, planted: BoundProgram, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(sim.CHECK_ENV, "uninitialised")
+    start, half, copy, to = torch.ones(N), device.empty(4 * N), device.empty(4 * N), device.empty(4 * N)
+    arguments = (to, copy, np.int32(128), np.int32(1))
+    device.copy(int(half), start.data_ptr(), 2 * N)
+    device.copy(int(copy), int(half), 4 * N)
+    with pytest.raises(DeviceError, match=rf"reads 4 bytes at from\[{N // 2}\]: uninitialised"):
+        device.launch(planted, "right_enough", 2, 128, arguments).wait()
+    device.copy(int(half) + 2 * N, start.data_ptr(), 2 * N)
+    device.copy(int(copy) + 2 * N, int(half), 2 * N)
+    device.launch(planted, "right_enough", 2, 128, arguments).wait()
 
 
 @pytest.mark.parametrize("looks", ["", "memory"])

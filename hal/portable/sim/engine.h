@@ -1,8 +1,8 @@
 /* Between the engine and code that was compiled for it: all that a module and the simulator know of each other. */
 #pragma once
 
-/* What a memory access is. */
-enum { HAL_SIM_READ, HAL_SIM_WRITE, HAL_SIM_ATOMIC };
+/* What a memory access is: plain, or an atomic operation. */
+enum { HAL_SIM_READ, HAL_SIM_WRITE, HAL_SIM_LOAD, HAL_SIM_STORE, HAL_SIM_UPDATE };
 /* Whose value a shuffle brings. */
 enum { HAL_SIM_XOR, HAL_SIM_DOWN, HAL_SIM_UP, HAL_SIM_LANE };
 

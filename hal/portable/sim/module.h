@@ -73,23 +73,23 @@ HAL_SIM_HOOK void __tsan_atomic_thread_fence(int) { __atomic_thread_fence(__ATOM
 
 #define X(bits, type)                                                                                     \
   HAL_SIM_HOOK type __tsan_atomic##bits##_load(const type *at, int) {                                      \
-    HAL_SIM_ACCESS(at, sizeof(type), HAL_SIM_ATOMIC);                                                      \
+    HAL_SIM_ACCESS(at, sizeof(type), HAL_SIM_LOAD);                                                        \
     return __atomic_load_n(at, __ATOMIC_SEQ_CST);                                                          \
   }                                                                                                       \
   HAL_SIM_HOOK void __tsan_atomic##bits##_store(type *at, type value, int) {                               \
-    HAL_SIM_ACCESS(at, sizeof(type), HAL_SIM_ATOMIC);                                                      \
+    HAL_SIM_ACCESS(at, sizeof(type), HAL_SIM_STORE);                                                       \
     __atomic_store_n(at, value, __ATOMIC_SEQ_CST);                                                         \
   }                                                                                                       \
   HAL_SIM_HOOK type __tsan_atomic##bits##_exchange(type *at, type value, int) {                            \
-    HAL_SIM_ACCESS(at, sizeof(type), HAL_SIM_ATOMIC);                                                      \
+    HAL_SIM_ACCESS(at, sizeof(type), HAL_SIM_UPDATE);                                                      \
     return __atomic_exchange_n(at, value, __ATOMIC_SEQ_CST);                                               \
   }                                                                                                       \
   HAL_SIM_HOOK type __tsan_atomic##bits##_fetch_add(type *at, type value, int) {                           \
-    HAL_SIM_ACCESS(at, sizeof(type), HAL_SIM_ATOMIC);                                                      \
+    HAL_SIM_ACCESS(at, sizeof(type), HAL_SIM_UPDATE);                                                      \
     return __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST);                                                \
   }                                                                                                       \
   HAL_SIM_HOOK int __tsan_atomic##bits##_compare_exchange_strong(type *at, type *old, type value, int, int) { \
-    HAL_SIM_ACCESS(at, sizeof(type), HAL_SIM_ATOMIC);                                                      \
+    HAL_SIM_ACCESS(at, sizeof(type), HAL_SIM_UPDATE);                                                      \
     return __atomic_compare_exchange_n(at, old, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);         \
   }
 X(32, unsigned) X(64, unsigned long long)

@@ -60,12 +60,14 @@ Checks checks();
 /* Who touched a byte last; `phase` counts the shuffles of his wavefront. */
 struct Stamp {
   uint32_t op, group, epoch;
-  uint16_t item, phase, wave;
-  uint8_t items, waves, groups; /* whether several did: items and wavefronts since the last barrier, groups ever */
+  uint16_t item, phase;
+  uint8_t wave;
+  bool items : 1, waves : 1, groups : 1; /* whether several did: items and wavefronts since the last barrier, groups ever */
 };
+/* The last of each kind of access: which of them a later one is at odds with depends on its own kind. */
 struct Cell {
-  Stamp write, read;
-  bool atomic; /* the last write */
+  Stamp write, read, update, load; /* the latter two are atomic */
+  uint32_t written;                /* by which op, of local memory by which run of a group, it got its value; 0: by none */
 };
 
 struct Buffer {
@@ -163,8 +165,8 @@ struct Where {
 namespace check {
 /* Empty if an access is fine. */
 std::string access(const Where &where, const void *address, size_t size, int kind, const void *from);
-/* The same for what a stream copies. */
-std::string copy(const Op &op, const void *address, size_t size, int kind);
+/* The same for what a stream copies or, from null, fills. */
+std::string copy(const Op &op, const void *to, const void *from, size_t size);
 std::string work_item(const Where &where);
 }  // namespace check
 
