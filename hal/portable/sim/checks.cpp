@@ -19,23 +19,23 @@ Checks checks() {
   auto has = [&](const char *word) {
     return words.find(std::string(",") + word + ",") != words.npos || words == ",all,";
   };
-  return {has("memory"), has("races"), has("uninitialised"), has("order"), has("streams"), eager && *eager == '1',
+  return {has("memory"), has("races"), has("uninitialised"), has("order"), has("streams"), has("fences"), eager && *eager == '1',
           seed ? (unsigned)strtoul(seed, nullptr, 10) : 0};
 }
 
 namespace check {
 namespace {
 const char *done(int kind) {
-  switch (kind) {
+  switch (kind & HAL_SIM_KIND) {
     case HAL_SIM_READ: case HAL_SIM_LOAD: return " reads ";
     case HAL_SIM_WRITE: case HAL_SIM_STORE: return " writes ";
     default: return " updates ";
   }
 }
-bool writes(int kind) { return kind != HAL_SIM_READ && kind != HAL_SIM_LOAD; }
-bool atomic(int kind) { return kind >= HAL_SIM_LOAD; }
+bool writes(int kind) { return (kind & HAL_SIM_KIND) != HAL_SIM_READ && (kind & HAL_SIM_KIND) != HAL_SIM_LOAD; }
+bool atomic(int kind) { return (kind & HAL_SIM_KIND) >= HAL_SIM_LOAD; }
 /* Whether what was there before matters. */
-bool takes(int kind) { return kind != HAL_SIM_WRITE && kind != HAL_SIM_STORE; }
+bool takes(int kind) { return (kind & HAL_SIM_KIND) != HAL_SIM_WRITE && (kind & HAL_SIM_KIND) != HAL_SIM_STORE; }
 
 std::string bytes(size_t size) { return std::to_string(size) + (size == 1 ? " byte" : " bytes"); }
 
@@ -190,14 +190,14 @@ std::string access(const Where &where, const void *address, size_t size, int kin
   Buffer *buffer = memory::find(at);
   std::string out = bounds(buffer, at, size);
   if (!out.empty()) return asked.memory || !buffer ? spot.wrong(element(where, buffer, at), out) : "";
-  if (buffer->peer) return "";
 
   Cell *cell = cells(*buffer);
   if (!cell) return "";
   cell += at - buffer->base;
   Stamp mine = stamp(where, where.launch->op->number);
   for (size_t i = 0; i < size; i++, cell++) {
-    if (asked.uninitialised && takes(kind) && !cell->written)
+    /* What others wrote to memory that they have too is not known. */
+    if (asked.uninitialised && takes(kind) && !cell->written && !buffer->stores)
       return spot.wrong(element(where, buffer, at + i), "uninitialised");
     const Stamp *with;
     const char *did = asked.races ? conflict(*cell, mine, kind, true, &with) : nullptr;
@@ -211,7 +211,21 @@ std::string access(const Where &where, const void *address, size_t size, int kin
       return spot.wrong(element(where, buffer, at + i), "nothing waits for " + streams::name(early->op) + ", which used it");
     note(*cell, mine, kind);
   }
-  return "";
+  if (!asked.fences) return "";
+  if (!buffer->stores) {
+    if (takes(kind) && (atomic(kind) || kind & HAL_SIM_VOLATILE)) fences::own(where, kind & HAL_SIM_ACQUIRE);
+    return "";
+  }
+  std::string loose = fences::access(where, buffer->stores + (at - buffer->base), at, size, kind, from);
+  return loose.empty() ? "" : spot.wrong(element(where, buffer, at), loose);
+}
+
+std::string acquired(const Where &where, const void *address, size_t size, const void *from) {
+  const char *at = (const char *)address;
+  Buffer *buffer = where.launch->checks.fences ? memory::alive(at, size) : nullptr;
+  if (!buffer || !buffer->stores) return "";
+  std::string loose = fences::acquired(where, buffer->stores + (at - buffer->base), at);
+  return loose.empty() ? "" : Spot{where, size, HAL_SIM_LOAD, from}.wrong(element(where, buffer, at), loose);
 }
 
 namespace {
@@ -221,13 +235,14 @@ std::string end_of_copy(const Op &op, const void *address, size_t size, int kind
   Buffer *buffer = memory::find(address);
   if (!buffer) return ""; /* of the host */
   const char *at = (const char *)address;
+  std::string whole = op.what + done(kind) + bytes(size) + " at buffer " + std::to_string(buffer->number) + ": ";
   std::string out = bounds(buffer, at, size);
-  if (!out.empty()) return op.what + done(kind) + bytes(size) + " at buffer " + std::to_string(buffer->number) + ": " + out;
-  if (!asked.accesses() || buffer->peer) return "";
+  if (!out.empty()) return whole + out;
+  if (!asked.accesses()) return "";
   Cell *cell = cells(*buffer);
   if (!cell) return "";
   cell += at - buffer->base;
-  *found = cell;
+  if (!buffer->stores) *found = cell;
   Stamp mine = {};
   mine.op = op.number;
   for (size_t i = 0; i < size; i++, cell++) {
@@ -239,7 +254,11 @@ std::string end_of_copy(const Op &op, const void *address, size_t size, int kind
     note(*cell, mine, kind);
     if (poison) cell->written = 0;
   }
-  return "";
+  if (!asked.fences || !buffer->stores) return "";
+  Store *stores = buffer->stores + (at - buffer->base);
+  if (writes(kind)) return fences::copied_to(stores, size), "";
+  std::string loose = fences::copied_from(op, stores, size);
+  return loose.empty() ? "" : whole + loose;
 }
 }  // namespace
 

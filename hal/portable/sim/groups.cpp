@@ -162,7 +162,17 @@ void access(const void *address, unsigned long size, int kind, const void *from)
   if (!why.empty()) fail(w, std::move(why));
 }
 
-const hal_sim_engine engine = {index, barrier, shuffle, access};
+void acquired(const void *address, unsigned long size, const void *from) {
+  Worker &w = *worker;
+  std::string why = check::acquired(w.where, address, size, from);
+  if (!why.empty()) fail(w, std::move(why));
+}
+
+void fence(int scope) {
+  if (worker->launch->checks.fences) fences::fence(worker->where, scope);
+}
+
+const hal_sim_engine engine = {index, barrier, shuffle, access, acquired, fence};
 
 std::string place(const Item &item) {
   const char *name = strrchr(item.file, '/');
