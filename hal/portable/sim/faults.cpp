@@ -4,8 +4,6 @@
  * Handlers are there while a kernel runs, and hand on whatever is not its own.
  */
 #include <signal.h>
-#include <string.h>
-#include <sys/mman.h>
 #include <ucontext.h>
 
 #include "simulator.h"
@@ -13,7 +11,7 @@
 namespace sim::faults {
 namespace {
 constexpr int SIGNALS[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
-constexpr size_t COUNT = sizeof SIGNALS / sizeof *SIGNALS, SIZE = 64 << 10;
+constexpr size_t COUNT = sizeof SIGNALS / sizeof *SIGNALS;
 struct sigaction before[COUNT];
 
 #if defined(__x86_64__)
@@ -66,16 +64,10 @@ Watch::~Watch() {
   }
 }
 
-Stack::Stack() : before(new stack_t) {
-  void *made = mmap(nullptr, SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  base = made == MAP_FAILED ? nullptr : (char *)made;
-  stack_t ours = {base, base ? 0 : SS_DISABLE, SIZE};
-  sigaltstack(&ours, (stack_t *)before);
+Stack::Stack(char *base) {
+  stack_t ours = {base, 0, STACK};
+  sigaltstack(&ours, &before);
 }
 
-Stack::~Stack() {
-  sigaltstack((stack_t *)before, nullptr);
-  delete (stack_t *)before;
-  if (base) munmap(base, SIZE);
-}
+Stack::~Stack() { sigaltstack(&before, nullptr); }
 }  // namespace sim::faults

@@ -4,7 +4,6 @@
  * Those who wait for each other must wait at the same place; anything else would hang or be undefined on a chip, so it
  * ends the launch. Groups run side by side in threads of the host, or one by one where accesses are checked.
  */
-#include <signal.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -87,6 +86,7 @@ struct Worker {
   std::mt19937 random;
   std::string failure;
   faults::Fault fault;
+  std::unique_ptr<char[]> signal_stack{new char[faults::STACK]};
 
   ~Worker() {
     if (stacks) munmap(stacks, stack_count * STACK);
@@ -351,19 +351,22 @@ std::string run(Launch &launch) {
   std::string failure;
   std::mutex failure_gate;
   faults::Watch watch;
-  auto work = [&] {
-    faults::Stack stack;
-    auto w = take(launch);
+  auto groups_of = [&](Worker &w) {
+    faults::Stack stack(w.signal_stack.get());
     Worker *outer = worker;
-    worker = w.get();
+    worker = &w;
     for (unsigned i; (i = next++) < launch.groups;) {
-      std::string why = run_group(*w, groups[i]);
+      std::string why = run_group(w, groups[i]);
       if (why.empty()) continue;
       next = launch.groups;
       std::lock_guard<std::mutex> lock(failure_gate);
       if (failure.empty()) failure = why;
     }
     worker = outer;
+  };
+  auto work = [&] {
+    auto w = take(launch);
+    groups_of(*w);
     std::lock_guard<std::mutex> lock(idle_gate);
     idle.push_back(std::move(w));
   };

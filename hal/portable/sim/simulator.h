@@ -10,6 +10,7 @@
  *   dialects/    one file a vendor: the C names of its runtime, and its chips
  */
 #pragma once
+#include <signal.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -213,12 +214,12 @@ struct Watch {
   Watch();
   ~Watch();
 };
-/* Every thread that runs kernels has one: what its signals are handled on. */
+/* What signals of a thread are handled on while it runs kernels. */
+constexpr size_t STACK = 64 << 10;
 struct Stack {
-  Stack();
+  explicit Stack(char *base);
   ~Stack();
-  char *base;
-  void *before;
+  stack_t before;
 };
 }  // namespace faults
 namespace running {
