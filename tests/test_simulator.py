@@ -278,6 +278,18 @@ def test_what_a_kernel_leaves_as_it_is_comes_back_as_it_was(device: StagedDevice
     assert (written == 7.0).all()  # what was brought back once is not brought back again
 
 
+def test_another_default_device_of_torch_is_not_where_results_are_brought(
+    device: StagedDevice, planted: BoundProgram
+) -> None:
+    with torch.device("meta"):
+        written = torch.zeros(N, device="cpu")
+        queue = device.queue()
+        ends = queue.write(written)[0], queue.read(torch.ones(N, device="cpu"))
+        queue.launch(planted, "right_enough", 2, 128, (*ends, np.int32(128), np.int32(1)))
+        queue.finish()
+    assert (written == 2).all()
+
+
 def test_who_does_not_wait_finds_nothing(device: StagedDevice, planted: BoundProgram) -> None:
     start, to = torch.arange(N, dtype=torch.float32), torch.full((N,), -1.0)
     buffers = device.empty(4 * N), device.empty(4 * N)
