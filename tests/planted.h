@@ -234,12 +234,12 @@ HAL_KERNEL(128) void recurses_too_deep(ARGUMENTS) {
   to[i] = from[i] + (float)deep(right || item != 77 ? 3 : 1 << 20, &start);
 }
 
-/* For seconds, and then a number that depends on all of it. */
+/* For a second or more, whatever the compiler makes of it. */
 HAL_KERNEL(128) void takes_its_time(ARGUMENTS) {
   int item = ITEM;
-  hal_u32 x = (hal_u32)item;
+  volatile hal_u32 x = (hal_u32)item;
   if (item == 0)
-    for (hal_u32 turn = 0; turn < 1500000000u; turn++) x = x * 1664525u + 1013904223u;
+    for (hal_u32 turn = 0; turn < 3000000000u; turn++) x = x + turn;
   to[i] = (float)x;
 }
 
