@@ -190,6 +190,59 @@ HAL_KERNEL(128) void global_barrier_missing(ARGUMENTS) {
   to[i] += neighbour;
 }
 
+/* One item writes plainly, then all of them atomically: whoever comes after whom. */
+HAL_KERNEL(128) void counted_before_it_was_cleared(ARGUMENTS) {
+  int item = ITEM;
+  int *count = (int *)to + group * n;
+  if (item == 0) *count = 0;
+  if (right) HAL_BARRIER();
+  atomicAdd(count, 1);
+  if (item) to[i] = from[i];
+}
+
+HAL_KERNEL(128) void count_read_before_all_have_counted(ARGUMENTS) {
+  HAL_SHARED(int, count, 1);
+  int item = ITEM;
+  if (item == 0) *count = 0;
+  HAL_BARRIER();
+  atomicAdd(count, 1);
+  if (right) HAL_BARRIER();
+  to[i] = item == n - 1 ? (float)*count : from[i];
+}
+
+HAL_KERNEL(128) void groups_count_what_one_of_them_cleared(ARGUMENTS) {
+  int item = ITEM;
+  int *count = (int *)to + (right ? group * n : 0);
+  if (item == 0 && (right || group == 0)) *count = 0;
+  if (item == 0) atomicAdd(count, 1);
+  if (item) to[i] = from[i];
+}
+
+HAL_KERNEL(128) void divides_by_nothing(ARGUMENTS) {
+  int item = ITEM;
+  to[i] = from[i] + (float)(item / (right + (item != 77)));
+}
+
+__attribute__((noinline)) static int deep(int depth, volatile int *before) {
+  volatile int room[64];
+  room[0] = depth + before[0];
+  return depth ? deep(depth - 1, room) + room[depth % 64] : room[0];
+}
+HAL_KERNEL(128) void recurses_too_deep(ARGUMENTS) {
+  int item = ITEM;
+  volatile int start = item;
+  to[i] = from[i] + (float)deep(right || item != 77 ? 3 : 1 << 20, &start);
+}
+
+/* For a second or more, whatever the compiler makes of it. */
+HAL_KERNEL(128) void takes_its_time(ARGUMENTS) {
+  int item = ITEM;
+  volatile hal_u32 x = (hal_u32)item;
+  if (item == 0)
+    for (hal_u32 turn = 0; turn < 3000000000u; turn++) x = x + turn;
+  to[i] = (float)x;
+}
+
 HAL_KERNEL(128) void right_enough(ARGUMENTS) {
   int item = ITEM;
   to[i] = from[i] + right;

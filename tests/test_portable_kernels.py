@@ -34,7 +34,7 @@ RULES = {
     "a pointer without its address space": re.compile(
         r"^(?!.*HAL_(GLOBAL|LOCAL)[^,(]*\*)[^/]*\b(hal_\w+|u?int|unsigned|double|float|void|u?char|u?short|u?long|half|\w+_t)\s*\*[\s*]*(const\s+)?\w+\s*[,;=)]"
     ),
-    "a shuffle without mask and width": re.compile(r"HAL_SHUFFLE\w*\(([^,()]*,){0,2}[^,()]*\)|__shfl|sub_group_"),
+    "a shuffle without mask and width": re.compile(r"__shfl|sub_group_"),  # and see `shuffles`
     "local memory whose size is not in the source": re.compile(
         r"extern\s+\w+|__shared__|__local|HAL_SHARED\((?![^()]*,[^()]*,)|HAL_SHARED\([^,]*,[^,]*,.*\b[a-z]\w*\)"
     ),
@@ -49,6 +49,20 @@ RULES = {
 }
 
 
+def shuffles(text: str) -> list[int]:
+    """How many arguments each shuffle has, whatever calls are among them."""
+    counts = []
+    for found in re.finditer(r"HAL_SHUFFLE\w*\(", text):
+        depth, commas = 1, 0
+        for character in text[found.end() :]:
+            depth += {"(": 1, ")": -1}.get(character, 0)
+            commas += depth == 1 and character == ","
+            if not depth:
+                break
+        counts.append(commas + 1)
+    return counts
+
+
 def findings(text: str) -> list[str]:
     bare = re.sub(r"/\*.*?\*/", lambda found: "\n" * found.group().count("\n"), text, flags=re.S)
     # A parameter a line, so that one qualifier does not stand for two pointers.
@@ -61,6 +75,7 @@ def findings(text: str) -> list[str]:
         for line in whole
         if pattern.search(line)
     ]
+    per_line += [("a shuffle without mask and width", "") for count in shuffles(bare) if count < 4]
     pointers = "a pointer without its address space"
     return [rule for rule, _ in per_line] + [pointers for line in lines if RULES[pointers].search(line + ",")]
 
@@ -77,6 +92,9 @@ def test_kernels_keep_to_the_dialect(path: Path) -> None:
         ("HAL_INLINE void f(float *to) {", "pointer"),
         ("HAL_INLINE void f(HAL_LOCAL float *to, const int *from) {", "pointer"),
         ("x = HAL_SHUFFLE_XOR(x, 1, 8);", "shuffle"),
+        ("x = HAL_SHUFFLE_XOR(f(x, 1), 1, 8);", "shuffle"),
+        ("x = HAL_SHUFFLE_XOR(ALL, HAL_SHUFFLE_XOR(x, 1, 8), 1, 8);", "shuffle"),
+        ("x = HAL_SHUFFLE_XOR(\n  f(x), 1, 8);", "shuffle"),
         ("x = __shfl_xor(x, 1);", "shuffle"),
         ("extern float room[];", "local memory"),
         ("HAL_SHARED(float, room);", "local memory"),

@@ -6,6 +6,9 @@ import ctypes
 import multiprocessing
 import os
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,6 +106,12 @@ BUGS = {
         r"of group 1 writes .* to\[0\]: a race, .* of group 0 wrote it in the same launch",
     ),
     "group_reads_what_another_writes": ("races", r"a race, work-item .* of group 0 wrote it in the same launch"),
+    "counted_before_it_was_cleared": (
+        "races",
+        r"at to\[\d+\]: a race, (several )?work-items? .*since the last barrier",
+    ),
+    "count_read_before_all_have_counted": ("races", "local memory count: a race, .* since the last barrier"),
+    "groups_count_what_one_of_them_cleared": ("races", r"of group \d (writes|updates) 4 bytes at to\[0\]: a race"),
     "global_barrier_missing": ("races", r"at to\[\d+\]: a race, work-item \d+ (wrote|read) it since the last barrier"),
 }
 
@@ -166,6 +175,87 @@ def test_memory_of_the_host_is_none_of_the_device(
         device.launch(planted, "right_enough", 2, 128, (device.empty(4 * N), mine, np.int32(128), np.int32(1))).wait()
 
 
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("kernel", [name for name in BUGS if "count" in name])
+def test_what_was_written_plainly_is_not_forgotten_for_atomic_operations(
+    kernel: str, seed: int, device: StagedDevice, planted: BoundProgram, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(sim.CHECK_ENV, "races,order")
+    monkeypatch.setenv("HAL_SIM_SEED", str(seed))
+    with pytest.raises(DeviceError, match=f"{kernel}: .* a race"):
+        run(device, planted, kernel, right=False)
+
+
+def test_a_copy_of_what_was_never_written_is_not_written_either(
+    device: StagedDevice, planted: BoundProgram, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(sim.CHECK_ENV, "uninitialised")
+    start, half, copy, to = torch.ones(N), device.empty(4 * N), device.empty(4 * N), device.empty(4 * N)
+    arguments = (to, copy, np.int32(128), np.int32(1))
+    device.copy(int(half), start.data_ptr(), 2 * N)
+    device.copy(int(copy), int(half), 4 * N)
+    with pytest.raises(DeviceError, match=rf"reads 4 bytes at from\[{N // 2}\]: uninitialised"):
+        device.launch(planted, "right_enough", 2, 128, arguments).wait()
+    device.copy(int(half) + 2 * N, start.data_ptr(), 2 * N)
+    device.copy(int(copy) + 2 * N, int(half), 2 * N)
+    device.launch(planted, "right_enough", 2, 128, arguments).wait()
+
+
+@pytest.mark.parametrize("looks", ["", "memory"])
+def test_what_the_processor_refuses_fails_the_kernel_alone(
+    looks: str, device: StagedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(sim.CHECK_ENV, looks)
+    program = hal_rocm.RocmBackend().device(0).build(PLANTED)
+    arguments = (0, device.empty(4 * N), np.int32(128), np.int32(1))
+    with pytest.raises(DeviceError, match=r"right_enough: work-item 0 of group . .*not memory of the device") as caught:
+        device.launch(program, "right_enough", 2, 128, arguments).wait()
+    assert "LaunchFailure" in str(caught.value)
+    at = r" \(planted\.h:\d+\)" if looks else "$"
+    divides = f"divides_by_nothing: work-item 77 of group . divides an integer by zero.*{at}"
+    for kernel, said in (("divides_by_nothing", divides), ("recurses_too_deep", "work-item 77 of group . needs more")):
+        with pytest.raises(DeviceError, match=said):
+            run(device, program, kernel, right=False)
+        run(device, program, kernel, right=True)
+
+
+CRASH = """
+import ctypes, faulthandler, os, signal, sys, threading, time
+import numpy as np
+from hal.portable.runtime import Source
+from hal_rocm.backend import RocmBackend
+
+device = RocmBackend().device(0)
+program = device.build(Source((sys.argv[1],), ()))
+def work(kernel, to):
+    return device.launch(program, kernel, 1, 128, (to, device.empty(512), np.int32(128), np.int32(1)))
+faulthandler.enable()
+try:
+    work("right_enough", 0).wait()
+except Exception as error:
+    print(error, flush=True)
+before, between = [], threading.Thread(target=lambda: (work("takes_its_time", device.empty(512)).wait(), print("late")))
+signal.signal(signal.SIGFPE, lambda *_: print("handled", flush=True))
+between.start()
+time.sleep(0.3)
+os.kill(os.getpid(), signal.SIGFPE)
+time.sleep(0.1)
+if sys.argv[2] == "after":
+    between.join()
+ctypes.string_at(0)
+"""
+
+
+@pytest.mark.parametrize("when", ["after", "meanwhile"])
+def test_signals_that_are_not_a_kernels_are_whose_they_were(when: str) -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", CRASH, PLANTED.files[0], when], capture_output=True, text=True, timeout=100
+    )
+    assert "right_enough: work-item" in found.stdout and "handled" in found.stdout, found
+    assert ("late" in found.stdout) == (when == "after"), found
+    assert found.returncode == -signal.SIGSEGV and "Fatal Python error: Segmentation fault" in found.stderr, found
+
+
 def test_memory_never_written_is_not_a_number(device: StagedDevice) -> None:
     to, buffer = torch.zeros(8), device.empty(32)
     device.copy(to.data_ptr(), int(buffer), 32)
@@ -186,6 +276,18 @@ def test_what_a_kernel_leaves_as_it_is_comes_back_as_it_was(device: StagedDevice
     written.fill_(7.0)
     queue.finish()
     assert (written == 7.0).all()  # what was brought back once is not brought back again
+
+
+def test_another_default_device_of_torch_is_not_where_results_are_brought(
+    device: StagedDevice, planted: BoundProgram
+) -> None:
+    with torch.device("meta"):
+        written = torch.zeros(N, device="cpu")
+        queue = device.queue()
+        ends = queue.write(written)[0], queue.read(torch.ones(N, device="cpu"))
+        queue.launch(planted, "right_enough", 2, 128, (*ends, np.int32(128), np.int32(1)))
+        queue.finish()
+    assert (written == 2).all()
 
 
 def test_who_does_not_wait_finds_nothing(device: StagedDevice, planted: BoundProgram) -> None:

@@ -178,7 +178,9 @@ class Recorder(Backend):
         try:
             yield
         except Exception as error:
-            self.tape.note({"raised": type(error).__name__, "text": str(error)})
+            # As the nearest of HAL's own: what a backend derives from them is not there when it is judged.
+            known = [kind.__name__ for kind in type(error).__mro__ if getattr(errors, kind.__name__, None) is kind]
+            self.tape.note({"raised": [*known, type(error).__name__][0], "text": str(error)})
             raise
         finally:
             # What one of several threads finds changed may be about to be set back by another.

@@ -83,8 +83,10 @@ class Windows:
 
         Raises
         ------
-        DeviceError
+        ForeignWindow
             It is no window.
+        DeviceError
+            It cannot be opened here.
         """
         at = 0
         for number, size, data, count in told:

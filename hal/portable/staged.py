@@ -92,7 +92,7 @@ class StagedQueue:
 
     def write(self, tensor: Tensor, partly: bool = False) -> tuple[Buffer, tuple[int, ...]]:
         """Room for the elements alone: what lies between them is others'."""
-        packed = torch.empty(tensor.shape, dtype=tensor.dtype)
+        packed = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
         buffer = self._device.empty(span(packed))
         if partly and packed.numel():
             packed.copy_(tensor)

@@ -41,7 +41,7 @@ CASES = {
 }
 EP = ("EPN-01", "EPN-10", "EPN-20", "EPL-01", "EPL-06")
 MLA = ("MLA-01", "MLA-07", "MLA-20", "MLA-22", "MLA-24", "MLA-40")
-CHOSEN = ("CAP-01", "CAP-02", "CAP-03", "CAP-04", "CAP-07", *MLA, *EP)
+CHOSEN = ("CAP-01", "CAP-02", "CAP-03", "CAP-04", "CAP-07", *MLA, "MLA-48", "MLA-50", *EP)
 
 
 @pytest.fixture(scope="module", autouse=True)

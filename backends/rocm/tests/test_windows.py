@@ -12,7 +12,7 @@ from ep_ranks import run_ranks
 
 from hal.portable import sim
 from hal.portable.bindings import BoundDevice, Torch
-from hal.portable.runtime import Handle
+from hal.portable.runtime import Handle, Source
 from hal.spec.errors import DeviceError
 
 pytest.importorskip("hip", reason="hip-python is not installed")
@@ -26,6 +26,23 @@ def device() -> BoundDevice:
 
 def on_simulator(rank: int) -> None:
     os.environ[sim.ENV] = "hip:gfx942"
+
+
+def looked_at(rank: int) -> None:
+    on_simulator(rank)
+    os.environ[sim.CHECK_ENV] = "all"
+    os.environ["HAL_SIM_SEED"] = str(rank)
+
+
+def flags_without_release(rank: int) -> None:
+    """The library's own flags, stored with nothing that orders the rows before them."""
+    looked_at(rank)
+    original = Source.text
+
+    def text(source: Source, dialect: str) -> str:
+        return original(source, dialect).replace("__ATOMIC_RELEASE", "__ATOMIC_RELAXED")
+
+    Source.text = text  # type: ignore[method-assign]
 
 
 def test_windows_of_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,3 +66,12 @@ def test_expert_parallelism_over_ipc_memory() -> None:
     run_ranks(2, ep_cases.normal, cases, limit=120, before=on_simulator)
     three = replace(case, ranks=3, tokens=(5, 0, 9), experts=10)
     run_ranks(3, ep_cases.packed, [(three, "none")], limit=120, before=on_simulator)
+
+
+@pytest.mark.long(20)
+def test_expert_parallelism_is_looked_at_and_nothing_found() -> None:
+    case = Case(backend="rocm", tokens=(5, 7))
+    run_ranks(2, ep_cases.normal, [replace(case, bias=1)], limit=300, before=looked_at)
+    run_ranks(2, ep_cases.packed, [(case, "none"), (case, "fp8")], limit=300, before=looked_at)
+    with pytest.raises(AssertionError, match=r"ep_await: .* a flag that was not released: ep_signal: work-item"):
+        run_ranks(2, ep_cases.normal, [case], limit=300, before=flags_without_release)

@@ -24,7 +24,7 @@ ENV: Final = "HAL_SIM"
 """``runtime:chip``, for instance of the runtime whose C names are in ``dialects/runtime.cpp``."""
 CHECK_ENV: Final = "HAL_SIM_CHECK"
 """What is looked at: some of `CHECKS`, or ``all``."""
-CHECKS: Final = ("memory", "races", "uninitialised", "order", "streams")
+CHECKS: Final = ("memory", "races", "uninitialised", "order", "streams", "fences")
 
 CACHE_ENV: Final = "HAL_SIM_CACHE"
 """Folder of the simulator's libraries; ``kernel-hal`` in the user's cache folder if unset."""

@@ -1,7 +1,8 @@
 /* Every access of a kernel, looked at before it happens.
  *
- * A byte remembers who wrote and who read it last. Two accesses of which one writes are a race unless something orders
- * them: a barrier for items of a group, nothing for groups of a launch, streams and events for launches.
+ * A byte remembers who wrote and who read it last, plainly and atomically. Two accesses of which one writes are a race
+ * unless both are atomic or something orders them: a barrier for items of a group, nothing for groups of a launch, streams
+ * and events for launches.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -18,13 +19,23 @@ Checks checks() {
   auto has = [&](const char *word) {
     return words.find(std::string(",") + word + ",") != words.npos || words == ",all,";
   };
-  return {has("memory"), has("races"), has("uninitialised"), has("order"), has("streams"), eager && *eager == '1',
+  return {has("memory"), has("races"), has("uninitialised"), has("order"), has("streams"), has("fences"), eager && *eager == '1',
           seed ? (unsigned)strtoul(seed, nullptr, 10) : 0};
 }
 
 namespace check {
 namespace {
-const char *done(int kind) { return kind == HAL_SIM_READ ? " reads " : kind == HAL_SIM_WRITE ? " writes " : " updates "; }
+const char *done(int kind) {
+  switch (kind & HAL_SIM_KIND) {
+    case HAL_SIM_READ: case HAL_SIM_LOAD: return " reads ";
+    case HAL_SIM_WRITE: case HAL_SIM_STORE: return " writes ";
+    default: return " updates ";
+  }
+}
+bool writes(int kind) { return (kind & HAL_SIM_KIND) != HAL_SIM_READ && (kind & HAL_SIM_KIND) != HAL_SIM_LOAD; }
+bool atomic(int kind) { return (kind & HAL_SIM_KIND) >= HAL_SIM_LOAD; }
+/* Whether what was there before matters. */
+bool takes(int kind) { return (kind & HAL_SIM_KIND) != HAL_SIM_WRITE && (kind & HAL_SIM_KIND) != HAL_SIM_STORE; }
 
 std::string bytes(size_t size) { return std::to_string(size) + (size == 1 ? " byte" : " bytes"); }
 
@@ -62,7 +73,7 @@ struct Spot {
 
 Stamp stamp(const Where &where, uint32_t op) {
   unsigned wave = where.item / where.launch->chip->wavefront;
-  return {op, where.group, where.epoch, (uint16_t)where.item, where.phases[wave], (uint16_t)wave, 0, 0, 0};
+  return {op, where.group, where.epoch, (uint16_t)where.item, where.phases[wave], (uint8_t)wave, false, false, false};
 }
 
 std::string other_item(const Stamp &stamp, bool same_group) {
@@ -76,33 +87,34 @@ bool shuffled(const Stamp &read, const Stamp &mine) {
   return !read.waves && read.wave == mine.wave && read.phase != mine.phase;
 }
 
+/* Whether nothing in a launch orders what was done before what is done now. */
+bool apart(const Stamp &earlier, const Stamp &mine, bool across) {
+  if (earlier.op != mine.op) return false;
+  if (across && (earlier.groups || earlier.group != mine.group)) return true;
+  return earlier.group == mine.group && earlier.epoch == mine.epoch && (earlier.items || earlier.item != mine.item);
+}
+bool read_apart(const Stamp &read, const Stamp &mine, bool across) {
+  bool others = read.groups || read.group != mine.group;
+  return apart(read, mine, across) && ((across && others) || !shuffled(read, mine));
+}
+
 /* What an access to a byte is at odds with; null if with nothing. `mine` is who accesses now. */
-const char *conflict(const Cell &cell, const Stamp &mine, bool writes, bool atomic, bool across, const Stamp **with) {
-  const Stamp &w = cell.write, &r = cell.read;
-  if (w.op == mine.op && !(atomic && cell.atomic)) {
-    *with = &w;
-    if (across && w.group != mine.group) return "wrote";
-    if (w.group == mine.group && w.epoch == mine.epoch && w.item != mine.item) return "wrote";
-  }
-  if (writes && r.op == mine.op) {
-    *with = &r;
-    if (across && (r.group != mine.group || r.groups)) return "read";
-    if (r.group == mine.group && r.epoch == mine.epoch && (r.item != mine.item || r.items) && !shuffled(r, mine))
-      return "read";
-  }
+const char *conflict(const Cell &cell, const Stamp &mine, int kind, bool across, const Stamp **with) {
+  if (apart(*(*with = &cell.write), mine, across)) return "wrote";
+  if (!atomic(kind) && apart(*(*with = &cell.update), mine, across)) return "updated";
+  if (writes(kind) && read_apart(*(*with = &cell.read), mine, across)) return "read";
+  if (writes(kind) && !atomic(kind) && read_apart(*(*with = &cell.load), mine, across)) return "read";
   return nullptr;
 }
 
 void note(Cell &cell, const Stamp &mine, int kind) {
-  if (kind != HAL_SIM_READ) {
-    cell.write = mine, cell.atomic = kind == HAL_SIM_ATOMIC;
-    return;
-  }
-  Stamp &r = cell.read;
-  bool same_op = r.op == mine.op, groups = same_op && (r.groups || r.group != mine.group);
-  bool since = same_op && r.group == mine.group && r.epoch == mine.epoch && !shuffled(r, mine);
-  bool items = since && (r.items || r.item != mine.item), waves = since && (r.waves || r.wave != mine.wave);
-  r = mine, r.groups = groups, r.items = items, r.waves = waves;
+  Stamp &last = writes(kind) ? atomic(kind) ? cell.update : cell.write : atomic(kind) ? cell.load : cell.read;
+  bool same_op = last.op == mine.op, groups = same_op && (last.groups || last.group != mine.group);
+  bool since = same_op && last.group == mine.group && last.epoch == mine.epoch;
+  if (!writes(kind) && shuffled(last, mine)) since = false;
+  bool items = since && (last.items || last.item != mine.item), waves = since && (last.waves || last.wave != mine.wave);
+  last = mine, last.groups = groups, last.items = items, last.waves = waves;
+  if (writes(kind)) cell.written = mine.op;
 }
 
 std::string local(const Where &where, size_t at, const Spot &spot) {
@@ -129,12 +141,10 @@ std::string local(const Where &where, size_t at, const Spot &spot) {
   Stamp mine = stamp(where, where.serial);
   for (size_t i = at; i < at + spot.size; i++) {
     Cell &cell = (*where.local_cells)[i];
-    if (asked.uninitialised && spot.kind != HAL_SIM_WRITE && cell.write.op != where.serial)
+    if (asked.uninitialised && takes(spot.kind) && cell.written != where.serial)
       return spot.wrong(name, "uninitialised");
     const Stamp *with;
-    const char *did = asked.races
-                          ? conflict(cell, mine, spot.kind != HAL_SIM_READ, spot.kind == HAL_SIM_ATOMIC, false, &with)
-                          : nullptr;
+    const char *did = asked.races ? conflict(cell, mine, spot.kind, false, &with) : nullptr;
     if (did) return spot.wrong(name, "a race, " + other_item(*with, true) + " " + did + " it since the last barrier");
     note(cell, mine, spot.kind);
   }
@@ -160,10 +170,12 @@ Cell *cells(Buffer &buffer) {
   return buffer.cells;
 }
 
-/* Whether work that nothing orders before this one touched the byte. */
+/* Work that touched the byte, and that nothing orders before this; null if there is none. */
 const Stamp *unordered(const Cell &cell, const Op &op, bool writes) {
-  if (cell.write.op && cell.write.op != op.number && !streams::ordered(cell.write.op, op)) return &cell.write;
-  if (writes && cell.read.op && cell.read.op != op.number && !streams::ordered(cell.read.op, op)) return &cell.read;
+  for (const Stamp *one : {&cell.write, &cell.update, &cell.read, &cell.load}) {
+    if (!writes && one == &cell.read) break;
+    if (one->op && one->op != op.number && !streams::ordered(one->op, op)) return one;
+  }
   return nullptr;
 }
 }  // namespace
@@ -178,54 +190,82 @@ std::string access(const Where &where, const void *address, size_t size, int kin
   Buffer *buffer = memory::find(at);
   std::string out = bounds(buffer, at, size);
   if (!out.empty()) return asked.memory || !buffer ? spot.wrong(element(where, buffer, at), out) : "";
-  if (buffer->peer) return "";
 
   Cell *cell = cells(*buffer);
   if (!cell) return "";
   cell += at - buffer->base;
   Stamp mine = stamp(where, where.launch->op->number);
-  bool writes = kind != HAL_SIM_READ;
   for (size_t i = 0; i < size; i++, cell++) {
-    if (asked.uninitialised && kind != HAL_SIM_WRITE && !cell->write.op)
+    /* What others wrote to memory that they have too is not known. */
+    if (asked.uninitialised && takes(kind) && !cell->written && !buffer->stores)
       return spot.wrong(element(where, buffer, at + i), "uninitialised");
     const Stamp *with;
-    const char *did = asked.races ? conflict(*cell, mine, writes, kind == HAL_SIM_ATOMIC, true, &with) : nullptr;
+    const char *did = asked.races ? conflict(*cell, mine, kind, true, &with) : nullptr;
     if (did) {
       bool same = with->group == where.group;
       std::string since = same ? " it since the last barrier" : " it in the same launch";
       return spot.wrong(element(where, buffer, at + i), "a race, " + other_item(*with, same) + " " + did + since);
     }
-    const Stamp *early = asked.streams ? unordered(*cell, *where.launch->op, writes) : nullptr;
+    const Stamp *early = asked.streams ? unordered(*cell, *where.launch->op, writes(kind)) : nullptr;
     if (early)
       return spot.wrong(element(where, buffer, at + i), "nothing waits for " + streams::name(early->op) + ", which used it");
     note(*cell, mine, kind);
   }
-  return "";
+  if (!asked.fences) return "";
+  if (!buffer->stores) {
+    if (takes(kind) && (atomic(kind) || kind & HAL_SIM_VOLATILE)) fences::own(where, kind & HAL_SIM_ACQUIRE);
+    return "";
+  }
+  std::string loose = fences::access(where, buffer->stores + (at - buffer->base), at, size, kind, from);
+  return loose.empty() ? "" : spot.wrong(element(where, buffer, at), loose);
 }
 
-std::string copy(const Op &op, const void *address, size_t size, int kind) {
+std::string acquired(const Where &where, const void *address, size_t size, const void *from) {
+  const char *at = (const char *)address;
+  Buffer *buffer = where.launch->checks.fences ? memory::alive(at, size) : nullptr;
+  if (!buffer || !buffer->stores) return "";
+  std::string loose = fences::acquired(where, buffer->stores + (at - buffer->base), at);
+  return loose.empty() ? "" : Spot{where, size, HAL_SIM_LOAD, from}.wrong(element(where, buffer, at), loose);
+}
+
+namespace {
+/* One end of a copy; `from` is where its bytes come from, null if they are of the host or a fill. */
+std::string end_of_copy(const Op &op, const void *address, size_t size, int kind, const Cell *from, const Cell **found) {
   Checks asked = checks();
   Buffer *buffer = memory::find(address);
   if (!buffer) return ""; /* of the host */
-  std::string out = bounds(buffer, (const char *)address, size);
-  if (!out.empty()) return op.what + done(kind) + bytes(size) + " at buffer " + std::to_string(buffer->number) + ": " + out;
-  if (!asked.accesses() || buffer->peer) return "";
+  const char *at = (const char *)address;
+  std::string whole = op.what + done(kind) + bytes(size) + " at buffer " + std::to_string(buffer->number) + ": ";
+  std::string out = bounds(buffer, at, size);
+  if (!out.empty()) return whole + out;
+  if (!asked.accesses()) return "";
   Cell *cell = cells(*buffer);
   if (!cell) return "";
-  cell += (const char *)address - buffer->base;
+  cell += at - buffer->base;
+  if (!buffer->stores) *found = cell;
   Stamp mine = {};
   mine.op = op.number;
   for (size_t i = 0; i < size; i++, cell++) {
-    const Stamp *early = asked.streams ? unordered(*cell, op, kind != HAL_SIM_READ) : nullptr;
+    const Stamp *early = asked.streams ? unordered(*cell, op, writes(kind)) : nullptr;
     if (early)
-      return op.what + done(kind) + "byte " + std::to_string((const char *)address - buffer->base + i) + " of buffer " +
+      return op.what + done(kind) + "byte " + std::to_string(at - buffer->base + i) + " of buffer " +
              std::to_string(buffer->number) + ": nothing waits for " + streams::name(early->op) + ", which used it";
-    if (kind == HAL_SIM_READ)
-      cell->read = mine;
-    else
-      cell->write = mine, cell->atomic = false;
+    bool poison = from && !from[i].written;
+    note(*cell, mine, kind);
+    if (poison) cell->written = 0;
   }
-  return "";
+  if (!asked.fences || !buffer->stores) return "";
+  Store *stores = buffer->stores + (at - buffer->base);
+  if (writes(kind)) return fences::copied_to(stores, size), "";
+  std::string loose = fences::copied_from(op, stores, size);
+  return loose.empty() ? "" : whole + loose;
+}
+}  // namespace
+
+std::string copy(const Op &op, const void *to, const void *from, size_t size) {
+  const Cell *source = nullptr, *unused;
+  std::string wrong = from ? end_of_copy(op, from, size, HAL_SIM_READ, nullptr, &source) : "";
+  return wrong.empty() ? end_of_copy(op, to, size, HAL_SIM_WRITE, source, &unused) : wrong;
 }
 }  // namespace check
 }  // namespace sim

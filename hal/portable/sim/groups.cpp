@@ -58,7 +58,8 @@ extern "C" void hal_sim_switch(void **from, void *to);
 
 namespace sim {
 namespace {
-constexpr size_t STACK = 64 << 10, STACK_LEFT = 4 << 10;
+/* A page at the end of each stack is out of bounds. */
+constexpr size_t STACK = 64 << 10, GUARD = 4 << 10, STACK_LEFT = 4 << 10, MOST_GUARDS = 16 << 10;
 
 enum State { RUNS, BARRIER, SHUFFLE, OVER };
 struct Item {
@@ -84,6 +85,8 @@ struct Worker {
   std::vector<uint16_t> phases; /* of the wavefronts: shuffles so far */
   std::mt19937 random;
   std::string failure;
+  faults::Fault fault;
+  std::unique_ptr<char[]> signal_stack{new char[faults::STACK]};
 
   ~Worker() {
     if (stacks) munmap(stacks, stack_count * STACK);
@@ -112,12 +115,13 @@ void go_on(Worker &w) {
   __builtin_unreachable();
 }
 
+const char *const NO_STACK = " needs more than 56 KiB of stack";
+
 void wait(Worker &w, State state, const char *file, int line, int place) {
   Item &mine = w.item();
   mine.state = state, mine.file = file, mine.line = line, mine.place = place;
   char here;
-  if (&here < w.stacks + (w.turn[w.at] * STACK) + STACK_LEFT)
-    fail(w, check::work_item(w.where) + " needs more than " + std::to_string(STACK >> 10) + " KiB of stack");
+  if (&here < w.stacks + (w.turn[w.at] * STACK) + GUARD + STACK_LEFT) fail(w, check::work_item(w.where) + NO_STACK);
   go_on(w);
 }
 
@@ -158,7 +162,17 @@ void access(const void *address, unsigned long size, int kind, const void *from)
   if (!why.empty()) fail(w, std::move(why));
 }
 
-const hal_sim_engine engine = {index, barrier, shuffle, access};
+void acquired(const void *address, unsigned long size, const void *from) {
+  Worker &w = *worker;
+  std::string why = check::acquired(w.where, address, size, from);
+  if (!why.empty()) fail(w, std::move(why));
+}
+
+void fence(int scope) {
+  if (worker->launch->checks.fences) fences::fence(worker->where, scope);
+}
+
+const hal_sim_engine engine = {index, barrier, shuffle, access, acquired, fence};
 
 std::string place(const Item &item) {
   const char *name = strrchr(item.file, '/');
@@ -274,6 +288,9 @@ std::unique_ptr<Worker> take(Launch &launch) {
     int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
     w->stacks = (char *)mmap(nullptr, launch.threads * STACK, PROT_READ | PROT_WRITE, flags, -1, 0);
     w->stack_count = launch.threads;
+    /* Each of them is a mapping more, of which a process has 65530. */
+    bool guarded = launch.threads * std::max(1u, std::thread::hardware_concurrency()) <= MOST_GUARDS;
+    for (unsigned i = 0; guarded && i < launch.threads; i++) mprotect(w->stacks + i * STACK, GUARD, PROT_NONE);
   }
   w->items.resize(launch.threads);
   w->launch = &launch;
@@ -288,6 +305,35 @@ std::unique_ptr<Worker> take(Launch &launch) {
 }  // namespace
 
 const hal_sim_engine *the_engine() { return &engine; }
+
+char *running::caught(const faults::Fault &fault, const char *stack) {
+  Worker *w = worker;
+  if (!w || stack < w->where.stacks_begin || stack >= w->where.stacks_end) return nullptr;
+  w->fault = fault;
+  /* Nothing of what the item was at is needed any more. */
+  return w->stacks + (w->turn[w->at] + 1) * STACK;
+}
+
+void running::tell() {
+  Worker &w = *worker;
+  const faults::Fault &fault = w.fault;
+  const Module &module = *w.launch->function.module;
+  char *end = w.stacks + w.turn[w.at] * STACK, address[32];
+  snprintf(address, sizeof address, "0x%zx", (size_t)fault.address);
+  std::string why;
+  if (fault.signal == SIGFPE)
+    why = " divides an integer by zero, or the least there is by -1";
+  else if (fault.signal == SIGILL)
+    why = " does what the compiler saw to be undefined";
+  else if (fault.address >= end && fault.address < end + GUARD)
+    why = NO_STACK;
+  else
+    why = std::string(" uses address ") + address + ": not memory of the device";
+  std::string place;
+  if ((uintptr_t)fault.instruction >= module.begin && (uintptr_t)fault.instruction < module.end && module.checked)
+    place = " (" + modules::place(module, fault.instruction + 1) + ")";
+  fail(w, check::work_item(w.where) + why + place);
+}
 
 std::string check::work_item(const Where &where) {
   return where.launch->function.kernel->name + std::string(": work-item ") + std::to_string(where.item) + " of group " +
@@ -304,18 +350,23 @@ std::string run(Launch &launch) {
   std::atomic<unsigned> next{0};
   std::string failure;
   std::mutex failure_gate;
-  auto work = [&] {
-    auto w = take(launch);
+  faults::Watch watch;
+  auto groups_of = [&](Worker &w) {
+    faults::Stack stack(w.signal_stack.get());
     Worker *outer = worker;
-    worker = w.get();
+    worker = &w;
     for (unsigned i; (i = next++) < launch.groups;) {
-      std::string why = run_group(*w, groups[i]);
+      std::string why = run_group(w, groups[i]);
       if (why.empty()) continue;
       next = launch.groups;
       std::lock_guard<std::mutex> lock(failure_gate);
       if (failure.empty()) failure = why;
     }
     worker = outer;
+  };
+  auto work = [&] {
+    auto w = take(launch);
+    groups_of(*w);
     std::lock_guard<std::mutex> lock(idle_gate);
     idle.push_back(std::move(w));
   };

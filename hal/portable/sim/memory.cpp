@@ -13,11 +13,11 @@
 namespace sim::memory {
 namespace {
 constexpr size_t AREA = size_t(1) << 40, PAGE = 4096;
-constexpr uint64_t MAGIC = 0x68616c2d73696d31;
+constexpr uint64_t MAGIC = 0x68616c2d73696d32;
 constexpr int POISON = 0xff, RED = 0xa5;
 
 char *area, *cursor;
-int file = -1;
+int file = -1, stores = -1; /* of its bytes, and of how they were stored */
 size_t used;
 unsigned count;
 std::map<char *, Buffer> buffers; /* by base; freed ones too */
@@ -26,6 +26,8 @@ bool there() {
   if (area) return true;
   file = memfd_create("device memory", MFD_CLOEXEC);
   if (file < 0 || ftruncate(file, AREA)) return false;
+  stores = memfd_create("stores", MFD_CLOEXEC);
+  if (stores < 0 || ftruncate(stores, AREA * sizeof(Store))) return false;
   void *mapped = mmap(nullptr, AREA, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, file, 0);
   if (mapped == MAP_FAILED) return false;
   cursor = area = (char *)mapped;
@@ -35,9 +37,25 @@ bool there() {
 char *begin(const Buffer &buffer) { return buffer.base - PAGE; }
 char *end(const Buffer &buffer) { return buffer.base + (buffer.size + RED_ZONE + PAGE - 1) / PAGE * PAGE; }
 
+off_t stores_at(uint64_t offset) { return (off_t)(offset * sizeof(Store)); }
+
 void forget_cells(Buffer &buffer) {
   if (buffer.cells) munmap(buffer.cells, buffer.size * sizeof(Cell));
   buffer.cells = nullptr;
+  if (buffer.stores) {
+    munmap(buffer.stores, buffer.size * sizeof(Store));
+    fences::forget(buffer.base, buffer.base + buffer.size);
+    off_t at = stores_at(buffer.base - area), size = (off_t)(buffer.size * sizeof(Store));
+    if (!buffer.peer) fallocate(stores, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, size);
+  }
+  buffer.stores = nullptr;
+}
+
+/* How bytes of memory that is shared were stored, kept in a file of their owner's; null if there is no room for it. */
+Store *shared_stores(int in, uint64_t offset, size_t size) {
+  int flags = MAP_SHARED | MAP_NORESERVE;
+  void *made = mmap(nullptr, size * sizeof(Store), PROT_READ | PROT_WRITE, flags, in, stores_at(offset));
+  return made == MAP_FAILED ? nullptr : (Store *)made;
 }
 
 /* The first place from `from` on with room for so much, freed buffers there forgotten; null if there is none. */
@@ -60,6 +78,12 @@ char *room(char *from, size_t size) {
   }
   return nullptr;
 }
+/* A file of another process. */
+int theirs(int process, int number) {
+  std::string path = "/proc/" + std::to_string(process) + "/fd/" + std::to_string(number);
+  return ::open(path.c_str(), O_RDWR | O_CLOEXEC);
+}
+
 }  // namespace
 
 /* Of what is given out everything is written to, so it is much less than the address space. */
@@ -76,7 +100,7 @@ Error allocate(void **made, size_t size) {
   if (!at) at = room(area, whole);
   if (!at) return OUT_OF_MEMORY;
   cursor = at + whole;
-  Buffer buffer{at + PAGE, size, ++count, true, false, nullptr};
+  Buffer buffer{at + PAGE, size, ++count, true, false, nullptr, nullptr};
   memset(buffer.base - RED_ZONE, RED, RED_ZONE);
   memset(buffer.base, POISON, size);
   memset(buffer.base + size, RED, RED_ZONE);
@@ -132,19 +156,26 @@ std::string trespass(const Buffer &buffer) {
 Error share(Handle *handle, const void *base) {
   Buffer *found = alive(base, 0);
   if (!found || found->base != base || found->peer) return INVALID_VALUE;
-  *handle = {MAGIC, getpid(), file, (uint64_t)(found->base - area), found->size};
+  uint64_t offset = (uint64_t)(found->base - area);
+  if (!found->stores) found->stores = shared_stores(stores, offset, found->size);
+  *handle = {MAGIC, getpid(), file, stores, offset, found->size};
   return OK;
 }
 
 Error open(void **mapped, const Handle &handle) {
   if (handle.magic != MAGIC || handle.process == getpid()) return INVALID_VALUE;
-  std::string path = "/proc/" + std::to_string(handle.process) + "/fd/" + std::to_string(handle.file);
-  int theirs = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
-  if (theirs < 0) return INVALID_HANDLE;
-  void *at = mmap(nullptr, handle.size, PROT_READ | PROT_WRITE, MAP_SHARED, theirs, (off_t)handle.offset);
-  ::close(theirs);
-  if (at == MAP_FAILED) return OUT_OF_MEMORY;
-  buffers[(char *)at] = {(char *)at, handle.size, ++count, true, true, nullptr};
+  int bytes = theirs(handle.process, handle.file), how = theirs(handle.process, handle.stores);
+  void *at = MAP_FAILED;
+  if (bytes >= 0) at = mmap(nullptr, handle.size, PROT_READ | PROT_WRITE, MAP_SHARED, bytes, (off_t)handle.offset);
+  Store *kept = how >= 0 ? shared_stores(how, handle.offset, handle.size) : nullptr;
+  for (int one : {bytes, how})
+    if (one >= 0) ::close(one);
+  if (at == MAP_FAILED || !kept) {
+    if (at != MAP_FAILED) munmap(at, handle.size);
+    if (kept) munmap(kept, handle.size * sizeof(Store));
+    return bytes < 0 || how < 0 ? INVALID_HANDLE : OUT_OF_MEMORY;
+  }
+  buffers[(char *)at] = {(char *)at, handle.size, ++count, true, true, nullptr, kept};
   *mapped = at;
   return OK;
 }

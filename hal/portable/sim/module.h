@@ -48,11 +48,13 @@ char hal_sim_checked;
 #define HAL_SIM_HOOK extern "C" HAL_SIM_UNSEEN __attribute__((visibility("hidden")))
 #define HAL_SIM_ACCESS(address, size, kind) hal_sim->access(address, size, kind, __builtin_return_address(0))
 #define HAL_SIM_SIZES(X) X(1) X(2) X(4) X(8) X(16)
-#define X(n)                                                                                   \
-  HAL_SIM_HOOK void __tsan_read##n(void *at) { HAL_SIM_ACCESS(at, n, HAL_SIM_READ); }           \
-  HAL_SIM_HOOK void __tsan_write##n(void *at) { HAL_SIM_ACCESS(at, n, HAL_SIM_WRITE); }         \
-  HAL_SIM_HOOK void __tsan_unaligned_read##n(void *at) { HAL_SIM_ACCESS(at, n, HAL_SIM_READ); } \
-  HAL_SIM_HOOK void __tsan_unaligned_write##n(void *at) { HAL_SIM_ACCESS(at, n, HAL_SIM_WRITE); }
+#define X(n)                                                                                                      \
+  HAL_SIM_HOOK void __tsan_read##n(void *at) { HAL_SIM_ACCESS(at, n, HAL_SIM_READ); }                              \
+  HAL_SIM_HOOK void __tsan_write##n(void *at) { HAL_SIM_ACCESS(at, n, HAL_SIM_WRITE); }                            \
+  HAL_SIM_HOOK void __tsan_unaligned_read##n(void *at) { HAL_SIM_ACCESS(at, n, HAL_SIM_READ); }                    \
+  HAL_SIM_HOOK void __tsan_unaligned_write##n(void *at) { HAL_SIM_ACCESS(at, n, HAL_SIM_WRITE); }                  \
+  HAL_SIM_HOOK void __tsan_volatile_read##n(void *at) { HAL_SIM_ACCESS(at, n, HAL_SIM_READ | HAL_SIM_VOLATILE); }  \
+  HAL_SIM_HOOK void __tsan_volatile_write##n(void *at) { HAL_SIM_ACCESS(at, n, HAL_SIM_WRITE | HAL_SIM_VOLATILE); }
 HAL_SIM_SIZES(X)
 #undef X
 HAL_SIM_HOOK void __tsan_read_range(void *at, unsigned long size) { HAL_SIM_ACCESS(at, size, HAL_SIM_READ); }
@@ -69,28 +71,41 @@ HAL_SIM_HOOK void *__tsan_memset(void *to, int value, unsigned long size) {
 HAL_SIM_HOOK void __tsan_init() {}
 HAL_SIM_HOOK void __tsan_func_entry(void *) {}
 HAL_SIM_HOOK void __tsan_func_exit() {}
-HAL_SIM_HOOK void __tsan_atomic_thread_fence(int) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+HAL_SIM_HOOK void __tsan_atomic_thread_fence(int) {
+  __atomic_thread_fence(__ATOMIC_SEQ_CST);
+  hal_sim->fence(HAL_SIM_SYSTEM);
+}
 
-#define X(bits, type)                                                                                     \
-  HAL_SIM_HOOK type __tsan_atomic##bits##_load(const type *at, int) {                                      \
-    HAL_SIM_ACCESS(at, sizeof(type), HAL_SIM_ATOMIC);                                                      \
-    return __atomic_load_n(at, __ATOMIC_SEQ_CST);                                                          \
-  }                                                                                                       \
-  HAL_SIM_HOOK void __tsan_atomic##bits##_store(type *at, type value, int) {                               \
-    HAL_SIM_ACCESS(at, sizeof(type), HAL_SIM_ATOMIC);                                                      \
-    __atomic_store_n(at, value, __ATOMIC_SEQ_CST);                                                         \
-  }                                                                                                       \
-  HAL_SIM_HOOK type __tsan_atomic##bits##_exchange(type *at, type value, int) {                            \
-    HAL_SIM_ACCESS(at, sizeof(type), HAL_SIM_ATOMIC);                                                      \
-    return __atomic_exchange_n(at, value, __ATOMIC_SEQ_CST);                                               \
-  }                                                                                                       \
-  HAL_SIM_HOOK type __tsan_atomic##bits##_fetch_add(type *at, type value, int) {                           \
-    HAL_SIM_ACCESS(at, sizeof(type), HAL_SIM_ATOMIC);                                                      \
-    return __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST);                                                \
-  }                                                                                                       \
-  HAL_SIM_HOOK int __tsan_atomic##bits##_compare_exchange_strong(type *at, type *old, type value, int, int) { \
-    HAL_SIM_ACCESS(at, sizeof(type), HAL_SIM_ATOMIC);                                                      \
-    return __atomic_compare_exchange_n(at, old, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);         \
+/* Of an order as the language numbers them. */
+HAL_SIM_UNSEEN static inline int hal_sim_order(int order) {
+  return (order == __ATOMIC_RELAXED || order == __ATOMIC_RELEASE ? 0 : HAL_SIM_ACQUIRE) |
+         (order >= __ATOMIC_RELEASE ? HAL_SIM_RELEASE : 0);
+}
+#define X(bits, type)                                                                                      \
+  HAL_SIM_HOOK type __tsan_atomic##bits##_load(const type *at, int order) {                                 \
+    int acquires = hal_sim_order(order) & HAL_SIM_ACQUIRE;                                                  \
+    HAL_SIM_ACCESS(at, sizeof(type), HAL_SIM_LOAD | acquires);                                              \
+    type found = __atomic_load_n(at, __ATOMIC_SEQ_CST);                                                     \
+    if (acquires) hal_sim->acquired(at, sizeof(type), __builtin_return_address(0));                         \
+    return found;                                                                                          \
+  }                                                                                                        \
+  HAL_SIM_HOOK void __tsan_atomic##bits##_store(type *at, type value, int order) {                          \
+    HAL_SIM_ACCESS(at, sizeof(type), HAL_SIM_STORE | (hal_sim_order(order) & HAL_SIM_RELEASE));             \
+    __atomic_store_n(at, value, __ATOMIC_SEQ_CST);                                                          \
+  }                                                                                                        \
+  HAL_SIM_HOOK type __tsan_atomic##bits##_exchange(type *at, type value, int order) {                       \
+    HAL_SIM_ACCESS(at, sizeof(type), HAL_SIM_UPDATE | hal_sim_order(order));                                \
+    return __atomic_exchange_n(at, value, __ATOMIC_SEQ_CST);                                                \
+  }                                                                                                        \
+  HAL_SIM_HOOK type __tsan_atomic##bits##_fetch_add(type *at, type value, int order) {                      \
+    HAL_SIM_ACCESS(at, sizeof(type), HAL_SIM_UPDATE | hal_sim_order(order));                                \
+    return __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST);                                                 \
+  }                                                                                                        \
+  HAL_SIM_HOOK int __tsan_atomic##bits##_compare_exchange_strong(type *at, type *old, type value, int order, int) { \
+    HAL_SIM_ACCESS(at, sizeof(type), HAL_SIM_LOAD); /* one that fails is no more */                          \
+    if (__atomic_load_n(at, __ATOMIC_SEQ_CST) == *old)                                                      \
+      HAL_SIM_ACCESS(at, sizeof(type), HAL_SIM_UPDATE | hal_sim_order(order));                              \
+    return __atomic_compare_exchange_n(at, old, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);          \
   }
 X(32, unsigned) X(64, unsigned long long)
 #undef X

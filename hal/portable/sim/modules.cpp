@@ -149,6 +149,7 @@ Compiled compile(const std::string &text, const std::string &name, const std::ve
   /* -march=native: a library is only ever run by who compiled it. */
   std::vector<std::string> line = {compiler(), "-std=c++17", "-x", "c++", "-I" HAL_SIM_FOLDER, "-fPIC", "-march=native"};
   line.insert(line.end(), {"-fno-strict-aliasing", "-fno-exceptions", "-fno-math-errno", "-ffp-contract=off", "-w"});
+  line.push_back("-fstack-clash-protection"); /* no frame reaches over the page that ends a work-item's stack */
   line.insert(line.end(), options.begin(), options.end());
   Compiled made{false, "", ""};
   std::vector<std::string> scan = line;
@@ -159,13 +160,18 @@ Compiled compile(const std::string &text, const std::string &name, const std::ve
     after += "const hal_sim_kernel hal_sim_kernels[] = {\n" + entries(content(scanned)) + "{}};\n";
     std::string object = base + "kernels.o";
     std::vector<std::string> build = line;
+    bool clang = content(scanned).find("HAL_SIM_BY_CLANG") != std::string::npos;
     if (looks)
       build.insert(build.end(), {"-O1", "-g1", "-fsanitize=thread"});
     else
       build.push_back("-O3");
-    /* It leaves out what is of no use for races: reads of what is written soon after. */
-    if (looks && content(scanned).find("HAL_SIM_BY_CLANG") != std::string::npos)
+    /* Clang leaves out what is of no use for races: reads of what is written soon after. Of its newer line tables addr2line
+     * takes the names of files wrongly. */
+    if (looks && clang) {
+      build.insert(build.end(), {"-gdwarf-4", "-mllvm", "-tsan-distinguish-volatile=1"});
       build.insert(build.end(), {"-mllvm", "-tsan-instrument-read-before-write=1"});
+    } else if (looks)
+      build.insert(build.end(), {"--param", "tsan-distinguish-volatile=1"});
     build.insert(build.end(), {"-c", "-o", object, input});
     /* Linked by itself, without the library that the hooks are usually from. */
     made.done = keep(input, before + text + after) && done(build, log);
@@ -247,17 +253,27 @@ size_t local_bytes(const Function &function) {
   return size;
 }
 
-std::string place(const Module &module, const void *address) {
-  std::string command = "addr2line -e /proc/" + std::to_string(getpid()) + "/fd/" + std::to_string(module.file);
-  char offset[32], answer[4096] = "";
-  snprintf(offset, sizeof offset, " 0x%zx", (size_t)((uintptr_t)address - 1 - module.begin));
-  if (FILE *asked = popen((command + offset + " 2>/dev/null").c_str(), "r")) {
-    if (!fgets(answer, sizeof answer, asked)) answer[0] = 0;
+Place place(int process, int file, size_t offset) {
+  char command[128], answer[4096];
+  /* Name and line of whatever was inlined into each other there, the kernel last. */
+  snprintf(command, sizeof command, "addr2line -fie /proc/%d/fd/%d 0x%zx 2>/dev/null", process, file, offset - 1);
+  Place found;
+  if (FILE *asked = popen(command, "r")) {
+    for (bool name = true; fgets(answer, sizeof answer, asked); name = !name) {
+      std::string word(answer, strcspn(answer, " \n"));
+      if (word.empty() || word[0] == '?') continue;
+      if (name)
+        found.kernel = word;
+      else if (found.line.empty())
+        found.line = word.substr(word.rfind('/') + 1);
+    }
     pclose(asked);
   }
-  std::string found = answer;
-  found = found.substr(0, found.find_first_of(" \n"));
-  found = found.substr(found.rfind('/') + 1);
-  return found.empty() || found[0] == '?' ? "an unknown line" : found;
+  return found;
+}
+
+std::string place(const Module &module, const void *address) {
+  Place found = place(getpid(), module.file, (uintptr_t)address - module.begin);
+  return found.line.empty() ? "an unknown line" : found.line;
 }
 }  // namespace sim::modules

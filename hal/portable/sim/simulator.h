@@ -3,11 +3,14 @@
  *   memory.cpp   device memory: buffers with red zones, poison, handles for other processes
  *   modules.cpp  compiles kernels for the host and loads them
  *   groups.cpp   runs the work-items of a group in turns, wavefront by wavefront
+ *   faults.cpp   what the processor refuses to do for a kernel becomes the kernel's failure
  *   checks.cpp   looks at every access of a kernel
+ *   fences.cpp   looks at flags and fences between processes
  *   streams.cpp  queues of work, done when somebody waits, in an order drawn from a seed
  *   dialects/    one file a vendor: the C names of its runtime, and its chips
  */
 #pragma once
+#include <signal.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -49,22 +52,35 @@ const Chip *chosen(const char *runtime, const Chip *chips);
 
 /* What HAL_SIM_CHECK asks for now: words with commas between, or `all`. */
 struct Checks {
-  bool memory, races, uninitialised, order, streams;
+  bool memory, races, uninitialised, order, streams, fences;
   bool eager;    /* HAL_SIM_EAGER=1: work is done as soon as it is queued */
   unsigned seed; /* HAL_SIM_SEED */
-  bool accesses() const { return memory || races || uninitialised || streams; }
+  bool accesses() const { return memory || races || uninitialised || streams || fences; }
 };
 Checks checks();
 
 /* Who touched a byte last; `phase` counts the shuffles of his wavefront. */
 struct Stamp {
   uint32_t op, group, epoch;
-  uint16_t item, phase, wave;
-  uint8_t items, waves, groups; /* whether several did: items and wavefronts since the last barrier, groups ever */
+  uint16_t item, phase;
+  uint8_t wave;
+  bool items : 1, waves : 1, groups : 1; /* whether several did: items and wavefronts since the last barrier, groups ever */
 };
+/* The last of each kind of access: which of them a later one is at odds with depends on its own kind. */
 struct Cell {
-  Stamp write, read;
-  bool atomic; /* the last write */
+  Stamp write, read, update, load; /* the latter two are atomic */
+  uint32_t written;                /* by which op, of local memory by which run of a group, it got its value; 0: by none */
+};
+
+/* How a byte of memory that processes share was stored last; kept in memory that they share too. */
+struct Store {
+  uint32_t process, op, group, epoch;
+  uint32_t time; /* releases of its process before it */
+  uint16_t item;
+  uint8_t how; /* see fences.cpp; 0: nobody knows */
+  bool joined : 1, chained : 1; /* released for more than its work-item alone, and for other processes too */
+  int32_t file; /* the module it was done by, and the place there */
+  uint32_t offset;
 };
 
 struct Buffer {
@@ -72,7 +88,8 @@ struct Buffer {
   size_t size;
   unsigned number;
   bool alive, peer;
-  Cell *cells; /* a byte each, made when first asked for */
+  Cell *cells;   /* a byte each, made when first asked for */
+  Store *stores; /* the same, of memory that processes share */
 };
 constexpr size_t RED_ZONE = 256;
 
@@ -86,7 +103,7 @@ Buffer *alive(const void *address, size_t size);
 std::string trespass(const Buffer &buffer);
 struct Handle {
   uint64_t magic;
-  int32_t process, file;
+  int32_t process, file, stores;
   uint64_t offset, size;
 };
 Error share(Handle *handle, const void *base);
@@ -130,6 +147,11 @@ bool known(Function *function);
 size_t image_size(const void *image);
 /* `file:line` of an address within a module. */
 std::string place(const Module &module, const void *address);
+/* The same of a module of any process, and the kernel it belongs to; both are empty if that process is gone. */
+struct Place {
+  std::string line, kernel;
+};
+Place place(int process, int file, size_t offset);
 size_t local_bytes(const Function &function);
 }  // namespace modules
 
@@ -162,10 +184,49 @@ struct Where {
 namespace check {
 /* Empty if an access is fine. */
 std::string access(const Where &where, const void *address, size_t size, int kind, const void *from);
-/* The same for what a stream copies. */
-std::string copy(const Op &op, const void *address, size_t size, int kind);
+/* Once a load that acquires has brought its value. */
+std::string acquired(const Where &where, const void *address, size_t size, const void *from);
+/* The same for what a stream copies or, from null, fills. */
+std::string copy(const Op &op, const void *to, const void *from, size_t size);
 std::string work_item(const Where &where);
 }  // namespace check
+
+/* Memory that processes share; each of these says what is wrong, or nothing. */
+namespace fences {
+std::string access(const Where &where, Store *stores, const char *address, size_t size, int kind, const void *from);
+std::string acquired(const Where &where, const Store *stores, const char *address);
+/* An atomic load of memory that is this process's alone. */
+void own(const Where &where, bool acquires);
+void fence(const Where &where, int scope);
+std::string copied_from(const Op &op, const Store *stores, size_t size);
+void copied_to(Store *stores, size_t size);
+void forget(const char *begin, const char *end);
+}  // namespace fences
+
+/* What the processor does not do for a kernel: signals of its own thread. */
+namespace faults {
+struct Fault {
+  int signal;
+  const char *address, *instruction;
+};
+/* While there is one, faults of kernels are theirs; all other signals are whose they were before. */
+struct Watch {
+  Watch();
+  ~Watch();
+};
+/* What signals of a thread are handled on while it runs kernels. */
+constexpr size_t STACK = 64 << 10;
+struct Stack {
+  explicit Stack(char *base);
+  ~Stack();
+  stack_t before;
+};
+}  // namespace faults
+namespace running {
+/* Take note of a fault, and say on which stack to tell of it; null if this thread is in no kernel of that stack. */
+char *caught(const faults::Fault &fault, const char *stack);
+[[noreturn]] void tell();
+}  // namespace running
 
 struct Stream;
 struct Event;

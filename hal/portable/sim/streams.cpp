@@ -248,8 +248,7 @@ Error elapsed(float *milliseconds, Event *from, Event *to) {
 Error copy(Stream *stream, void *to, const void *from, size_t size) {
   if (!known(stream)) return INVALID_HANDLE;
   push(stream, "a copy", [=](const Op &op) {
-    std::string wrong = check::copy(op, from, size, HAL_SIM_READ);
-    if (wrong.empty()) wrong = check::copy(op, to, size, HAL_SIM_WRITE);
+    std::string wrong = check::copy(op, to, from, size);
     if (wrong.empty()) memcpy(to, from, size);
     return wrong;
   });
@@ -260,7 +259,7 @@ Error fill(Stream *stream, void *to, int value, size_t size) {
   if (!known(stream)) return INVALID_HANDLE;
   if (!memory::alive(to, size)) return INVALID_VALUE;
   push(stream, "a fill", [=](const Op &op) {
-    std::string wrong = check::copy(op, to, size, HAL_SIM_WRITE);
+    std::string wrong = check::copy(op, to, nullptr, size);
     if (wrong.empty()) memset(to, value, size);
     return wrong;
   });

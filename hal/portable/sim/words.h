@@ -48,8 +48,15 @@ struct hal_sim_index {
 #define warpSize ((int)hal_sim_at(4))
 
 #define __syncthreads() hal_sim_barrier(HAL_SIM_HERE)
-#define __threadfence() __atomic_thread_fence(__ATOMIC_SEQ_CST)
-#define __threadfence_block() __atomic_thread_fence(__ATOMIC_SEQ_CST)
+/* One for the device alone, which orders nothing for other processes. */
+HAL_SIM_UNSEEN static inline void hal_sim_fence() {
+  __atomic_thread_fence(__ATOMIC_SEQ_CST);
+#ifdef HAL_SIM_CHECKED
+  hal_sim->fence(HAL_SIM_DEVICE);
+#endif
+}
+#define __threadfence() hal_sim_fence()
+#define __threadfence_block() __atomic_signal_fence(__ATOMIC_SEQ_CST)
 #define __threadfence_system() __atomic_thread_fence(__ATOMIC_SEQ_CST)
 
 template <class T>
