@@ -6,17 +6,16 @@ were taken out before it sends there again. Rooms are of fixed size, so that not
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Final
+from typing import Final
 
-import torch
 from torch import Tensor
 
 from hal.ep.lines import Message
+from hal.ep.streams import current_stream
 from hal.portable.ep_normal import NormalCalls
 from hal.portable.ep_post import GRANT, MAIN, Operation
 from hal.portable.ep_routes import Routes
@@ -130,12 +129,3 @@ class Rooms(NormalCalls):
         super().close()
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
-
-
-def current_stream(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """In another thread, whose own is another: the stream that is current here, in whose order the rows were made."""
-    if device.type == "cpu":
-        return contextlib.nullcontext()
-    module = torch.get_device_module(device)
-    within: contextlib.AbstractContextManager[Any] = module.stream(module.current_stream(device))
-    return within

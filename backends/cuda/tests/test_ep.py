@@ -18,7 +18,7 @@ from ep_ranks import run_ranks
 from hal_cuda import driver
 from hal_cuda.backend import EP, CudaBackend
 
-from hal.portable.ep_rooms import current_stream
+from hal.ep.streams import current_stream
 from hal.portable.runtime import Handle
 from hal.spec.errors import DeviceError, SpecError, UnsupportedError
 
