@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 EP: Final = "HAL_CUDA_EP"
-"""``1`` opens expert parallelism. One card shared by all ranks has conformed; until several have, it is not declared."""
+"""``1`` opens expert parallelism. One card shared by all ranks conforms; until several do, it is not declared."""
 
 
 class Planned:

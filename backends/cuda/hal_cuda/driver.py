@@ -152,9 +152,7 @@ class Module:
     _module: Any = field(default=None, init=False)
     _functions: dict[str, Any] = field(default_factory=dict, init=False)
 
-    def launch(
-        self, kernel: str, grid: tuple[int, ...], block: tuple[int, ...], arguments: Sequence[Any], shared: int = 0
-    ) -> None:
+    def launch(self, kernel: str, grid: tuple[int, ...], block: tuple[int, ...], arguments: Sequence[Any]) -> None:
         """Queue a kernel on torch's current stream of the device; tensors and windows are passed by address.
 
         ``arguments`` other than those must be of the kernel's own types: numpy scalars, or ints for 64-bit integers.
@@ -166,13 +164,19 @@ class Module:
         import cupy
 
         with current(self.device):
-            function = self._function(kernel, shared)
+            function = self.function(kernel)
             stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(self.device).cuda_stream, self.device)
             plain = tuple(_plain(a) for a in arguments)
             with stream:
-                checked(f"cuLaunchKernel({kernel})", lambda: function(grid, block, plain, shared_mem=shared))
+                checked(f"cuLaunchKernel({kernel})", function, grid, block, plain)
 
-    def _function(self, kernel: str, shared: int) -> Any:
+    def function(self, kernel: str) -> Any:
+        """One of its kernels, loaded once; the device must be `current`.
+
+        Raises
+        ------
+        DeviceError
+        """
         from cupy.cuda import function as cupy_function
 
         if self._module is None:
@@ -181,24 +185,13 @@ class Module:
             self._module = module
         if kernel not in self._functions:
             self._functions[kernel] = checked(f"cuModuleGetFunction({kernel})", self._module.get_function, kernel)
-        found = self._functions[kernel]
-        if shared > _STATIC_SHARED:
-            # More than the default has to be asked for.
-            checked(f"cuFuncSetAttribute({kernel})", _allow_shared, found, shared)
-        return found
+        return self._functions[kernel]
 
 
 def _plain(argument: Any) -> Any:
     if isinstance(argument, Tensor):
         return argument.data_ptr()
     return int(argument) if isinstance(argument, IpcWindow) else argument
-
-
-def _allow_shared(function: Any, shared: int) -> None:
-    from cupy.cuda import driver
-
-    attribute = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    driver.funcSetAttribute(function.ptr, attribute, shared)
 
 
 @dataclass(slots=True, eq=False)
