@@ -3,8 +3,8 @@
 A communication library's own timeout is no use here: gloo's breaks every connection there is. So each post is waited
 for by a thread, without end; one that never ends keeps its thread and its memory, into which bytes may still arrive.
 
-Bytes of a device go through memory of the host. A device's own library queues what it is given: neither does waiting for
-a post say that it is done, nor do two ranks get on that each receive before they send.
+Bytes of a device go through memory of the host. A device's own library queues what it is given: neither does waiting
+for a post say that it is done, nor do two ranks get on that each receive before they send.
 """
 
 from __future__ import annotations

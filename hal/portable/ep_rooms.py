@@ -62,6 +62,7 @@ class Rooms(NormalCalls):
 
     def _send_rows(self, op: Operation, routes: Routes, x: Tensor, aux: Tensor, rooms: list[int | None]) -> None:
         """Send into the rooms; wait first for those that are not free yet."""
+        self._resume(op)
         late = [peer for peer, room in enumerate(rooms) if room is None]
         self._wait(op, "post", lambda: [peer for peer in late if not self._free_rooms[peer]], None, self._args.timeout)
         for peer in late:
