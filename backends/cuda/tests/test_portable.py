@@ -33,9 +33,9 @@ CALLS = {
     "narrow": USUAL._replace(head_dim=64, head_dim_v=64),
     "V as wide as K": USUAL._replace(head_dim_v=576),
 }
-BUILDS = [("sm_80", "usual"), ("sm_90", "usual"), ("sm_90", "fp16, few heads")]
+BUILDS = [("sm_75", "usual"), ("sm_80", "usual"), ("sm_90", "usual"), ("sm_90", "fp16, few heads")]
 if os.environ.get("HAL_COMPILE") == "all":
-    BUILDS = [(arch, name) for arch in ("sm_80", "sm_90", "sm_100") for name in CALLS]
+    BUILDS = [(arch, name) for arch in ("sm_75", "sm_80", "sm_90", "sm_100") for name in CALLS]
 
 
 @pytest.fixture(autouse=True, scope="module")
