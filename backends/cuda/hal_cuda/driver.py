@@ -255,7 +255,8 @@ class CudaIpc:
     def _call(self, name: str, *arguments: Any) -> Any:
         from cupy.cuda import runtime
 
-        with torch.cuda.device(self._device):
+        # Not torch's device alone: where the two brought a runtime each, this one has a current device of its own.
+        with current(self._device):
             return checked(f"cuda{name[0].upper()}{name[1:]}", getattr(runtime, name), *arguments)
 
     def make(self, size: int) -> int:
