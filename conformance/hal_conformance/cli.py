@@ -118,6 +118,9 @@ def conform(
         float, typer.Option("--patience", min=0.01, help="A factor on all timeouts, for simulators.")
     ] = 1.0,
     device: Annotated[str, typer.Option("--device", help="A torch device; default the first type declared.")] = "",
+    ranks: Annotated[
+        int, typer.Option("--ranks", min=0, max=64, help="Ranks of every group that may have any. Certifies nothing.")
+    ] = 0,
 ) -> None:
     """Run the suite against a backend."""
     from hal_conformance import alone
@@ -152,7 +155,7 @@ def conform(
     if case:
         obligation, seed, index = parse_case(case)
         ids = [obligation]
-    settings = Settings(backend, fresh_seed() if seed is None else seed, mode, tighten, device, patience)
+    settings = Settings(backend, fresh_seed() if seed is None else seed, mode, tighten, device, patience, ranks)
     session = Session(settings, ids, index, known, fresh=seed is None)
     raise typer.Exit(_run(session, out, older))
 
@@ -183,6 +186,14 @@ def require_device(session: Session) -> None:
         wrong_request(f"--device {asked}: {session.settings.backend} has {', '.join(declared.device_types)}")
 
 
+def require_ranks(session: Session) -> None:
+    """Exit with 2 if groups are to be of a size that the backend does not declare."""
+    ranks, declared = session.settings.ranks, session.capabilities
+    if ranks and declared is not None and (declared.ep is None or ranks not in declared.ep.ranks):
+        what = "no expert parallelism" if declared.ep is None else f"groups of {declared.ep.ranks}"
+        wrong_request(f"--ranks {ranks}: {session.settings.backend} declares {what}")
+
+
 def _run(session: Session, out: Path, older: dict[str, Any] | None) -> int:
     from rich.console import Console
 
@@ -203,6 +214,7 @@ def _run(session: Session, out: Path, older: dict[str, Any] | None) -> int:
                     f"{session.settings.backend} is not available on this machine, so nothing can be tested: {reason}"
                 )
         require_device(session)
+        require_ranks(session)
         with _progress(console) as progress:
             task = progress.add_task("", total=None)
             for obligation in OBLIGATIONS:

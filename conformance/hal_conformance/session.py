@@ -143,7 +143,7 @@ class Session:
     @property
     def filtered(self) -> bool:
         """Whether this run can never certify, because it leaves something out."""
-        return bool(self.only) or self.case is not None or self.settings.mode == "quick"
+        return bool(self.only) or self.case is not None or self.settings.mode == "quick" or bool(self.settings.ranks)
 
     def chosen(self) -> list[Obligation]:
         """What will run, in order."""
@@ -236,6 +236,7 @@ class Session:
         options = [f"--{s.mode}"] if s.mode != "default" else []
         options += [f"--tighten {s.tighten:g}"] if s.tighten != 1 else []
         options += [f"--patience {s.patience:g}"] if s.patience != 1 else []
+        options += [f"--ranks {s.ranks}"] if s.ranks else []
         return options + ([f"--device {s.device}"] if s.device else [])
 
     def _result(self, obligation: Obligation, progress: Callable[[str, int, int], None]) -> Result:
