@@ -29,8 +29,8 @@ begin "$@"
 export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1
 export HAL_CUDA_EP=1
 if [[ -z $ranks ]]; then
-  # Of a machine without any: two processes.
-  ranks=$("$PYTHON" -c 'import torch; print(torch.accelerator.device_count() or 2)') || wrong "$PYTHON has no torch"
+  # Of a machine with fewer than two: processes that share what there is.
+  ranks=$("$PYTHON" -c 'import torch; print(max(2, torch.accelerator.device_count()))') || wrong "$PYTHON has no torch"
 fi
 [[ $ranks =~ ^[0-9]+$ && $ranks -ge 2 && $ranks -le 16 ]] || wrong "--ranks $ranks: 2 to 16"
 

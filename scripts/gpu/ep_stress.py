@@ -72,9 +72,8 @@ class Routes:
     def tokens(self, test: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Rank and position of the tokens with a choice that passes, by rank and then by position."""
         found = [test(idx).any(1).nonzero()[:, 0] for idx in self.idx]
-        return torch.repeat_interleave(torch.arange(len(found)), torch.tensor([len(one) for one in found])), torch.cat(
-            found
-        )
+        rank = torch.cat([torch.full_like(one, number) for number, one in enumerate(found)])
+        return rank, torch.cat(found)
 
     def rows(self, rank: Tensor, position: Tensor) -> Tensor:
         """Any 16 bits for tokens [n]: int32 [n, H] of them."""
@@ -325,11 +324,8 @@ def stress(given: argparse.Namespace) -> int:
     """All rounds, or as many as there is time for."""
     found, _ = start(given)
     rounds = min((one.rounds if one else 0) for one in found)
-    bad = [
-        f"rank {rank}: {one.reason if one else 'left nothing'}"
-        for rank, one in enumerate(found)
-        if not one or one.reason
-    ]
+    reasons = [one.reason if one else "it left nothing" for one in found]
+    bad = [f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason]
     bad += [text for one in found if one for text in one.wrong]
     for text in bad[: 2 * SHOWN]:
         print(text)
@@ -352,13 +348,9 @@ def lose(given: argparse.Namespace) -> int:
         took = one.at - lost if one else 0.0
         ok = one is not None and one.named == victim and not one.wrong and 0 < took <= given.timeout
         right &= ok
-        said = (
-            f"named rank {one.named} after {took:.2f} s: {one.reason}"
-            if one and one.at
-            else one.reason
-            if one
-            else "nothing"
-        )
+        said = one.reason or "it noticed nothing" if one else "it left nothing"
+        if one and one.at:
+            said = f"named rank {one.named} after {took:.2f} s: {said}"
         print(f"{'ok   ' if ok else 'WRONG'} rank {rank}: {said}")
     verdict = "all name the lost rank" if right else "WRONG: not all name the lost rank"
     print(f"{given.ranks} ranks, {given.lose}: {verdict} within {given.timeout:g} s")
@@ -391,9 +383,8 @@ def main() -> int:
             parser.error(f"--progress {given.progress}: of {before['ranks']} ranks, not of {given.ranks}")
         given.first, given.seed, given.wrong = before["rounds"], before["seed"], before["wrong"]
         if given.first >= given.rounds:
-            print(
-                f"{given.ranks} ranks, seed {given.seed}: all {given.rounds} rounds are done, {given.wrong} mismatches"
-            )
+            rounds_done = f"all {given.rounds} rounds are done"
+            print(f"{given.ranks} ranks, seed {given.seed}: {rounds_done}, {given.wrong} mismatches")
             return 1 if given.wrong else 0
     return lose(given) if given.lose else stress(given)
 
