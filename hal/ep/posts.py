@@ -151,4 +151,4 @@ class Posts:
 
 def _room_for(rows: Tensor) -> Tensor:
     """Where to receive rows: themselves, if they are the host's."""
-    return rows if rows.device.type == "cpu" else torch.empty(rows.shape, dtype=rows.dtype)
+    return rows if rows.device.type == "cpu" else torch.empty(rows.shape, dtype=rows.dtype, device="cpu")
