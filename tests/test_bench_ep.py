@@ -103,6 +103,8 @@ def test_published_cases_are_counted_as_they_were_published() -> None:
     assert bf16["published_gbps"] == combine["published_gbps"] == pytest.approx(1000 * 7168 * 2 / 2e-3 / 1e9)
     assert packed["published_gbps"] == pytest.approx(1000 * (7168 + 7168 / 128 * 4 + 16) / 2e-3 / 1e9)
     assert summed["published_gbps"] == bf16["published_gbps"]
+    # 6e6 bytes of others in 2 ms, beside a copy of 7e6 bytes in 1 ms.
+    assert fp8["remote_of_copy"] == pytest.approx(6 / 2 / 7)
     assert not any("published_gbps" in ep_report.report(shape, 8, found()) for shape in QUICK)
     shown = ep_report.table([fp8])
     assert "f = (1 + 4/128) / 2" in shown and "153 GB/s" in shown
@@ -112,6 +114,7 @@ def test_the_table_of_a_device_has_its_peers_and_says_who_is_not_there() -> None
     (shape, *_) = PUBLISHED
     one = ep_report.report(shape, 8, found())
     assert list(one["peers"]) == ["nccl", "deep_ep"] and one["peers"]["nccl"]["speedup"] == 2.0
+    assert "copy: 43%" in ep_report.table([one])
     head, row, *_, last = ep_report.table([one], absent={"deep_ep": "not installed"}).splitlines()
     assert head.split()[-2:] == ["nccl", "deep_ep"] and row.split()[-2:] == ["2.00×", "0.50×"]
     assert last == "deep_ep is not beside it: not installed"

@@ -51,6 +51,7 @@ def report(shape: Shape, ranks: int, found: dict[str, Any]) -> dict[str, Any]:
         "remote_share": found["remote"] / found["bytes"] if found["bytes"] else 0.0,
         "calls": len(ours),
         "peers": peers,
+        **({"remote_of_copy": remote / copy} if shape in PUBLISHED else {}),
         **(published(shape, found["rows"], times["ours"]) if shape in PUBLISHED else {}),
     }
 
@@ -109,6 +110,7 @@ def table(
         if "published_gbps" in one:
             record = f"; of 8 ranks was published {one['published_record']}" if one["published_record"] else ""
             lines.append(f"    as published: {one['published_gbps']:.2f} GB/s = {one['published_definition']}{record}")
+            lines.append(f"    rows of other ranks alone, to the rate of the copy: {one['remote_of_copy']:.0%}")
     for one in overlaps:
         compute = f", which takes {one['compute']:.2f} times as long as alone" if "compute" in one else ""
         lines.append(
