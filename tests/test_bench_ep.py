@@ -48,6 +48,20 @@ def test_a_small_run_has_the_published_form(tmp_path: Path, monkeypatch: pytest.
     assert overlap["visible"] == pytest.approx(overlap["visible_us"] / overlap["receive_us"])
 
 
+def test_cases_for_which_there_was_no_time_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def run(ranks: int, shapes: Any, overlaps: Any, seconds: float, budget: float, where: Any) -> ep.Found:
+        asked.append(budget)
+        return ep.Found(cases=[ep_report.report(shape, ranks, found()) for shape in list(shapes)[: 6 - ranks]])
+
+    monkeypatch.setattr(ep, "run", run)
+    shown, written = ep.measure([2, 4], False, None, published=True, budget=70.0)
+    assert len(written["cases"]) == 6 and shown.endswith("\n4 cases were not begun: 70 s were over")
+    assert 69.0 < asked[1] <= asked[0] <= 70.0
+    assert "not begun" not in ep.measure([1], False, None, published=True)[0]
+
+
 def test_the_full_table_is_the_one_that_was_promised() -> None:
     promised = {
         (operation, tokens, experts, fp8, routing)

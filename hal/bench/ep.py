@@ -187,13 +187,14 @@ def measure(
     seconds: float | None,
     published: bool = False,
     where: Where = _HERE,
+    budget: float = math.inf,
 ) -> tuple[str, dict[str, Any]]:
-    """The table and the published JSON for groups of these sizes."""
-    whole = Found()
+    """The table and the published JSON for groups of these sizes; no case is begun after ``budget`` seconds."""
+    whole, budget = Found(), min(budget, QUICK_SECONDS if quick else math.inf)
     begin = time.monotonic()
     shapes: Sequence[Shape] = tuple(PUBLISHED) if published else QUICK if quick else FULL
     for count in ranks:
-        left = QUICK_SECONDS - (time.monotonic() - begin) if quick else math.inf
+        left = budget - (time.monotonic() - begin)
         each = seconds if seconds is not None else 1.5 if quick else 2.0
         found = run(count, shapes, OVERLAPS[:1] if quick else OVERLAPS, each, left, where=where)
         whole.cases += found.cases
@@ -201,6 +202,9 @@ def measure(
         whole.absent |= found.absent
         whole.copy = found.copy
     shown = table(whole.cases, whole.overlaps, whole.absent)
+    missing = len(ranks) * len(shapes) - len(whole.cases)
+    if missing:
+        shown += f"\n{missing} {'case was' if missing == 1 else 'cases were'} not begun: {budget:g} s were over"
     return shown, document(whole.cases, whole.overlaps, whole.absent, whole.copy)
 
 

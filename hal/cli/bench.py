@@ -188,6 +188,9 @@ def ep(
     seconds: Annotated[
         float | None, typer.Option(min=0.2, max=600.0, help="For each case, all sides together; 2, 1.5 with --quick.")
     ] = None,
+    budget: Annotated[
+        float, typer.Option(min=1.0, max=86_400.0, help="Seconds after which no further case is begun.")
+    ] = 86_400.0,
     json_file: JsonOption = None,
 ) -> None:
     """Time expert-parallel calls."""
@@ -201,7 +204,7 @@ def ep(
     if chosen.capabilities.ep is None:
         raise typer.BadParameter(f"{chosen.name} declares no expert parallelism", param_hint="'--backend'")
     where = instrument.Where(chosen.name, chosen.capabilities.device_types[0])
-    shown, found = instrument.measure(ranks or ([2] if quick else [2, 4]), quick, seconds, published, where)
+    shown, found = instrument.measure(ranks or ([2] if quick else [2, 4]), quick, seconds, published, where, budget)
     typer.echo(shown)
     if json_file is not None:
         json_file.write_text(json.dumps(found, indent=1) + "\n")
