@@ -264,22 +264,23 @@ def test_a_device_that_is_not_declared_is_a_wrong_request(capsys: pytest.Capture
         assert f"--device {device}: cpu has cpu" in capsys.readouterr().err
 
 
-def test_groups_have_the_size_that_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_groups_have_the_size_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     session = Session(Settings("cpu", 1, ranks=8))
-    session.capabilities = hal.capabilities("cpu")
-    cli.require_ranks(session)
-    assert session.filtered and session.command().endswith("--ranks 8")
-    declared = session.capabilities.ep
+    capabilities = hal.capabilities("cpu")
+    declared = capabilities.ep
     assert declared is not None
+    told = {"capabilities": capabilities.to_dict()}
+    monkeypatch.setattr(session.worker, "ask", lambda *given: told)
+    session.learn()
+    assert session.filtered and session.command().endswith("--ranks 8")
     for asked, sizes, made in ((8, (3, 2), {8}), (8, (4,), {4}), (0, (3, 2), {2, 3})):
         drawn = [EpDraw(random.Random(index), declared, index, asked).base(sizes) for index in range(4)]
         assert {case.ranks for case in drawn} == made
         assert all(len(case.tokens) == case.ranks for case in drawn)
-    session.capabilities = replace(session.capabilities, ep=replace(declared, ranks=only(2, 4)))
-    with pytest.raises(typer.Exit) as ended:
-        cli.require_ranks(session)
-    assert ended.value.exit_code == 2
-    assert "--ranks 8: cpu declares groups of 2 or 4" in capsys.readouterr().err
+    for ep, legal in ((replace(declared, ranks=only(2, 4)), "2 or 4, as declared"), (None, "no groups are declared")):
+        told["capabilities"] = replace(capabilities, ep=ep).to_dict()
+        with pytest.raises(hal.SpecError, match=f"--ranks: got 8.*{legal}"):
+            session.learn()
 
 
 def test_levels_follow_from_their_obligations() -> None:

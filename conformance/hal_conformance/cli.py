@@ -186,14 +186,6 @@ def require_device(session: Session) -> None:
         wrong_request(f"--device {asked}: {session.settings.backend} has {', '.join(declared.device_types)}")
 
 
-def require_ranks(session: Session) -> None:
-    """Exit with 2 if groups are to be of a size that the backend does not declare."""
-    ranks, declared = session.settings.ranks, session.capabilities
-    if ranks and declared is not None and (declared.ep is None or ranks not in declared.ep.ranks):
-        what = "no expert parallelism" if declared.ep is None else f"groups of {declared.ep.ranks}"
-        wrong_request(f"--ranks {ranks}: {session.settings.backend} declares {what}")
-
-
 def _run(session: Session, out: Path, older: dict[str, Any] | None) -> int:
     from rich.console import Console
 
@@ -214,7 +206,6 @@ def _run(session: Session, out: Path, older: dict[str, Any] | None) -> int:
                     f"{session.settings.backend} is not available on this machine, so nothing can be tested: {reason}"
                 )
         require_device(session)
-        require_ranks(session)
         with _progress(console) as progress:
             task = progress.add_task("", total=None)
             for obligation in OBLIGATIONS:

@@ -150,7 +150,13 @@ class Session:
         return [o for o in OBLIGATIONS if not self.only or o.id in self.only]
 
     def learn(self) -> None:
-        """Ask the worker what it sees of the backend: capabilities, versions, hashes."""
+        """Ask the worker what it sees of the backend: capabilities, versions, hashes.
+
+        Raises
+        ------
+        SpecError
+            Groups are to be of a size that it does not declare.
+        """
         try:
             self.facts = self.worker.ask(self.request("facts"), 60.0 * self.settings.patience)
         except (WorkerDied, WorkerHangs) as error:
@@ -158,6 +164,9 @@ class Session:
         self.settings.evidence = self.facts.get("evidence") or ""
         declared = self.facts.get("capabilities")
         self.capabilities = Capabilities.from_dict(declared) if declared else None
+        ranks, has = self.settings.ranks, self.capabilities and self.capabilities.ep
+        if ranks and self.capabilities and (not has or ranks not in has.ranks):
+            raise SpecError("--ranks", ranks, f"{has.ranks}, as declared" if has else "0: no groups are declared")
 
     def run(self, progress: Callable[[str, int, int], None] | None = None) -> list[Result]:
         """Run everything chosen. ``progress`` hears obligation, cases done, cases in all."""

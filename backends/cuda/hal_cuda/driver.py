@@ -28,11 +28,17 @@ CACHE_ENV: Final = "HAL_CUDA_CACHE"
 """Folder of what was compiled; `hal.portable.cache` says where it is by default and who may write there."""
 
 _STATIC_SHARED: Final = 48 << 10
-# As many as a processor has registers for: one more would wait until another is through with its share.
-_GROUPS: Final = 3
 _LAZY_PEER_ACCESS: Final = 1
 
 T = TypeVar("T")
+
+
+def groups(arch: str) -> int:
+    """Of the portable kernels on a processor: one more would wait until another is through with its share.
+
+    As many as it has registers for, or shared memory on Volta and Turing.
+    """
+    return 1 if arch.startswith("sm_7") else 3
 
 
 def missing() -> str:
@@ -311,7 +317,7 @@ class CudaDevice(InPlace):
             driver=version(),
             dialect="cuda",
             processors=torch.cuda.get_device_properties(self.index).multi_processor_count,
-            groups=_GROUPS,
+            groups=groups(architecture(self.index)),
             local_bytes=_STATIC_SHARED,
             subgroup=32,
         )
