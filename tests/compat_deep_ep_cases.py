@@ -236,6 +236,32 @@ def geometries(rank: int) -> None:
     assert opened[0] == opened[1]
 
 
+def processors(rank: int) -> None:
+    """What every way of saying how many processors kernels may take comes to, of each call."""
+    seen: list[int | None] = []
+    for name in ("dispatch", "combine"):
+        call = getattr(hal.EpBuffer, name)
+        spied = lambda self, *given, _call=call, **named: (seen.append(self.num_sms), _call(self, *given, **named))[1]  # noqa: E731
+        setattr(hal.EpBuffer, name, spied)
+    x, idx = torch.ones(3, 64).bfloat16(), torch.tensor([[0], [3], [1]])
+    buffer = deep_ep.Buffer(dist.group.WORLD)
+    per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, 4)
+    routes = {"num_tokens_per_rank": per_rank, "is_token_in_rank": in_rank, "num_tokens_per_expert": per_expert}
+    for default, config in ((20, None), (6, None), (6, deep_ep.Config(4)), (6, deep_ep.Config(0)), (0, None)):
+        deep_ep.Buffer.set_num_sms(default)
+        sent = buffer.dispatch(x, topk_idx=idx, **routes, config=config)
+        buffer.dispatch(x, handle=sent[4], config=config)
+        buffer.combine(sent[0], sent[4], config=config)
+    assert seen == [one for one in (20, 6, 4, None, None) for _ in range(3)]
+    seen.clear()
+    elastic = deep_ep.ElasticBuffer(dist.group.WORLD, num_max_tokens_per_rank=8, hidden=64, num_topk=1)
+    for sms in (8, 0):
+        recv, _, _, handle, _ = elastic.dispatch(x, idx, num_experts=4, num_sms=sms)
+        elastic.dispatch(x, handle=handle, num_sms=sms)
+        elastic.combine(recv, handle, num_sms=sms)
+    assert seen == [8, 8, 8, None, None, None]
+
+
 def told(rank: int) -> str:
     """What `hal.EpBuffer` finds wrong with one rank's call, the others are told; experts need not divide by ranks."""
     buffer = deep_ep.Buffer(dist.group.WORLD)

@@ -323,6 +323,10 @@ def test_one_buffer_serves_every_geometry() -> None:
     run_ranks(2, cases.geometries)
 
 
+def test_processors_are_limited_however_it_is_said() -> None:
+    run_ranks(2, cases.processors)
+
+
 def test_flags_may_be_zero_or_one() -> None:
     run_ranks(1, cases.flags)
 

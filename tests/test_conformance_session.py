@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import typer
 from hal_conformance import cli, html, report, verdict
 from hal_conformance.cli import app
 from hal_conformance.context import Settings
+from hal_conformance.ep_case import EpDraw
 from hal_conformance.process import Worker
 from hal_conformance.session import RED, Session
 from hal_conformance.table import BY_ID, OBLIGATIONS
@@ -20,6 +23,7 @@ from mutants.runner import WITNESS, installed
 from typer.testing import CliRunner
 
 import hal
+from hal.spec.capability import only
 
 TODAY = datetime.date.today()
 LATER, BEFORE = TODAY + datetime.timedelta(days=30), TODAY - datetime.timedelta(days=1)
@@ -258,6 +262,25 @@ def test_a_device_that_is_not_declared_is_a_wrong_request(capsys: pytest.Capture
             cli.require_device(session)
         assert ended.value.exit_code == 2
         assert f"--device {device}: cpu has cpu" in capsys.readouterr().err
+
+
+def test_groups_have_the_size_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session(Settings("cpu", 1, ranks=8))
+    capabilities = hal.capabilities("cpu")
+    declared = capabilities.ep
+    assert declared is not None
+    told = {"capabilities": capabilities.to_dict()}
+    monkeypatch.setattr(session.worker, "ask", lambda *given: told)
+    session.learn()
+    assert session.filtered and session.command().endswith("--ranks 8")
+    for asked, sizes, made in ((8, (3, 2), {8}), (8, (4,), {4}), (0, (3, 2), {2, 3})):
+        drawn = [EpDraw(random.Random(index), declared, index, asked).base(sizes) for index in range(4)]
+        assert {case.ranks for case in drawn} == made
+        assert all(len(case.tokens) == case.ranks for case in drawn)
+    for ep, legal in ((replace(declared, ranks=only(2, 4)), "2 or 4, as declared"), (None, "no groups are declared")):
+        told["capabilities"] = replace(capabilities, ep=ep).to_dict()
+        with pytest.raises(hal.SpecError, match=f"--ranks: got 8.*{legal}"):
+            session.learn()
 
 
 def test_levels_follow_from_their_obligations() -> None:

@@ -357,6 +357,52 @@ def numbered(rank: int, begin: int) -> None:
     dist.barrier()
 
 
+@pytest.mark.long(4)
+def test_kernels_take_no_more_processors_than_they_may(before: partial[None]) -> None:
+    run_ranks(2, limited, limit=90, before=before)
+
+
+def limited(rank: int) -> None:
+    """The same bits from no more groups than are allowed, also of what a hook completes after that has changed."""
+    device: Any = plugins.select(FIBRES.backend).backend.device  # type: ignore[attr-defined]
+    launched: list[tuple[str, int]] = []
+    launch = device.launch
+
+    def counted(program: Any, kernel: str, groups: int, threads: int, arguments: Any) -> Any:
+        launched.append((kernel, groups))
+        return launch(program, kernel, groups, threads, arguments)
+
+    device.launch = counted
+    case = replace(FIBRES, tokens=(40, 33), hidden=512)
+    mine = case.inputs()[rank]
+    found = []
+    with case.buffer() as buffer:
+        for most in (None, 2):
+            launched.clear()
+            buffer.num_sms = most
+            got = buffer.dispatch(mine.x, mine.topk_idx, mine.topk_weights, return_recv_hook=True)
+            buffer.num_sms = None
+            assert got.hook is not None
+            got.hook()
+            buffer.num_sms = most
+            assert isinstance(got.recv_x, torch.Tensor)
+            back = buffer.combine(got.recv_x, got.handle)
+            packed = buffer.low_latency_dispatch(mine.x, mine.topk_idx)
+            assert isinstance(packed.recv_x, tuple)
+            rows = packed.recv_x[0].float().to(mine.x.dtype)
+            summed = buffer.low_latency_combine(rows, mine.topk_idx, mine.topk_weights, packed.handle)
+            found.append((got.recv_x, back.combined_x, summed.combined_x))
+            groups = {kernel: max(n for name, n in launched if name == kernel) for kernel, _ in launched}
+            assert groups.keys() >= {"ep_layout", "ep_copy", "ep_reduce", "ep_cast"}
+            moving = [n for kernel, n in groups.items() if kernel not in ("ep_await", "ep_signal")]
+            assert max(moving) <= 2 if most else min(moving) > 2
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    for wrong in (0, -1, 1.5, True):
+        with pytest.raises(SpecError, match="num_sms"):
+            buffer.num_sms = wrong  # type: ignore[assignment]
+    dist.barrier()
+
+
 def test_a_flag_is_not_seen_before_what_it_tells_of(before: partial[None]) -> None:
     run_ranks(2, ordered, limit=60, before=before)
 

@@ -118,6 +118,9 @@ def conform(
         float, typer.Option("--patience", min=0.01, help="A factor on all timeouts, for simulators.")
     ] = 1.0,
     device: Annotated[str, typer.Option("--device", help="A torch device; default the first type declared.")] = "",
+    ranks: Annotated[
+        int, typer.Option("--ranks", min=0, max=64, help="Ranks of every group that may have any. Certifies nothing.")
+    ] = 0,
 ) -> None:
     """Run the suite against a backend."""
     from hal_conformance import alone
@@ -152,7 +155,7 @@ def conform(
     if case:
         obligation, seed, index = parse_case(case)
         ids = [obligation]
-    settings = Settings(backend, fresh_seed() if seed is None else seed, mode, tighten, device, patience)
+    settings = Settings(backend, fresh_seed() if seed is None else seed, mode, tighten, device, patience, ranks)
     session = Session(settings, ids, index, known, fresh=seed is None)
     raise typer.Exit(_run(session, out, older))
 

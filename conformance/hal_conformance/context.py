@@ -128,6 +128,8 @@ class Settings:
         Empty for the first device type the backend declares.
     patience : float
         Times all timeouts: more than 1 for a simulator.
+    ranks : int
+        Of groups whose size does not matter; 0 for a few sizes in turn.
     evidence : str
         How kernels run here, once the backend was asked.
     """
@@ -138,6 +140,7 @@ class Settings:
     tighten: float = 1.0
     device: str = ""
     patience: float = 1.0
+    ranks: int = 0
     evidence: str = ""
 
 

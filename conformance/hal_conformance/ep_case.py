@@ -228,10 +228,13 @@ class EpDraw:
     rng: random.Random
     declared: EpCapabilities
     index: int
+    ranks: int = 0
 
     def base(self, ranks: tuple[int, ...] = RANKS, **changes: Any) -> EpCase:
         """A case of usual sizes, with as many ranks as this index has its turn with."""
         found = members(self.declared.ranks, ranks)
+        if self.ranks and len(ranks) > 1:
+            found = members(self.declared.ranks, (self.ranks,))
         world = found[self.index % len(found)]
         dtypes = [d for d in self.declared.dtypes if d != "float8_e4m3fn"]
         case = EpCase(

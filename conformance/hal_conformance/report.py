@@ -39,6 +39,7 @@ def make(session: Session, roofline: dict[str, Any] | None = None) -> dict[str, 
             "tighten": settings.tighten,
             "patience": settings.patience,
             "device": settings.device,
+            "ranks": settings.ranks,
             "started": datetime.datetime.fromtimestamp(session.started, datetime.timezone.utc).isoformat(
                 "T", "seconds"
             ),

@@ -53,6 +53,7 @@ SCHEMA: Final[dict[str, Any]] = {
                     "tighten": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
                     "patience": {"type": "number", "exclusiveMinimum": 0},
                     "device": _TEXT,
+                    "ranks": _COUNT,
                     "started": _TEXT,
                     "seconds": {"type": "number", "minimum": 0},
                     "filtered": {"type": "boolean"},
@@ -62,6 +63,7 @@ SCHEMA: Final[dict[str, Any]] = {
                 },
                 "fresh",
                 "host",
+                "ranks",
             ),
             "backend": _object(
                 {

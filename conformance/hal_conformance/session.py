@@ -143,14 +143,20 @@ class Session:
     @property
     def filtered(self) -> bool:
         """Whether this run can never certify, because it leaves something out."""
-        return bool(self.only) or self.case is not None or self.settings.mode == "quick"
+        return bool(self.only) or self.case is not None or self.settings.mode == "quick" or bool(self.settings.ranks)
 
     def chosen(self) -> list[Obligation]:
         """What will run, in order."""
         return [o for o in OBLIGATIONS if not self.only or o.id in self.only]
 
     def learn(self) -> None:
-        """Ask the worker what it sees of the backend: capabilities, versions, hashes."""
+        """Ask the worker what it sees of the backend: capabilities, versions, hashes.
+
+        Raises
+        ------
+        SpecError
+            Groups are to be of a size that it does not declare.
+        """
         try:
             self.facts = self.worker.ask(self.request("facts"), 60.0 * self.settings.patience)
         except (WorkerDied, WorkerHangs) as error:
@@ -158,6 +164,9 @@ class Session:
         self.settings.evidence = self.facts.get("evidence") or ""
         declared = self.facts.get("capabilities")
         self.capabilities = Capabilities.from_dict(declared) if declared else None
+        ranks, has = self.settings.ranks, self.capabilities and self.capabilities.ep
+        if ranks and self.capabilities and (not has or ranks not in has.ranks):
+            raise SpecError("--ranks", ranks, f"{has.ranks}, as declared" if has else "0: no groups are declared")
 
     def run(self, progress: Callable[[str, int, int], None] | None = None) -> list[Result]:
         """Run everything chosen. ``progress`` hears obligation, cases done, cases in all."""
@@ -236,6 +245,7 @@ class Session:
         options = [f"--{s.mode}"] if s.mode != "default" else []
         options += [f"--tighten {s.tighten:g}"] if s.tighten != 1 else []
         options += [f"--patience {s.patience:g}"] if s.patience != 1 else []
+        options += [f"--ranks {s.ranks}"] if s.ranks else []
         return options + ([f"--device {s.device}"] if s.device else [])
 
     def _result(self, obligation: Obligation, progress: Callable[[str, int, int], None]) -> Result:

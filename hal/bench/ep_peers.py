@@ -19,8 +19,8 @@ Exchange: TypeAlias = Callable[[Tensor, Tensor, Sequence[int], Sequence[int]], o
 """Into, from, rows received from each rank, rows sent to each."""
 
 
-def over_gloo(into: Tensor, rows: Tensor, received: Sequence[int], sent: Sequence[int]) -> object:
-    """`torch.distributed.all_to_all_single`."""
+def over_group(into: Tensor, rows: Tensor, received: Sequence[int], sent: Sequence[int]) -> object:
+    """`torch.distributed.all_to_all_single` of the default group."""
     return dist.all_to_all_single(into, rows, list(received), list(sent))
 
 
@@ -72,21 +72,23 @@ class ByAllToAll:
         where = topk_idx.div(self.local_experts, rounding_mode="floor")
         bound = torch.stack([(where == rank).any(1) for rank in range(self.ranks)])
         tokens = bound.nonzero()[:, 1]
+        # Not every device takes FP8 rows by a list.
+        plain = x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
         counts = bound.sum(1)
         each = [1] * self.ranks
         coming = self._moved(counts[:, None], each, each)[:, 0]
         sent, received = tuple(counts.tolist()), tuple(coming.tolist())
-        made = [self._moved(one[tokens], received, sent) for one in (x, topk_idx, topk_weights)]
+        made = [self._moved(one[tokens], received, sent) for one in (plain, topk_idx, topk_weights)]
         moved_scales = None if scales is None else self._moved(scales[tokens], received, sent)
         local = made[1] - self.rank * self.local_experts
         local[(local < 0) | (local >= self.local_experts)] = -1
         made[2][local < 0] = 0
-        return made[0], local, made[2], moved_scales, Sent(tokens, sent, received, len(x))
+        return made[0].view(x.dtype), local, made[2], moved_scales, Sent(tokens, sent, received, len(x))
 
     def combine(self, y: Tensor, given: Sent) -> Tensor:
         """The sum, in float32, of the rows that come back for each token, in y's dtype."""
         back = self._moved(y, given.sent, given.received)
-        total = torch.zeros(given.num_tokens, y.shape[1])
+        total = torch.zeros(given.num_tokens, y.shape[1], dtype=torch.float32, device=y.device)
         return total.index_add_(0, given.tokens, back.float()).to(y.dtype)
 
     def _moved(self, rows: Tensor, received: Sequence[int], sent: Sequence[int]) -> Tensor:

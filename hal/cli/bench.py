@@ -59,8 +59,8 @@ OVERHEAD_HELP: Final = (
 )
 
 EP_HELP: Final = (
-    "Time expert-parallel dispatch and combine between processes of this machine, in turns with gloo's "
-    "all_to_all_single and, where mpi4py is installed, MPI's Alltoallv.\n\n"
+    "Time expert-parallel dispatch and combine between processes of this machine, in turns with torch.distributed's "
+    "all_to_all_single (gloo's, or the device's own library) and, where installed, MPI's Alltoallv or DeepEP.\n\n"
     "Exits with 0 when measured, 2 if the request is wrong."
 )
 
@@ -176,20 +176,35 @@ def overhead(
 
 @app.command("ep", help=EP_HELP)
 def ep(
+    backend: BackendOption = None,
     ranks: Annotated[
         list[int] | None, typer.Option(min=1, max=64, help="Group size; may be repeated; 2 and 4, 2 with --quick.")
     ] = None,
+    published: Annotated[
+        bool,
+        typer.Option("--published", help="The cases of which DeepEP's figures were published, by its formulas too."),
+    ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="A few cases, within a minute.")] = False,
     seconds: Annotated[
         float | None, typer.Option(min=0.2, max=600.0, help="For each case, all sides together; 2, 1.5 with --quick.")
     ] = None,
+    budget: Annotated[
+        float, typer.Option(min=1.0, max=86_400.0, help="Seconds after which no further case is begun.")
+    ] = 86_400.0,
     json_file: JsonOption = None,
 ) -> None:
     """Time expert-parallel calls."""
     from hal.bench import ep as instrument
 
+    if published and quick:
+        raise typer.BadParameter("give --quick or --published, not both", param_hint="'--published'")
     require_writable(json=json_file)
-    shown, found = instrument.measure(ranks or ([2] if quick else [2, 4]), quick, seconds)
+    chosen = choose(backend).selected
+    assert chosen is not None
+    if chosen.capabilities.ep is None:
+        raise typer.BadParameter(f"{chosen.name} declares no expert parallelism", param_hint="'--backend'")
+    where = instrument.Where(chosen.name, chosen.capabilities.device_types[0])
+    shown, found = instrument.measure(ranks or ([2] if quick else [2, 4]), quick, seconds, published, where, budget)
     typer.echo(shown)
     if json_file is not None:
         json_file.write_text(json.dumps(found, indent=1) + "\n")

@@ -185,6 +185,21 @@ class EpBuffer(NormalCalls, LowLatencyCalls):
         """For each rank, whether this one carries on without it."""
         return list(self._engine.masked())
 
+    @property
+    def num_sms(self) -> int | None:
+        """Processors of this rank's device that the kernels of a call may take; None, the default, for all of them.
+
+        May be set between calls, differently on each rank; a call has what is set when it is made. Not counted is what
+        torch itself computes of routes. Without effect where a backend runs on the host.
+        """
+        return self._args.num_sms
+
+    @num_sms.setter
+    def num_sms(self, value: int | None) -> None:
+        if value is not None:
+            require_int("num_sms", value, 1)
+        self._args.num_sms = value
+
     def memory(self) -> dict[str, int]:
         """Bytes this rank's windows hold now, by purpose."""
         return dict(self._engine.memory())

@@ -28,6 +28,7 @@ from hal.ep.engine import (
 from hal.ep.layout import count_layout
 from hal.ep.relay import NodeEngine, Relayed
 from hal.ep.rendezvous import connected
+from hal.ep.streams import current_stream
 from hal.ep.sums import spread, summed
 from hal.ep.wire import Wire
 from hal.spec.ep import (
@@ -254,7 +255,7 @@ class NodesEngine(EpEngine):
         """Make a call after all that were deferred before it."""
         if self._worker is None:
             return self._wire.blamed(job, self._node_engine.fail)
-        return self._worker.submit(self._wire.blamed, job, self._node_engine.fail).result()
+        return self._submit(self._worker, job).result()
 
     def _post(self, job: Callable[[], None], deferred: bool) -> Finish:
         """Make a call now, or behind the caller's back, in the order of the calls; what is returned waits for it."""
@@ -263,8 +264,16 @@ class NodesEngine(EpEngine):
             return lambda: None
         if self._worker is None:
             self._worker = ThreadPoolExecutor(1, "hal-ep-nodes")
-        posted: Future[None] = self._worker.submit(self._wire.blamed, job, self._node_engine.fail)
-        return posted.result
+        return self._submit(self._worker, job).result
+
+    def _submit(self, worker: ThreadPoolExecutor, job: Callable[[], _T]) -> Future[_T]:
+        within = current_stream(self._args.device)
+
+        def run() -> _T:
+            with within:
+                return self._wire.blamed(job, self._node_engine.fail)
+
+        return worker.submit(run)
 
     def _agree(
         self, kind: str, fields: Sequence[int], counts: Sequence[int], waits: Tensor | None = None

@@ -2,6 +2,9 @@
 
 A communication library's own timeout is no use here: gloo's breaks every connection there is. So each post is waited
 for by a thread, without end; one that never ends keeps its thread and its memory, into which bytes may still arrive.
+
+Bytes of a device go through memory of the host. A device's own library queues what it is given: neither does waiting
+for a post say that it is done, nor do two ranks get on that each receive before they send.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 _FOREVER: Final = timedelta(days=1000)
@@ -77,10 +81,11 @@ class Posts:
                     waited[peer] = time.monotonic() - start
                 self._changed.notify_all()
 
-        for peer, rows in receives:
-            self._post(self._group.recv, rows, peer, tag, partial(settled, peer, True))
+        landing = [(peer, rows, _room_for(rows)) for peer, rows in receives]
+        for peer, _, room in landing:
+            self._post(self._group.recv, room, peer, tag, partial(settled, peer, True))
         for peer, rows in sends:
-            self._post(self._group.send, rows, peer, tag, partial(settled, peer, False))
+            self._post(self._group.send, rows.cpu(), peer, tag, partial(settled, peer, False))
         end = start + timeout
         with self._changed:
             while any(left.values()):
@@ -95,11 +100,15 @@ class Posts:
             for peer, count in left.items():
                 if count:
                     failed.setdefault(peer, f"nothing within {timeout:g} s")
+        for peer, rows, room in landing:
+            # By the caller, in the order of whose stream the rows are used.
+            if room is not rows and peer not in failed:
+                rows.copy_(room)
         return failed, waited
 
     def send(self, peer: int, rows: Tensor, tag: int) -> None:
         """Send without waiting, nor minding whether it arrives."""
-        self._post(self._group.send, rows, peer, tag, lambda error: None)
+        self._post(self._group.send, rows.cpu(), peer, tag, lambda error: None)
 
     def close(self) -> None:
         """Let idle threads end, and connections close once no post needs them."""
@@ -138,3 +147,8 @@ class Posts:
             del job, work, rows, settle
             with self._changed:
                 self._idle += 1
+
+
+def _room_for(rows: Tensor) -> Tensor:
+    """Where to receive rows: themselves, if they are the host's."""
+    return rows if rows.device.type == "cpu" else torch.empty(rows.shape, dtype=rows.dtype, device="cpu")

@@ -82,9 +82,10 @@ class _OverStore:
         return None
 
     def communicator(self, timeout: float) -> Any:
-        """Connections of its own where the group's bytes go over gloo, whose timeouts break all there are."""
-        if "cpu:gloo" not in str(dist.get_backend_config(self._group)):
-            return self._group
+        """Connections of its own over gloo, whatever the group's bytes go over.
+
+        A timeout of gloo breaks all connections there are; and see `hal.ep.posts` of libraries of devices.
+        """
         store = PrefixStore(f"hal-ep/{self._met().name}/gloo", self._group.get_group_store())
         ranks, rank = dist.get_world_size(self._group), dist.get_rank(self._group)
         return dist.ProcessGroupGloo(store, rank, ranks, timedelta(seconds=timeout))

@@ -285,7 +285,7 @@ class Wire:
         filled = [KINDS.index(kind), *fields, *[0] * (len(FIELDS) - 1 - len(fields))]
         tokens = [*counts, *[0] * (2 * self._args.num_ranks - len(counts))]
         words = struct.unpack(f"<{_WORDS}q", said)
-        return torch.tensor([*filled, self._calls, *tokens, len(text), *words], device=self._args.device)
+        return torch.tensor([*filled, self._calls, *tokens, len(text), *words], device="cpu")
 
     def _trade(
         self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], step: int

@@ -15,6 +15,9 @@ from hal.portable.runtime import Event, Memory, Number, Program, Queue, SharingD
 from hal.spec.ep import FP8, SCALE_GROUP
 
 _THREADS: Final = 64
+WIDE: Final = 256
+"""Threads of a group that is to use a processor alone; no device has less room for a group."""
+
 _FEW_GROUPS: Final = 4096
 _TURNS: Final = 2000
 """How often a kernel looks at a flag before it ends, whatever it saw."""
@@ -26,14 +29,14 @@ LAYOUT: Final = Source(("ep.h", "ep_layout.h"), (("THREADS", _THREADS),))
 FLAGS: Final = Source(("ep_flags.h",), ())
 
 
-def copies(word: int) -> Source:
+def copies(word: int, threads: int = _THREADS) -> Source:
     """``ep_copy`` for words of 16 or 4 bytes."""
-    return Source(("ep_copy.h",), (("THREADS", _THREADS), ("WORD", word)))
+    return Source(("ep_copy.h",), (("THREADS", threads), ("LANES", _THREADS), ("WORD", word)))
 
 
-def sums(dtype: torch.dtype, partial: bool) -> Source:
+def sums(dtype: torch.dtype, partial: bool, threads: int = _THREADS) -> Source:
     """``ep_reduce`` of rows of a dtype, left in float32 or rounded."""
-    flags = (("ELEMENT", ELEMENTS[dtype]), ("THREADS", _THREADS), ("PARTIAL", int(partial)))
+    flags = (("ELEMENT", ELEMENTS[dtype]), ("THREADS", threads), ("PARTIAL", int(partial)))
     return Source(("elements.h", "ep_reduce.h"), flags)
 
 
@@ -49,8 +52,13 @@ def every(*dtypes: torch.dtype) -> list[Source]:
     return [
         LAYOUT,
         FLAGS,
-        *map(copies, (16, 4)),
-        *(sums(dtype, partial) for dtype in dtypes or ELEMENTS for partial in (False, True)),
+        *(copies(word, threads) for word in (16, 4) for threads in (_THREADS, WIDE)),
+        *(
+            sums(dtype, partial, threads)
+            for dtype in dtypes or ELEMENTS
+            for partial in (False, True)
+            for threads in (_THREADS, WIDE)
+        ),
         *(casts(dtype, *how) for dtype in dtypes or ELEMENTS for how in casting),
     ]
 
@@ -79,10 +87,17 @@ class EpKernels:
     Parameters
     ----------
     device : SharingDevice
+
+    Attributes
+    ----------
+    processors : int or None
+        How many of the device's what is launched may take; None for all. A group of threads runs on one of them, so
+        there are no more groups then, of more threads each.
     """
 
     def __init__(self, device: SharingDevice) -> None:
         self.device = device
+        self.processors: int | None = None
         self._programs = _built.setdefault(device, {})
         self._last: Event | None = None
 
@@ -117,7 +132,15 @@ class EpKernels:
             sizes = _int32(tokens, topk, base, span, bins, repeat)
             written = (queue.write(one, partly=True)[0] for one in (counts, order, found))
             self._launch(
-                queue, LAYOUT, "ep_layout", bins, _THREADS, queue.read(idx), queue.read(starts), *written, *sizes
+                queue,
+                LAYOUT,
+                "ep_layout",
+                self._groups(bins),
+                _THREADS,
+                queue.read(idx),
+                queue.read(starts),
+                *written,
+                *sizes,
             )
         return counts, order, found
 
@@ -131,10 +154,10 @@ class EpKernels:
         places = (begin, to.at // word, to.stride // word, source.at // word, source.stride // word)
         self._launch(
             queue,
-            copies(word),
+            copies(word, self._threads),
             "ep_copy",
-            min(count, _FEW_GROUPS),
-            _THREADS,
+            self._groups(min(count, _FEW_GROUPS)),
+            self._threads,
             to.memory,
             source.memory,
             queue.read(rows),
@@ -162,10 +185,10 @@ class EpKernels:
         bias = [(queue.read(one), one.stride(0)) for one in biases] + [(rows, 0)] * 2
         self._launch(
             queue,
-            sums(table.dtype, partial),
+            sums(table.dtype, partial, self._threads),
             "ep_reduce",
-            min(tokens, _FEW_GROUPS),
-            _THREADS,
+            self._groups(min(tokens, _FEW_GROUPS)),
+            self._threads,
             written,
             rows,
             queue.read(place),
@@ -188,7 +211,8 @@ class EpKernels:
             sizes = _int32(columns, groups, 4 * width if packed else width)
             source = casts(x.dtype, cast != "fp8", packed)
             reads = (to, scales_to, scales_to, queue.read(x))
-            self._launch(queue, source, "ep_cast", n * groups, SCALE_GROUP, *reads, *sizes, np.int64(x.stride(0)))
+            strides = (np.int64(n * groups), np.int64(x.stride(0)))
+            self._launch(queue, source, "ep_cast", self._groups(n * groups), SCALE_GROUP, *reads, *sizes, *strides)
         return rows.view(FP8), scales
 
     def dequantise(self, queue: Queue, x: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -214,6 +238,13 @@ class EpKernels:
         self._launch(queue, FLAGS, "ep_await", count, 1, flags, written, *_int32(stride, _signed(value), _TURNS))
         queue.finish()
         return found.tolist()
+
+    @property
+    def _threads(self) -> int:
+        return _THREADS if self.processors is None else WIDE
+
+    def _groups(self, wanted: int) -> int:
+        return wanted if self.processors is None else min(wanted, self.processors)
 
     def _launch(
         self, queue: Queue, source: Source, kernel: str, groups: int, threads: int, *arguments: Memory | Number

@@ -181,6 +181,7 @@ class NodeCalls(Posting):
 
         def run() -> None:
             with self._calling(op.kind):
+                self._resume(op)
                 try:
                     body()
                 finally:

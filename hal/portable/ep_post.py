@@ -54,6 +54,8 @@ class Operation:
         The first expert they are for, -1 where there is none.
     record : dict
         Of the flight recorder.
+    processors : int or None
+        See `EpKernels`.
     """
 
     number: int
@@ -62,6 +64,7 @@ class Operation:
     record: dict[str, Any]
     expected: list[int] = field(default_factory=list)
     expert: list[int] = field(default_factory=list)
+    processors: int | None = None
 
 
 class Posting(NodeEngine):
@@ -108,7 +111,13 @@ class Posting(NodeEngine):
             "microseconds": None,
         }
         self._records.append(record)
-        return Operation(number, kind, time.monotonic(), record)
+        op = Operation(number, kind, time.monotonic(), record, processors=self._args.num_sms)
+        self._resume(op)
+        return op
+
+    def _resume(self, op: Operation) -> None:
+        """What is launched from now on is of this operation."""
+        self._kernels.processors = op.processors
 
     def _done(self, op: Operation) -> None:
         op.record["phase"], op.record["waits_for"] = "done", None

@@ -6,17 +6,16 @@ were taken out before it sends there again. Rooms are of fixed size, so that not
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Final
+from typing import Final
 
-import torch
 from torch import Tensor
 
 from hal.ep.lines import Message
+from hal.ep.streams import current_stream
 from hal.portable.ep_normal import NormalCalls
 from hal.portable.ep_post import GRANT, MAIN, Operation
 from hal.portable.ep_routes import Routes
@@ -63,6 +62,7 @@ class Rooms(NormalCalls):
 
     def _send_rows(self, op: Operation, routes: Routes, x: Tensor, aux: Tensor, rooms: list[int | None]) -> None:
         """Send into the rooms; wait first for those that are not free yet."""
+        self._resume(op)
         late = [peer for peer, room in enumerate(rooms) if room is None]
         self._wait(op, "post", lambda: [peer for peer in late if not self._free_rooms[peer]], None, self._args.timeout)
         for peer in late:
@@ -130,12 +130,3 @@ class Rooms(NormalCalls):
         super().close()
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
-
-
-def current_stream(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """In another thread, whose own is another: the stream that is current here, in whose order the rows were made."""
-    if device.type == "cpu":
-        return contextlib.nullcontext()
-    module = torch.get_device_module(device)
-    within: contextlib.AbstractContextManager[Any] = module.stream(module.current_stream(device))
-    return within

@@ -7,70 +7,24 @@
 # at most --limit, and writes OUT/STAGE*.log; one that fails does not stop the next. OUT/verdict.txt has a line for each.
 # Wheels are made with: pip wheel --no-deps --no-build-isolation -w DIR ./ ./backends/cuda ./conformance
 set -uo pipefail
-ROOT=$(realpath "$(dirname "$0")/../..")
+. "$(dirname "$0")/stages.sh"
 
-known=(install doctor conform graph overhead sanitize bench)
-backend=cuda wheels="" tiers="" quick="" limit=100000
-wrong() { echo "mla.sh: $*" >&2; exit 2; }
-usage() { sed -n '2,9s/^# \{0,1\}//p' "$ROOT/scripts/gpu/mla.sh"; }
+tiers=""
+stages=(install doctor conform graph overhead sanitize bench)
 while [[ ${1:-} == --* ]]; do
   case $1 in
-    --backend | --wheels | --tiers | --limit)
-      [[ $# -ge 2 ]] || wrong "$1 needs a value"
-      declare "${1#--}=$2"; shift 2 ;;
-    --quick) quick=--quick; shift ;;
-    --help) usage; exit ;;
-    *) wrong "what is $1?" ;;
+    --quick) quick=--quick; shift; continue ;;
+    --tiers) [[ $# -ge 2 ]] || wrong "$1 needs a value"; tiers=$2 ;;
+    *) option "$@" ;;
   esac
-done
-[[ $limit =~ ^[1-9][0-9]*$ ]] || wrong "--limit $limit: a number of seconds, 1 or more"
-if [[ -n $wheels ]]; then
-  compgen -G "$wheels/*.whl" >/dev/null || wrong "--wheels $wheels: a folder with wheels"
-  wheels=$(realpath "$wheels")
-fi
-[[ $# -ge 1 ]] || { usage >&2; exit 2; }
-out=$1; shift
-stages=("$@")
-[[ ${#stages[@]} -gt 0 ]] || stages=("${known[@]}")
-# Before the first of them runs: a typo in the last one would be found half an hour later.
-for stage in "${stages[@]}"; do
-  [[ " ${known[*]} " == *" $stage "* ]] || wrong "no stage is called $stage; there are: ${known[*]}"
-done
-mkdir -p "$out" || wrong "$out: no folder to write to"
-OUT=$(realpath "$out")
-PYTHON=${PYTHON:-python3}
-# Stages run elsewhere. Not resolved further: what a link into a virtual environment is called decides what it imports.
-[[ $PYTHON != */* || $PYTHON == /* ]] || PYTHON=$PWD/$PYTHON
-export HAL_BACKEND=$backend PYTHONUNBUFFERED=1 COLUMNS=120
-failed=0
-
-say() { echo "$*" | tee -a "$OUT/verdict.txt"; }
-
-# limited SECONDS NAME COMMAND...: run, keep the output, print one line.
-limited() {
-  local seconds=$1 name=$2 start=$SECONDS code=0 verdict=PASS
   shift 2
-  [[ $seconds -le $limit ]] || seconds=$limit
-  # Not from the checkout: what is tested is what is installed.
-  (cd "$OUT" && timeout --kill-after=10 "$seconds" "$@") >"$OUT/$name.log" 2>&1 || code=$?
-  if [[ $code == 124 || $code == 137 ]]; then verdict="TIMEOUT after ${seconds} s"; elif [[ $code != 0 ]]; then verdict="FAIL, exit code $code"; fi
-  [[ $code == 0 ]] || failed=1
-  say "$name: $verdict ($((SECONDS - start)) s) $(grep -v '^[[:space:]]*$' "$OUT/$name.log" | tail -n 1 | cut -c1-160)"
-  return "$code"
-}
+done
+begin "$@"
 
 # What to judge: the tiers as users get them (auto: the best that takes a call), then the one that takes every call alone.
 usable_tiers() {
   if [[ -n $tiers ]]; then echo "$tiers"; elif [[ $backend == cuda ]]; then echo "auto triton portable"; else echo auto; fi
 }
-
-stage_install() {
-  if [[ -z $wheels ]]; then say "install: not asked for (no --wheels)"; return; fi
-  # Whatever was installed before is not what is to be judged.
-  limited 300 install "$PYTHON" -m pip install --no-index --no-deps --force-reinstall "$wheels"/*.whl || exit 1
-}
-
-stage_doctor() { limited 300 doctor "$PYTHON" -m hal doctor "$backend"; }
 
 stage_conform() {
   # All tiers at once: most of the time goes into the reference on the host and into compilers. Kernels are compiled on
@@ -127,7 +81,4 @@ stage_bench() {
   done
 }
 
-# Runs of single stages add up to one list.
-say "== $(date -u +'%F %H:%M UTC') $backend: ${stages[*]}"
-for stage in "${stages[@]}"; do "stage_$stage"; done
-exit $failed
+all

@@ -45,7 +45,7 @@ class Planned:
 
 
 class CudaBackend(Backend):
-    """MLA decode on GPUs of compute capability 8.0 and later.
+    """MLA decode on GPUs of compute capability 7.0 and later.
 
     ``HAL_CUDA_TIER`` forces one of `hal_cuda.tiers.ORDER`.
     """

@@ -9,8 +9,8 @@ from typing import Final
 
 import torch
 
-LEAST: Final = (8, 0)
-"""Compute capability from which the kernels run: bf16 matrix instructions begin there."""
+LEAST: Final = (7, 0)
+"""Compute capability from which any kernels run: shuffles and the memory model they count on begin there."""
 
 _DRIVER: Final = "libcuda.so.1"
 

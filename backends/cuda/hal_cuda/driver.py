@@ -28,11 +28,17 @@ CACHE_ENV: Final = "HAL_CUDA_CACHE"
 """Folder of what was compiled; `hal.portable.cache` says where it is by default and who may write there."""
 
 _STATIC_SHARED: Final = 48 << 10
-# As many as a processor has registers for: one more would wait until another is through with its share.
-_GROUPS: Final = 3
 _LAZY_PEER_ACCESS: Final = 1
 
 T = TypeVar("T")
+
+
+def groups(arch: str) -> int:
+    """Of the portable kernels on a processor: one more would wait until another is through with its share.
+
+    As many as it has registers for, or shared memory on Volta and Turing.
+    """
+    return 1 if arch.startswith("sm_7") else 3
 
 
 def missing() -> str:
@@ -152,9 +158,7 @@ class Module:
     _module: Any = field(default=None, init=False)
     _functions: dict[str, Any] = field(default_factory=dict, init=False)
 
-    def launch(
-        self, kernel: str, grid: tuple[int, ...], block: tuple[int, ...], arguments: Sequence[Any], shared: int = 0
-    ) -> None:
+    def launch(self, kernel: str, grid: tuple[int, ...], block: tuple[int, ...], arguments: Sequence[Any]) -> None:
         """Queue a kernel on torch's current stream of the device; tensors and windows are passed by address.
 
         ``arguments`` other than those must be of the kernel's own types: numpy scalars, or ints for 64-bit integers.
@@ -166,13 +170,19 @@ class Module:
         import cupy
 
         with current(self.device):
-            function = self._function(kernel, shared)
+            function = self.function(kernel)
             stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(self.device).cuda_stream, self.device)
             plain = tuple(_plain(a) for a in arguments)
             with stream:
-                checked(f"cuLaunchKernel({kernel})", lambda: function(grid, block, plain, shared_mem=shared))
+                checked(f"cuLaunchKernel({kernel})", function, grid, block, plain)
 
-    def _function(self, kernel: str, shared: int) -> Any:
+    def function(self, kernel: str) -> Any:
+        """One of its kernels, loaded once; the device must be `current`.
+
+        Raises
+        ------
+        DeviceError
+        """
         from cupy.cuda import function as cupy_function
 
         if self._module is None:
@@ -181,24 +191,13 @@ class Module:
             self._module = module
         if kernel not in self._functions:
             self._functions[kernel] = checked(f"cuModuleGetFunction({kernel})", self._module.get_function, kernel)
-        found = self._functions[kernel]
-        if shared > _STATIC_SHARED:
-            # More than the default has to be asked for.
-            checked(f"cuFuncSetAttribute({kernel})", _allow_shared, found, shared)
-        return found
+        return self._functions[kernel]
 
 
 def _plain(argument: Any) -> Any:
     if isinstance(argument, Tensor):
         return argument.data_ptr()
     return int(argument) if isinstance(argument, IpcWindow) else argument
-
-
-def _allow_shared(function: Any, shared: int) -> None:
-    from cupy.cuda import driver
-
-    attribute = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    driver.funcSetAttribute(function.ptr, attribute, shared)
 
 
 @dataclass(slots=True, eq=False)
@@ -262,7 +261,8 @@ class CudaIpc:
     def _call(self, name: str, *arguments: Any) -> Any:
         from cupy.cuda import runtime
 
-        with torch.cuda.device(self._device):
+        # Not torch's device alone: where the two brought a runtime each, this one has a current device of its own.
+        with current(self._device):
             return checked(f"cuda{name[0].upper()}{name[1:]}", getattr(runtime, name), *arguments)
 
     def make(self, size: int) -> int:
@@ -317,7 +317,7 @@ class CudaDevice(InPlace):
             driver=version(),
             dialect="cuda",
             processors=torch.cuda.get_device_properties(self.index).multi_processor_count,
-            groups=_GROUPS,
+            groups=groups(architecture(self.index)),
             local_bytes=_STATIC_SHARED,
             subgroup=32,
         )

@@ -5,18 +5,20 @@ from __future__ import annotations
 import importlib.util
 from collections import Counter
 from collections.abc import Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
 import torch
 
+from hal.spec.plan import MlaPlanArgs
 from hal_cuda.devices import architecture
 
 if TYPE_CHECKING:
     from hal.portable.triton.mla import TritonMla
     from hal.spec.mla import MlaDecodeArgs
-    from hal.spec.plan import MlaPlanArgs
 
-_DTYPES: Final = (torch.bfloat16, torch.float16)
+_LEAST: Final = (8, 0)
+"""Compute capability from which it serves: matrix instructions of bf16 and asynchronous copies begin there."""
 
 
 class TritonTier:
@@ -27,13 +29,26 @@ class TritonTier:
     def __init__(self) -> None:
         self._kernels: dict[int, TritonMla] = {}
 
+    @cached_property
+    def _old(self) -> frozenset[int]:
+        """Devices that it does not serve."""
+        count = torch.cuda.device_count()
+        return frozenset(i for i in range(count) if torch.cuda.get_device_capability(i) < _LEAST)
+
     def missing(self) -> str:
-        """Whether Triton is installed."""
-        return "" if importlib.util.find_spec("triton") is not None else "triton is not installed"
+        """Whether Triton is installed, and a device new enough if there is any."""
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        try:
+            old = len(self._old)
+            return "no device of compute capability 8.0" if old and old == torch.cuda.device_count() else ""
+        except RuntimeError as error:
+            return f"the driver refuses: {(str(error).splitlines() or [''])[0]}"
 
     def supports(self, args: MlaPlanArgs | MlaDecodeArgs) -> str:
-        """Everything the backend declares."""
-        return ""
+        """Everything the backend declares, on a device that is new enough."""
+        device = args.geometry.device if isinstance(args, MlaPlanArgs) else args.q.device
+        return "the device is not of compute capability 8.0" if device.index in self._old else ""
 
     def plan(self, args: MlaPlanArgs) -> object:
         """As `TritonMla.plan`."""

@@ -18,7 +18,7 @@ from ep_ranks import run_ranks
 from hal_cuda import driver
 from hal_cuda.backend import EP, CudaBackend
 
-from hal.portable.ep_rooms import current_stream
+from hal.ep.streams import current_stream
 from hal.portable.runtime import Handle
 from hal.spec.errors import DeviceError, SpecError, UnsupportedError
 
@@ -54,6 +54,36 @@ def test_windows(monkeypatch: pytest.MonkeyPatch) -> None:
         _ = mine.handle
     with pytest.raises(DeviceError, match=f"cudaMalloc.*{1 << 62} bytes"):
         device.window(1 << 62)
+
+
+def test_windows_are_of_the_rank_s_own_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever card the runtime of cupy took for current, which may be another than torch's."""
+    on: list[int] = [0]
+    asked: list[tuple[str, int]] = []
+
+    class Runtime:
+        def setDevice(self, device: int) -> None:  # noqa: N802
+            on[0] = device
+
+        def __getattr__(self, name: str) -> object:
+            return lambda *given: asked.append((name, on[0])) or 1
+
+    monkeypatch.setattr(cupy.cuda, "runtime", Runtime())
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    there = driver.CudaIpc(3)
+    there.make(16)
+    there.open(b"")
+    there.shut(1)
+    there.free(1)
+    assert [name for name, _ in asked] == [
+        "malloc",
+        "memset",
+        "deviceSynchronize",
+        "ipcOpenMemHandle",
+        "ipcCloseMemHandle",
+        "free",
+    ]
+    assert {device for _, device in asked} == {3}
 
 
 def test_what_is_put_off_to_a_thread_stays_on_the_stream_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:

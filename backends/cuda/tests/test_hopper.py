@@ -190,3 +190,31 @@ def test_a_thread_that_has_no_context_gets_one_before_it_launches(
     thread.start()
     thread.join()
     assert launched == [True] * 3
+
+
+def test_kernels_are_loaded_once_and_told_how_much_shared_memory_they_take(
+    there: tier.HopperTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[object] = []
+
+    class Module:
+        def load(self, cubin: bytes) -> None:
+            log.append(cubin)
+
+        def get_function(self, name: str) -> types.SimpleNamespace:
+            return types.SimpleNamespace(ptr=len(name))
+
+    def attribute(handle: ctypes.c_void_p, number: int, size: int) -> int:
+        log.append((handle.value, number, size))
+        return 0
+
+    library = types.SimpleNamespace(cuLaunchKernelEx=None, cuFuncSetAttribute=attribute)
+    monkeypatch.setattr("cupy.cuda.function.Module", Module)
+    monkeypatch.setattr(tier, "compiled", lambda name, dtype: name)
+    monkeypatch.setattr(tier.driver, "current", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(lib, "_library", lambda: library)
+    for _ in range(2):
+        there._on(torch.device("cuda:0"), torch.bfloat16)
+    loads = [entry for entry in log if isinstance(entry, str)]
+    assert sorted(loads) == ["decode", "merge", "schedule"]
+    assert (len("decode"), lib._MAX_DYNAMIC_SHARED, launch.SHARED_BYTES) in log

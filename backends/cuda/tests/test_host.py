@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from fakes import FakeTier, decode_args, plan_args
-from hal_cuda import devices, driver, tiers
+from hal_cuda import devices, driver, tiers, triton_tier
 from hal_cuda.backend import CudaBackend
 
 from hal.spec.errors import CompileError, DeviceError, UnsupportedError
@@ -63,6 +63,25 @@ def test_a_machine_with_everything(machine: pytest.MonkeyPatch) -> None:
     assert probe.evidence == "hardware"
 
 
+def test_a_device_without_bf16_in_its_matrix_instructions_has_the_portable_kernels(
+    machine: pytest.MonkeyPatch,
+) -> None:
+    machine.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    probe = CudaBackend().probe()
+    assert (probe.available, probe.reason) == (True, "A Card, sm_75, driver for CUDA 13.0")
+    assert probe.details["tiers"] == "portable"
+    assert "compute capability 8.0" in probe.details["tier triton"]
+    # Of two devices each has what it can run.
+    machine.setattr(torch.cuda, "device_count", lambda: 2)
+    machine.setattr(torch.cuda, "get_device_capability", lambda index: ((7, 5), (8, 0))[index])
+    tier = triton_tier.TritonTier()
+    assert tier.missing() == ""
+    for index, served in ((0, False), (1, True)):
+        call = decode_args()
+        call.q = SimpleNamespace(device=torch.device("cuda", index))  # type: ignore[assignment]
+        assert (tier.supports(call) == "") is served
+
+
 def _refusing() -> bool:
     raise RuntimeError("CUDA driver initialization failed\nmore")
 
@@ -78,7 +97,7 @@ def _refusing() -> bool:
         (lambda m: m.setattr(torch.version, "cuda", None), "is built without CUDA", "install a torch built for CUDA"),
         (lambda m: m.setattr(torch.cuda, "device_count", lambda: 0), "shows no device", "CUDA_VISIBLE_DEVICES"),
         (lambda m: m.setattr(torch.cuda, "device_count", _refusing), "initialization failed", "nvidia-smi"),
-        (lambda m: m.setattr(torch.cuda, "get_device_capability", lambda i: (7, 5)), "7.5, the kernels need 8.0", ""),
+        (lambda m: m.setattr(torch.cuda, "get_device_capability", lambda i: (6, 1)), "6.1, the kernels need 7.0", ""),
         (lambda m: m.setenv(tiers.ENV, "abacus"), "HAL_CUDA_TIER: got 'abacus'", "unset HAL_CUDA_TIER"),
         (lambda m: m.setattr(tiers.importlib.util, "find_spec", lambda name: None), "no kernels", "pip install triton"),
     ],
@@ -253,32 +272,21 @@ def test_a_refused_call_is_named() -> None:
         driver.checked("cuModuleLoad", cupy.cuda.driver.moduleLoad, "nowhere.cubin")
 
 
-class _Function:
-    ptr = 7
-
-    def __init__(self, log: list[Any]) -> None:
-        self.log = log
-
-    def __call__(self, grid: Any, block: Any, arguments: Any, *, shared_mem: int) -> None:
-        self.log.append((grid, block, arguments, shared_mem))
-
-
 def test_kernels_are_launched_with_addresses_on_torchs_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     import contextlib
 
     log: list[Any] = []
-    function = _Function(log)
-    loaded = types.SimpleNamespace(load=lambda cubin: log.append(cubin), get_function=lambda name: function)
+    launched = lambda *given: log.append(given)  # noqa: E731
+    loaded = types.SimpleNamespace(load=log.append, get_function=lambda name: log.append(name) or launched)
     monkeypatch.setattr("cupy.cuda.function.Module", lambda: loaded)
     opened = lambda *given: log.append(given) or contextlib.nullcontext()  # noqa: E731
     monkeypatch.setattr(cupy.cuda, "ExternalStream", opened)
     monkeypatch.setattr(cupy.cuda, "runtime", types.SimpleNamespace(setDevice=lambda index: None))
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: types.SimpleNamespace(cuda_stream=99))
-    monkeypatch.setattr("cupy.cuda.driver.funcSetAttribute", lambda *given: log.append(("attribute", *given)))
     tensor = torch.zeros(3)
     module = driver.Module(b"code", 0)
-    module.launch("fill", (2, 1, 1), (32, 1, 1), [tensor, 5], shared=60 << 10)
-    assert log[0] == b"code"
-    assert log[1][0] == "attribute" and log[1][1] == 7 and log[1][3] == 60 << 10
-    assert log[2:] == [(99, 0), ((2, 1, 1), (32, 1, 1), (tensor.data_ptr(), 5), 60 << 10)]
+    call = [(99, 0), ((2, 1, 1), (32, 1, 1), (tensor.data_ptr(), 5))]
+    for _ in range(2):
+        module.launch("fill", (2, 1, 1), (32, 1, 1), [tensor, 5])
+    assert log == [b"code", "fill", *call, *call]

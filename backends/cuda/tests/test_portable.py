@@ -16,6 +16,7 @@ import torch
 from fakes import decode_args, plan_args
 from hal_cuda import driver, portable_tier
 
+from hal.portable import ep_kernels
 from hal.portable.host import HostDevice
 from hal.portable.mla import Tile
 from hal.portable.runtime import Facts, Source
@@ -32,9 +33,13 @@ CALLS = {
     "narrow": USUAL._replace(head_dim=64, head_dim_v=64),
     "V as wide as K": USUAL._replace(head_dim_v=576),
 }
-BUILDS = [("sm_80", "usual"), ("sm_90", "usual"), ("sm_90", "fp16, few heads")]
+BUILDS = [("sm_75", "usual"), ("sm_80", "usual"), ("sm_90", "usual"), ("sm_90", "fp16, few heads")]
 if os.environ.get("HAL_COMPILE") == "all":
-    BUILDS = [(arch, name) for arch in ("sm_80", "sm_90", "sm_100") for name in CALLS]
+    BUILDS = [(arch, name) for arch in ("sm_75", "sm_80", "sm_90", "sm_100") for name in CALLS]
+
+
+# Of a processor, of which a group is not given all.
+_SHARED = {"sm_75": 64 << 10, "sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -59,6 +64,17 @@ def resources(cubin: bytes, folder: Path) -> dict[str, dict[str, int]]:
     return {name: {key: int(n) for key, n in re.findall(r"\b([A-Z]+):(\d+)", line)} for name, line in found}
 
 
+def instructions(source: Source, arch: str, folder: Path) -> str:
+    """The machine code of a file's kernels."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    (folder / "kernel.cubin").write_bytes(driver.compile_text(source.text("cuda"), Path(source.path), arch))
+    environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}
+    command = [tools / "cuobjdump", "--dump-sass", folder / "kernel.cubin"]
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+
+
 @pytest.mark.parametrize(("arch", "name"), BUILDS)
 def test_it_compiles_and_spills_nothing(arch: str, name: str, tmp_path: Path) -> None:
     tile = Tile.of(Facts(arch, "NVRTC", "cuda", 132, 3, 48 << 10, 32), CALLS[name])
@@ -68,7 +84,8 @@ def test_it_compiles_and_spills_nothing(arch: str, name: str, tmp_path: Path) ->
     for kernel in used.values():
         assert (kernel["STACK"], kernel["LOCAL"]) == (0, 0)
         assert kernel["SHARED"] <= 48 << 10
-        assert kernel["REG"] * tile.threads * driver._GROUPS <= 65536
+        assert kernel["REG"] * tile.threads * driver.groups(arch) <= 65536
+        assert kernel["SHARED"] * driver.groups(arch) <= _SHARED[arch]
     source = tile.schedule()
     used = resources(driver.compile_text(source.text("cuda"), Path(source.path), arch), tmp_path)
     assert used["mla_schedule"]["STACK"] == 0
@@ -76,13 +93,7 @@ def test_it_compiles_and_spills_nothing(arch: str, name: str, tmp_path: Path) ->
 
 def test_columns_are_loaded_sixteen_bytes_at_a_time(tmp_path: Path) -> None:
     source = Tile.of(Facts("sm_90", "NVRTC", "cuda", 132, 3, 48 << 10, 32), USUAL).decode()
-    (tmp_path / "kernel.cubin").write_bytes(driver.compile_text(source.text("cuda"), Path(source.path), "sm_90"))
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}
-    command = [tools / "cuobjdump", "--dump-sass", tmp_path / "kernel.cubin"]
-    code = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    code = instructions(source, "sm_90", tmp_path)
     assert "LDG.E.128" in code and "LDS.128" in code and "STS.128" in code
 
 
@@ -93,6 +104,32 @@ def test_a_compile_error_names_the_kernel_file_and_line(tmp_path: Path) -> None:
     with pytest.raises(CompileError) as caught:
         driver.compile_text(source.text("cuda"), Path(source.path), "sm_90")
     assert f"{wrong}(2)" in caught.value.log and caught.value.source_path == str(wrong)
+
+
+@pytest.mark.parametrize("threads", [64, ep_kernels.WIDE])
+def test_rows_go_over_windows_sixteen_bytes_at_a_time_several_at_once(threads: int, tmp_path: Path) -> None:
+    code = instructions(ep_kernels.copies(16, threads), "sm_90", tmp_path)
+    # Of rows, and of the list; none through the cache of constants, which is blind to what peers write.
+    assert set(re.findall(r"\b(?:LD|ST)G?\.\S+", code)) == {"LDG.E", "LDG.E.128", "STG.E.128"}
+    # All loads of a turn are under way before its first store waits for one.
+    kinds = re.findall(r"\b(LDG|STG)\.E\.128", code)
+    assert kinds and kinds == (["LDG"] * 4 + ["STG"] * 4) * (len(kinds) // 8)
+
+
+def test_flags_are_released_and_acquired_for_the_whole_system(tmp_path: Path) -> None:
+    code = instructions(ep_kernels.FLAGS, "sm_90", tmp_path)
+    signal, wait = (code.split(f"Function : {name}\n")[1].split("Function :")[0] for name in ("ep_signal", "ep_await"))
+    ordering = re.compile(r"\b(?:LDG|STG|MEMBAR|CCTL)\.\S+")
+    assert ordering.findall(signal) == ["MEMBAR.ALL.SYS", "STG.E.STRONG.SYS"]
+    # What was loaded before, and may lie in a cache, is not what is loaded after.
+    assert ordering.findall(wait) == ["LDG.E.STRONG.SYS", "CCTL.IVALL"] * 2 + ["STG.E"]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_kernels_of_expert_parallelism_spill_nothing(arch: str, tmp_path: Path) -> None:
+    for source in ep_kernels.every(torch.bfloat16):
+        for kernel in resources(driver.compile_text(source.text("cuda"), Path(source.path), arch), tmp_path).values():
+            assert (kernel["STACK"], kernel["LOCAL"]) == (0, 0), source
 
 
 class _PlayedModule:
@@ -173,7 +210,7 @@ def test_a_thread_that_has_no_context_gets_one_before_it_launches(monkeypatch: p
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: types.SimpleNamespace(cuda_stream=0))
     module = driver.Module(b"", 1)
-    module._functions["kernel"] = lambda grid, block, arguments, shared_mem: order.append("launched")
+    module._functions["kernel"] = lambda grid, block, arguments: order.append("launched")
     module._module = object()
     module.launch("kernel", (1, 1, 1), (32, 1, 1), [])
     assert order == ["set 1", "launched"]

@@ -16,7 +16,7 @@ from hal_conformance.ep_round import Round, normal, scripts
 
 def draw(context: Context) -> EpDraw:
     """The source of declared sizes."""
-    return EpDraw(context.rng, context.ep, context.index)
+    return EpDraw(context.rng, context.ep, context.index, context.settings.ranks)
 
 
 @holds("EPN-01")

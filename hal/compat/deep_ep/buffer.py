@@ -130,7 +130,7 @@ class Buffer(LowLatency):
 
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:
-        """Set the number that default configurations carry; it has to be even."""
+        """Set how many processors of the device calls without a configuration take, 0 for all; it has to be even."""
         require_int("new_num_sms", new_num_sms, 0)
         if new_num_sms % 2:
             raise SpecError("new_num_sms", new_num_sms, "an even number")
@@ -269,7 +269,7 @@ class Buffer(LowLatency):
         num_worst_tokens : int
             When positive, that many rows are returned whatever came.
         config : Config, optional
-            Checked; without effect.
+            Its ``num_sms`` is how many processors of the device kernels take; the published default without it.
         previous_event : EventOverlap, optional
             Waited for before x is read.
         async_finish : bool
@@ -303,6 +303,7 @@ class Buffer(LowLatency):
             wait_for("previous_event", previous_event)
         if handle is not None:
             with published(_NAMES):
+                route.buffer.num_sms = _processors(config)
                 sent = route.buffer.dispatch(x, handle=route.handle, async_finish=True)
                 event = overlap(Completion(sent.event.wait), async_finish)
             return sent.recv_x, None, None, None, None, event
@@ -335,6 +336,7 @@ class Buffer(LowLatency):
                 buffer = self._pool.normal(size, hidden, size, dtype)
             else:
                 buffer = self._pool.normal(len(num_tokens_per_expert), hidden, max(topk_idx.shape[1], 1), dtype)
+            buffer.num_sms = _processors(config)
             sent = buffer.dispatch(
                 x,
                 to_rank if topk_idx is None else topk_idx,
@@ -439,6 +441,7 @@ class Buffer(LowLatency):
                 raise unsupported("topk_weights", "weights for a dispatch without topk_idx", "None")
             wait_for("previous_event", previous_event)
         with published(_NAMES):
+            route.buffer.num_sms = _processors(config)
             sent = route.buffer.combine(x, route.handle, topk_weights=topk_weights, bias=bias, async_finish=True)
             event = overlap(Completion(sent.event.wait), async_finish)
         return sent.combined_x, sent.combined_topk_weights, event
@@ -497,6 +500,11 @@ class Buffer(LowLatency):
 def _check_config(config: Any) -> None:
     if config is not None and not isinstance(config, Config):
         raise SpecError("config", type(config).__name__, "a Config or None")
+
+
+def _processors(config: Config | None) -> int | None:
+    """As `hal.EpBuffer` takes them; 0 is no limit."""
+    return (Buffer.num_sms if config is None else config.num_sms) or None
 
 
 def _check_streams(previous_event: Any, async_finish: Any, allocate_on_comm_stream: Any) -> None:

@@ -46,11 +46,13 @@ _EXTRA_BYTES: Final = _META_BYTES + 128 * 8 + 128 * 4 + 128 * 4
 
 @dataclass
 class Config:
-    """Chunk sizes of the published normal-mode kernels: checked, kept, and without effect here.
+    """Processors that a normal call may take, and chunk sizes of the published kernels, which have no effect here.
 
     Parameters
     ----------
-    num_sms, num_max_nvl_chunked_send_tokens, num_max_nvl_chunked_recv_tokens : int
+    num_sms : int
+        See `hal.EpBuffer.num_sms`; 0 for all.
+    num_max_nvl_chunked_send_tokens, num_max_nvl_chunked_recv_tokens : int
     num_max_rdma_chunked_send_tokens, num_max_rdma_chunked_recv_tokens : int
         The last is rounded up to a multiple of the one before.
     """

@@ -208,7 +208,7 @@ class ElasticBuffer(Elsewhere):
         sm_read_gbs: float = 200,
         sm_write_gbs: float = 50,
     ) -> int:
-        """Return a number that is legal as ``num_sms``; engines here take none."""
+        """Return a number that is legal as ``num_sms``: the published default, whatever the figures."""
         require_int("num_experts", num_experts, 1)
         require_int("num_topk", num_topk, 1)
         require_int("num_scaleout_topk", num_scaleout_topk, 0, 0)
@@ -257,7 +257,7 @@ class ElasticBuffer(Elsewhere):
         num_experts, num_max_tokens_per_rank, expert_alignment : int, optional
             With ``handle`` those of the handle; otherwise needed, the buffer's, and 1.
         num_sms, num_qps : int
-            Checked; without effect.
+            Processors of the device that kernels take, 0 for all; queue pairs: checked, without effect.
         previous_event, previous_event_before_epilogue : EventHandle, optional
             Waited for before x is read. The first one asks for ``allocate_on_comm_stream``.
         async_with_compute_stream, allocate_on_comm_stream : bool
@@ -341,6 +341,7 @@ class ElasticBuffer(Elsewhere):
         if handle is not None:
             assert handle._route is not None
             with published(_NAMES):
+                handle._route.buffer.num_sms = num_sms or None
                 sent = handle._route.buffer.dispatch(
                     x, topk_weights=topk_weights, handle=handle._route.handle, async_finish=True
                 )
@@ -350,6 +351,7 @@ class ElasticBuffer(Elsewhere):
             with published(_NAMES):
                 buffer = self._pool.normal(num_experts, hidden, max(topk_idx.shape[1], 1), dtype)
                 routes = topk_idx.clone() if do_handle_copy else topk_idx
+                buffer.num_sms = num_sms or None
                 sent = buffer.dispatch(
                     x, routes, topk_weights, expand=do_expand, expert_alignment=alignment, async_finish=True
                 )
@@ -442,6 +444,7 @@ class ElasticBuffer(Elsewhere):
                     topk_weights[:real] if isinstance(topk_weights, Tensor) and topk_weights.dim() else topk_weights
                 )
         with published(_NAMES):
+            handle._route.buffer.num_sms = num_sms or None
             sent = handle._route.buffer.combine(
                 x, handle._route.handle, topk_weights=topk_weights, bias=bias, async_finish=True
             )

@@ -16,39 +16,44 @@ HAL_INLINE float ep_widen(hal_u8 code) {
   return HAL_AS_FLOAT(sign | HAL_AS_U32((float)rest * 0.001953125f));
 }
 
-/* A group is GROUP columns of a row. POWERS rounds scales up to powers of two; PACKED stores their exponents, a byte
- * each, instead of floats. */
+/* A group takes GROUP columns of a row at a time. POWERS rounds scales up to powers of two; PACKED stores their exponents,
+ * a byte each, instead of floats. */
 HAL_KERNEL(GROUP)
 void ep_cast(HAL_GLOBAL hal_u8 *out, HAL_GLOBAL hal_u8 *exponents, HAL_GLOBAL float *scales,
-             HAL_GLOBAL const hal_element *x, int columns, int groups, int width, hal_long x_stride) {
+             HAL_GLOBAL const hal_element *x, int columns, int groups, int width, hal_long parts, hal_long x_stride) {
   HAL_SHARED(hal_u32, most, GROUP);
-  int thread = HAL_THREAD, number = HAL_GROUP % groups, column = number * GROUP + thread;
-  hal_long row = HAL_GROUP / groups;
-  float value = column < columns ? hal_to_float(x[row * x_stride + column]) : 0.0f;
+  int thread = HAL_THREAD;
+  for (hal_long part = HAL_GROUP; part < parts; part += HAL_GROUPS) {
+    int number = (int)(part % groups), column = number * GROUP + thread;
+    hal_long row = part / groups;
+    float value = column < columns ? hal_to_float(x[row * x_stride + column]) : 0.0f;
 
-  /* Magnitudes compare as integers; a NaN is the largest and stays. */
-  most[thread] = HAL_AS_U32(value) & 0x7fffffffu;
-  HAL_BARRIER();
-  for (int reach = GROUP / 2; reach > 0; reach /= 2) {
-    if (thread < reach && most[thread + reach] > most[thread]) most[thread] = most[thread + reach];
+    /* Magnitudes compare as integers; a NaN is the largest and stays. */
+    most[thread] = HAL_AS_U32(value) & 0x7fffffffu;
     HAL_BARRIER();
-  }
-  float highest = HAL_AS_FLOAT(most[0]);
-  highest = highest < 1e-4f ? 1e-4f : highest;
-  float scale = HAL_MUL(highest, 1.0f / 448.0f), inverse = 448.0f / highest;
+    for (int reach = GROUP / 2; reach > 0; reach /= 2) {
+      if (thread < reach && most[thread + reach] > most[thread]) most[thread] = most[thread + reach];
+      HAL_BARRIER();
+    }
+    float highest = HAL_AS_FLOAT(most[0]);
+    /* All have read it before the next part is written there. */
+    HAL_BARRIER();
+    highest = highest < 1e-4f ? 1e-4f : highest;
+    float scale = HAL_MUL(highest, 1.0f / 448.0f), inverse = 448.0f / highest;
 #if POWERS
-  hal_u32 bits = HAL_AS_U32(scale), exponent = (bits >> 23) + ((bits & 0x7fffffu) != 0);
-  exponent = exponent > 254u ? 254u : exponent;
-  scale = HAL_AS_FLOAT(exponent << 23);
-  /* 2^127 has an inverse too, if a subnormal one. */
-  inverse = exponent < 254u ? HAL_AS_FLOAT((254u - exponent) << 23) : HAL_AS_FLOAT(0x400000u);
+    hal_u32 bits = HAL_AS_U32(scale), exponent = (bits >> 23) + ((bits & 0x7fffffu) != 0);
+    exponent = exponent > 254u ? 254u : exponent;
+    scale = HAL_AS_FLOAT(exponent << 23);
+    /* 2^127 has an inverse too, if a subnormal one. */
+    inverse = exponent < 254u ? HAL_AS_FLOAT((254u - exponent) << 23) : HAL_AS_FLOAT(0x400000u);
 #endif
-  if (column < columns) out[row * columns + column] = ep_narrow(HAL_MUL(value, inverse));
+    if (column < columns) out[row * columns + column] = ep_narrow(HAL_MUL(value, inverse));
 #if PACKED
-  if (thread == 0) exponents[row * width + number] = (hal_u8)exponent;
+    if (thread == 0) exponents[row * width + number] = (hal_u8)exponent;
 #else
-  if (thread == 0) scales[row * width + number] = scale;
+    if (thread == 0) scales[row * width + number] = scale;
 #endif
+  }
 }
 
 /* The way back, for experts that compute with elements. */

@@ -13,7 +13,7 @@ from hal.spec.ep.terms import EpEvent
 
 @dataclass(slots=True)
 class EpBufferArgs:
-    """The geometry and the policies of one buffer; read-only.
+    """The geometry and the policies of one buffer; read-only but for ``num_sms``.
 
     Equal on every rank but for ``rank``, ``device``, ``timeout`` and ``faults``.
 
@@ -46,6 +46,8 @@ class EpBufferArgs:
         Where all tensors of the calls live.
     faults : object
         Fault injection for tests, or None.
+    num_sms : int or None
+        Processors of its device that a call's kernels may take, as of when it is made; None for all. Each rank's own.
     admitted : set
         Forms of calls that passed every check that does not read values; the same form is not checked again.
     """
@@ -67,6 +69,7 @@ class EpBufferArgs:
     mask_ranks: bool
     device: torch.device
     faults: object
+    num_sms: int | None = field(default=None, compare=False)
     admitted: set[object] = field(default_factory=set, compare=False, repr=False)
 
     @property

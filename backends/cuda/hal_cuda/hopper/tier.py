@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -61,7 +61,7 @@ class HopperTier:
 
     def __init__(self) -> None:
         self._kernels: dict[tuple[int, torch.dtype], Kernels] = {}
-        self._modules: list[Any] = []  # unloaded with the last reference
+        self._modules: list[driver.Module] = []  # unloaded with the last reference
         self._counts: Counter[str] = Counter()
 
     @cached_property
@@ -139,17 +139,13 @@ class HopperTier:
         assert index is not None  # a tensor's device has one
         if (index, dtype) not in self._kernels:
             with driver.current(index):
-                self._kernels[index, dtype] = Kernels(*(self._load(*kernel, dtype) for kernel in KERNELS))
+                self._kernels[index, dtype] = Kernels(*(self._load(*kernel, dtype, index) for kernel in KERNELS))
         return self._kernels[index, dtype]
 
-    def _load(self, name: str, threads: int, shared: int, dtype: torch.dtype) -> Kernel:
-        from cupy.cuda import function
-
-        module = function.Module()
-        driver.checked("cuModuleLoadData", module.load, compiled(name, dtype))
+    def _load(self, name: str, threads: int, shared: int, dtype: torch.dtype, index: int) -> Kernel:
+        module = driver.Module(compiled(name, dtype), index)
         self._modules.append(module)
-        found = driver.checked(f"cuModuleGetFunction({name})", module.get_function, name)
-        return Kernel(found.ptr, name, threads, shared)
+        return Kernel(module.function(name).ptr, name, threads, shared)
 
 
 def _layout(args: MlaDecodeArgs) -> str:
