@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hal_conformance import ep_causes
 from hal_conformance.checks import ep_misuse
 from hal_conformance.context import Record, Settings
 from hal_conformance.ep import Step, own_device
@@ -154,6 +155,17 @@ def test_as_many_rows_as_the_worst_case_are_judged(spare: int) -> None:
     assert received(context, case, inputs, 0, got, want)
     got["recv_topk_idx"][-1] = 7
     assert not received(context, case, inputs, 0, got, want)
+
+
+def test_a_last_choice_that_is_not_looked_at_is_the_cause_also_where_every_row_comes() -> None:
+    """On one rank a token's other choices bring it: only the experts it comes for tell."""
+    case = EpCase(ranks=1, experts=4, topk=3, tokens=(5,), routing="distinct", hidden=16)
+    inputs = case.inputs(1)
+    want = oracle.dispatch(inputs, 4)
+    inputs[0].topk_idx[:, -1] = -1
+    got = oracle.dispatch(inputs, 4)[0]
+    found = {"x": got.x, "idx": got.topk_idx, "counts": got.num_tokens_per_expert}
+    assert ep_causes.of_received(case, inputs, 0, found, want, (), False) == ep_causes.LAST_COLUMN
 
 
 def test_a_row_too_few_is_wrong_also_where_no_row_came() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from hal_conformance.ep_case import EpCase
 from hal_conformance.memory import bits
 
 Source = tuple[int, int]
+
+LAST_COLUMN: Final = "the last column of topk_idx is not looked at"
+"""Seen in rows that do not come, or where a token's other choices bring it all the same in the experts it comes for."""
 
 
 def equal(a: Any, b: Tensor | None) -> bool:
@@ -123,7 +126,7 @@ def _missing(case: EpCase, inputs: Sequence[RankInput], rank: int, missing: list
         return "tokens with a hole (-1) are dropped"
     local = case.local
     if all(rank * local <= int(inputs[s].topk_idx[t][-1]) < (rank + 1) * local for s, t in missing):
-        return "the last column of topk_idx is not looked at"
+        return LAST_COLUMN
     return "rows are lost"
 
 
@@ -135,6 +138,10 @@ def _routes(case: EpCase, inputs: Sequence[RankInput], rank: int, idx: Any, want
     if equal(idx, whole):
         return "expert ids are global: recv_topk_idx is not localised"
     if not case.expand:
+        unseen = right.clone()
+        unseen[:, -1] = -1
+        if equal(idx, unseen):
+            return LAST_COLUMN
         given = torch.stack([inputs[s].topk_idx[t] for s, t in want.source]) if want.source else right
         if equal(idx, given):
             return "topk_idx is passed on as it is: ids are global and experts elsewhere are not -1"
