@@ -25,6 +25,8 @@ ENV: Final = "HAL_SIM"
 CHECK_ENV: Final = "HAL_SIM_CHECK"
 """What is looked at: some of `CHECKS`, or ``all``."""
 CHECKS: Final = ("memory", "races", "uninitialised", "order", "streams", "fences")
+SEED_ENV: Final = "HAL_SIM_SEED"
+"""A number that orders are drawn from; 0 if unset."""
 
 CACHE_ENV: Final = "HAL_SIM_CACHE"
 """Folder of the simulator's libraries; ``kernel-hal`` in the user's cache folder if unset."""
@@ -43,7 +45,7 @@ def asked(runtime: str) -> str:
     Raises
     ------
     SpecError
-        `ENV` names no chip there is, or `CHECK_ENV` nothing that can be looked at.
+        `ENV` names no chip there is, `CHECK_ENV` nothing that can be looked at, or `SEED_ENV` is no number.
     """
     wanted = os.environ.get(ENV) or ""
     if wanted and wanted not in (legal := _chips()):
@@ -51,6 +53,9 @@ def asked(runtime: str) -> str:
     looks = os.environ.get(CHECK_ENV) or ""
     if looks not in ("", "all") and not set(looks.split(",")) <= set(CHECKS):
         raise SpecError(CHECK_ENV, repr(looks), f"all, or some of {','.join(CHECKS)}, without blanks; or unset")
+    seed = os.environ.get(SEED_ENV) or "0"
+    if not re.fullmatch(r"[0-9]{1,10}", seed) or int(seed) >= 2**32:
+        raise SpecError(SEED_ENV, repr(seed), "a number from 0 to 4294967295, or unset")
     name, _, chip = wanted.partition(":")
     return chip if name == runtime else ""
 
