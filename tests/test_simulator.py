@@ -419,10 +419,47 @@ def test_what_the_runtime_refuses_is_named(device: StagedDevice, planted: BoundP
         device.runtime("Free", 4096)
 
 
+@pytest.mark.parametrize("size", [64, -64 % 2**64, 2**64 - 1])
+def test_a_copy_of_what_is_not_there_fails_alone(size: int, device: StagedDevice) -> None:
+    of_host, buffer = torch.ones(N), device.empty(4 * N)
+    mine, theirs = of_host.data_ptr(), int(buffer)
+    nowhere = [(theirs, 0), (0, theirs), (theirs, 4096), (0, mine)]
+    for to, start in nowhere if size == 64 else [(theirs, mine), (mine, theirs), (theirs, theirs + 64)]:
+        device.copy(to, start, size)
+        said = "not all of that memory of the host is there" if size == 64 else "out of bounds, the buffer of 1024"
+        with pytest.raises(DeviceError, match=f"a copy .*{size} bytes.*: {said}"):
+            device.runtime("StreamSynchronize", device.stream())
+    if size > 64:
+        with pytest.raises(DeviceError, match="hipMemsetAsync: hipErrorInvalidValue"):
+            device.runtime("MemsetAsync", theirs, 0, size, device.stream())
+    device.copy(theirs, mine, 4 * N)
+    device.runtime("StreamSynchronize", device.stream())
+
+
+def test_a_launch_that_cannot_be_is_refused(device: StagedDevice, planted: BoundProgram) -> None:
+    arguments = (device.empty(4 * N), device.empty(4 * N), np.int32(128), np.int32(1))
+    for few in range(4):
+        with pytest.raises(DeviceError, match=f"right_enough: takes 4 arguments, {few} were given"):
+            device.launch(planted, "right_enough", 2, 128, arguments[:few])
+    for groups, threads in ((0, 128), (2**31, 128), (2**32 - 1, 128), (2, 0), (2, 1025)):
+        with pytest.raises(DeviceError, match="hipModuleLaunchKernel: hipErrorInvalidValue"):
+            device.launch(planted, "right_enough", groups, threads, arguments)
+
+
 def test_a_chip_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(sim.ENV, "hip:gfx1")
     probe = hal_rocm.RocmBackend().probe()
     assert not probe.available and probe.reason.startswith("HAL_SIM: got 'hip:gfx1'; legal: hip:gfx906, ")
+
+
+@pytest.mark.parametrize("seed", ["x", "-1", "1.5", "4294967296"])
+def test_a_seed_that_is_none_is_refused(seed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(sim.SEED_ENV, seed)
+    probe = hal_rocm.RocmBackend().probe()
+    assert (
+        not probe.available
+        and probe.reason == f"HAL_SIM_SEED: got '{seed}'; legal: a number from 0 to 4294967295, or unset"
+    )
 
 
 def test_a_forked_process_has_no_device(device: StagedDevice) -> None:

@@ -292,10 +292,10 @@ class SharingDevice(Device, Protocol):
 def packed(arguments: Sequence[Argument]) -> tuple[Any, list[Any]]:
     """Addresses of a launch's arguments, as drivers of C take them, and what they point to, to be held meanwhile.
 
-    Memory of the device is given by its own address.
+    Memory of the device is given by its own address. A null ends them: some drivers can tell when they are too few.
     """
     cells = [_cell(argument) for argument in arguments]
-    return (ctypes.c_void_p * len(cells))(*(ctypes.addressof(cell) for cell in cells)), cells
+    return (ctypes.c_void_p * (len(cells) + 1))(*(ctypes.addressof(cell) for cell in cells)), cells
 
 
 def _cell(argument: Any) -> Any:

@@ -155,9 +155,10 @@ std::string bounds(const Buffer *buffer, const char *at, size_t size) {
   if (!buffer) return "not memory of the device";
   if (!buffer->alive) return "use after free, of a buffer of " + bytes(buffer->size);
   if (at < buffer->base) return "out of bounds, " + bytes(buffer->base - at) + " before a buffer of " + bytes(buffer->size);
-  if (at + size > buffer->base + buffer->size)
+  const char *end = buffer->base + buffer->size;
+  if (at > end || size > (size_t)(end - at)) /* whose sum may be none */
     return "out of bounds, the buffer of " + bytes(buffer->size) + " ends " +
-           (at >= buffer->base + buffer->size ? bytes(at - buffer->base - buffer->size) + " before" : "within");
+           (at >= end ? bytes(at - end) + " before" : "within");
   return "";
 }
 

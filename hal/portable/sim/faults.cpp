@@ -1,9 +1,11 @@
-/* What the processor does not do for a kernel: an address where nothing is, an integer divided by zero.
+/* What the processor does not do for a kernel or a copy: an address where nothing is, an integer divided by zero.
  *
  * Signals of a thread that runs a kernel, brought upon it by what it executes there, end the kernel and not the process.
- * Handlers are there while a kernel runs, and hand on whatever is not its own.
+ * So do those of a copy from or to the host. Handlers are there meanwhile, and hand on whatever is not their own.
  */
+#include <setjmp.h>
 #include <signal.h>
+#include <string.h>
 #include <ucontext.h>
 
 #include "simulator.h"
@@ -13,6 +15,7 @@ namespace {
 constexpr int SIGNALS[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
 constexpr size_t COUNT = sizeof SIGNALS / sizeof *SIGNALS;
 struct sigaction before[COUNT];
+__attribute__((tls_model("initial-exec"))) thread_local sigjmp_buf *copying;
 
 #if defined(__x86_64__)
 char *stack(ucontext_t *context) { return (char *)context->uc_mcontext.gregs[REG_RSP]; }
@@ -34,6 +37,7 @@ void go_on(ucontext_t *context, char *top, void (*where)()) {
 void handle(int signal, siginfo_t *info, void *given) {
   ucontext_t *context = (ucontext_t *)given;
   bool by_itself = info->si_code > 0; /* and not sent by somebody */
+  if (by_itself && copying) siglongjmp(*copying, 1);
   Fault fault{signal, (char *)info->si_addr, instruction(context)};
   if (char *top = by_itself ? running::caught(fault, stack(context)) : nullptr) return go_on(context, top, running::tell);
   size_t which = 0;
@@ -62,6 +66,15 @@ Watch::~Watch() {
     sigaction(SIGNALS[i], nullptr, &found);
     if (found.sa_flags & SA_SIGINFO && found.sa_sigaction == handle) sigaction(SIGNALS[i], &before[i], nullptr);
   }
+}
+
+bool copied(void *to, const void *from, size_t size) {
+  Watch watch;
+  sigjmp_buf back;
+  copying = &back;
+  if (sigsetjmp(back, 1)) return copying = nullptr, false;
+  memcpy(to, from, size);
+  return copying = nullptr, true;
 }
 
 Stack::Stack(char *base) {

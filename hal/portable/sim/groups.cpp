@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <numeric>
 #include <random>
 #include <thread>
 
@@ -341,9 +342,10 @@ std::string check::work_item(const Where &where) {
 }
 
 std::string run(Launch &launch) {
-  std::vector<unsigned> groups(launch.groups);
-  for (unsigned i = 0; i < launch.groups; i++) groups[i] = i;
+  std::vector<unsigned> groups;
   if (launch.checks.order) {
+    groups.resize(launch.groups);
+    std::iota(groups.begin(), groups.end(), 0);
     std::mt19937 random(launch.checks.seed);
     std::shuffle(groups.begin(), groups.end(), random);
   }
@@ -356,7 +358,7 @@ std::string run(Launch &launch) {
     Worker *outer = worker;
     worker = &w;
     for (unsigned i; (i = next++) < launch.groups;) {
-      std::string why = run_group(w, groups[i]);
+      std::string why = run_group(w, groups.empty() ? i : groups[i]);
       if (why.empty()) continue;
       next = launch.groups;
       std::lock_guard<std::mutex> lock(failure_gate);

@@ -138,7 +138,8 @@ Buffer *find(const void *address) {
 Buffer *alive(const void *address, size_t size) {
   Buffer *found = find(address);
   char *at = (char *)address;
-  bool within = found && found->alive && at >= found->base && at + size <= found->base + found->size;
+  char *end = found ? found->base + found->size : nullptr;
+  bool within = found && found->alive && at >= found->base && at <= end && size <= (size_t)(end - at);
   return within ? found : nullptr;
 }
 

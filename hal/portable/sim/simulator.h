@@ -3,7 +3,7 @@
  *   memory.cpp   device memory: buffers with red zones, poison, handles for other processes
  *   modules.cpp  compiles kernels for the host and loads them
  *   groups.cpp   runs the work-items of a group in turns, wavefront by wavefront
- *   faults.cpp   what the processor refuses to do for a kernel becomes the kernel's failure
+ *   faults.cpp   what the processor refuses to do for a kernel or a copy becomes its failure
  *   checks.cpp   looks at every access of a kernel
  *   fences.cpp   looks at flags and fences between processes
  *   streams.cpp  queues of work, done when somebody waits, in an order drawn from a seed
@@ -203,7 +203,7 @@ void copied_to(Store *stores, size_t size);
 void forget(const char *begin, const char *end);
 }  // namespace fences
 
-/* What the processor does not do for a kernel: signals of its own thread. */
+/* What the processor does not do for a kernel or a copy: signals of its own thread. */
 namespace faults {
 struct Fault {
   int signal;
@@ -214,6 +214,8 @@ struct Watch {
   Watch();
   ~Watch();
 };
+/* False if some of it cannot be read or written. */
+bool copied(void *to, const void *from, size_t size);
 /* What signals of a thread are handled on while it runs kernels. */
 constexpr size_t STACK = 64 << 10;
 struct Stack {

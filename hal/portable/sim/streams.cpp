@@ -249,7 +249,8 @@ Error copy(Stream *stream, void *to, const void *from, size_t size) {
   if (!known(stream)) return INVALID_HANDLE;
   push(stream, "a copy", [=](const Op &op) {
     std::string wrong = check::copy(op, to, from, size);
-    if (wrong.empty()) memcpy(to, from, size);
+    if (wrong.empty() && !faults::copied(to, from, size))
+      wrong = op.what + " of " + std::to_string(size) + " bytes: not all of that memory of the host is there";
     return wrong;
   });
   return OK;
@@ -270,7 +271,15 @@ Error launch(Stream *stream, Function *function, unsigned groups, unsigned threa
              const Chip *chip) {
   if (!known(stream) || !modules::known(function)) return INVALID_HANDLE;
   const hal_sim_kernel &kernel = *function->kernel;
-  if (!groups || !threads || threads > chip->most_threads || (!given && !extra && kernel.count)) return INVALID_VALUE;
+  if (!groups || groups > INT32_MAX || !threads || threads > chip->most_threads) return INVALID_VALUE;
+  if (!given && !extra && kernel.count) return INVALID_VALUE;
+  /* Nothing says how many there are, but who ends them with a null is told. */
+  for (unsigned i = 0; given && i < kernel.count; i++) {
+    if (given[i]) continue;
+    report(std::string(kernel.name) + ": takes " + std::to_string(kernel.count) + " arguments, " + std::to_string(i) +
+           " were given");
+    return LAUNCH_FAILURE;
+  }
   if (modules::local_bytes(*function) > chip->local_bytes) {
     report(std::string(kernel.name) + ": takes " + std::to_string(modules::local_bytes(*function)) +
            " bytes of local memory, a group of " + chip->name + " has " + std::to_string(chip->local_bytes));
