@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,20 +16,23 @@ from hal_conformance.checks import load
 from hal_conformance.checks.capability import declared_calls
 from hal_conformance.checks.pairs import realise
 from hal_conformance.context import BackendRaised, Context, Settings
+from hal_conformance.docs import spec
 from hal_conformance.draw import MOST_HEADS, MOST_PAGE, MOST_QUERIES, Draw, notable, within
+from hal_conformance.ep_case import MOST_EXPERTS, MOST_RANKS, MOST_ROW, MOST_TOKENS, MOST_TOPK, EpDraw
 from hal_conformance.inputs import build
 from hal_conformance.process import Worker
 from hal_conformance.requirements import REQUIREMENTS
 from hal_conformance.session import Session
 from hal_conformance.table import BY_ID, of_level
 from hal_conformance.virtual import NoRoom, reserve
+from mutants.ep_sample import Modest, communicates
 from mutants.registry import load as mutants
 from mutants.runner import WITNESS, installed
 from mutants.sample import dense
 from seeds import SEED
 
 import hal
-from hal.spec.capability import Capabilities, Ints, MlaCapabilities, only
+from hal.spec.capability import Capabilities, EpCapabilities, Ints, MlaCapabilities, only
 
 DECLARED = {
     "everything": dense(),
@@ -297,3 +302,27 @@ def test_a_draw_is_the_same_in_every_mode_but_for_how_much_of_it_there_is() -> N
     whole = draws("default").hand("h_q", range(1, 161))
     assert draws("quick").hand("h_q", range(1, 161)) == whole[:3]
     assert dataclasses.replace(draws("default"), index=1).hand("h_q", range(1, 161)) != whole
+
+
+_LARGE = [operator.attrgetter(name) for name in ("many", "wide", "long")]
+
+
+@pytest.mark.parametrize("declared", [communicates(), Modest().declared()])
+def test_large_groups_and_long_rows_are_drawn_as_far_as_they_are_declared(declared: EpCapabilities) -> None:
+    made = [EpDraw(random.Random(seed), declared, seed) for seed in range(20)]
+    many, wide, long = ([make(d)(d.base()) for d in made] for make in _LARGE)
+    for case in many + wide + long:
+        assert case.ranks == len(case.tokens) and case.ranks in declared.ranks
+        assert case.experts in declared.num_experts and case.topk in declared.topk
+        assert case.hidden * case.torch_dtype.itemsize in declared.row_bytes
+    if declared == communicates():
+        assert {case.ranks for case in many} == {5, 6, 7, 8}
+        assert min(case.experts for case in many + wide) > 128 and min(case.topk for case in many) > 6
+        assert min(max(case.tokens) for case in many) > 64
+        assert min(case.hidden * case.torch_dtype.itemsize for case in long) > 8192
+
+
+def test_the_specification_says_how_large_groups_are() -> None:
+    text = " ".join(spec().split())
+    assert f"up to {MOST_RANKS} ranks, {MOST_EXPERTS} experts, a top-k of {MOST_TOPK}" in text
+    assert f"{MOST_TOKENS} tokens of a rank, and rows of {MOST_ROW} bytes" in text

@@ -172,3 +172,23 @@ def test_a_row_too_few_is_wrong_also_where_no_row_came() -> None:
     for rows in (3, 1, 0):
         step = Step("combine", "combine", {"x": torch.ones(rows, 8)})
         assert len(ep_misuse._short(step).args["x"]) == abs(rows - 1)
+
+
+def test_counts_of_many_experts_are_told_by_those_that_differ() -> None:
+    case = EpCase(ranks=1, experts=40, topk=1, tokens=(3,), routing="distinct")
+    inputs = case.inputs(1)
+    want = oracle.dispatch(inputs, 40)
+    counts = list(want[0].num_tokens_per_expert)
+    counts[33] += 2
+    got = {
+        "recv_x": want[0].x,
+        "recv_topk_idx": want[0].topk_idx,
+        "recv_topk_weights": want[0].topk_weights,
+        "num_recv_tokens_per_expert": counts,
+        "num_dropped": 0,
+    }
+    noted = _Noted()
+    received(noted, case, inputs, 0, got, want, "dispatch")  # type: ignore[arg-type]
+    assert f"differs for 1 of 40 experts: {counts[33]} instead of {counts[33] - 2} for local expert 33" in str(
+        noted.record.problems
+    )

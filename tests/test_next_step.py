@@ -23,6 +23,7 @@ def report(
         "run": {"mode": mode, "only": list(only), "case": None, "patience": patience},
         "obligations": [{"id": name, "status": status} for name, status in every.items()],
         "levels": levels(every),
+        "problems": [],
         "certificate": {} if certified else None,
     }
 
@@ -50,6 +51,16 @@ def test_a_step_may_be_for_a_level(marked: Path, status: str) -> None:
     assert said[0].startswith("MLA-22, the tail of the last page: ")
     assert said[1].startswith("write, in the backend: mla_decode()")
     assert said[2] == "hal_acme/backend.py:3: look at the driver"
+
+
+def test_what_was_not_judged_is_to_be_run_again(marked: Path) -> None:
+    assert next_step(report(MLA_22="ERROR"))[-1].endswith("first again: hal conform --backend acme --only MLA-22")
+    assert "again" not in " ".join(next_step(report(MLA_22="FAIL")))
+
+
+def test_a_waiver_that_is_wrong_is_what_is_next(marked: Path) -> None:
+    problems = ["the waiver of MLA-02 is not used: it is PASS; remove it"]
+    assert next_step(report(only=("MLA-02",)) | {"problems": problems}) == problems
 
 
 def test_without_comments_the_place_is_the_package(marked: Path) -> None:

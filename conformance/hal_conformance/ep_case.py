@@ -12,9 +12,9 @@ from torch import Tensor
 
 from hal.reference import ep as oracle
 from hal.reference.ep import RankInput
-from hal.spec.capability import EpCapabilities
+from hal.spec.capability import EpCapabilities, Ints
 from hal.spec.ep import FP8, SCALE_GROUP
-from hal_conformance.draw import members
+from hal_conformance.draw import members, within
 
 ROUTINGS: Final = ("mixed", "distinct", "zipf", "one", "one_rank", "avoid", "same", "none", "half")
 TIMEOUT: Final = 10.0
@@ -30,6 +30,13 @@ _SMALL: Final = 2.0**-11
 
 TOPK: Final = (3, 2, 5, 1, 8)
 EXPERTS: Final = (8, 9, 7, 16, 12, 5, 64)
+
+MOST_RANKS: Final = 8
+MOST_EXPERTS: Final = 256
+MOST_TOPK: Final = 12
+MOST_TOKENS: Final = 160
+MOST_ROW: Final = 16384
+"""Up to where sizes are drawn, from the upper half: what no short list holds, a block of threads or one pass of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +262,34 @@ class EpDraw:
             ),
             ROWS[1:],
         )
+
+    def many(self, case: EpCase) -> EpCase:
+        """As many ranks as a node has, with more experts, choices and tokens than a group of threads; of short rows."""
+        world = self.ranks or self._upper(self.declared.ranks, MOST_RANKS)
+        crowded = self.rng.randrange(world)
+        tokens = (self.rng.randint(MOST_TOKENS // 2, MOST_TOKENS) if r == crowded else r % 3 for r in range(world))
+        large = self.wide(case).but(ranks=world, topk=self._upper(self.declared.topk, MOST_TOPK), tokens=tuple(tokens))
+        return self.sized(large, ROWS[1:4:2])
+
+    def wide(self, case: EpCase) -> EpCase:
+        """So many experts that on few ranks each has more than a group of threads."""
+        tokens = tuple(max(8, n) for n in case.tokens)
+        return case.but(experts=self._upper(self.declared.num_experts, MOST_EXPERTS), tokens=tokens)
+
+    def long(self, case: EpCase) -> EpCase:
+        """A few rows, longer than what a group of threads copies at once."""
+        itemsize = case.torch_dtype.itemsize
+        every = range(MOST_ROW // 2 + 16, MOST_ROW + 1, 16)
+        # So that the bytes of the same columns as FP8 are a multiple of 16 too.
+        rows = [n for n in every if n in self.declared.row_bytes and n % (16 * itemsize) == 0]
+        few = case.but(tokens=tuple(self.rng.randint(1, 3) for _ in case.tokens))
+        return few.but(hidden=self.rng.choice(rows) // itemsize) if rows else few
+
+    def _upper(self, declared: Ints, most: int) -> int:
+        """A declared value of the upper half up to ``most``, or the one nearest to it."""
+        every = within(declared, most)
+        found = [n for n in every if most < 2 * n <= 2 * most]
+        return self.rng.choice(found) if found else min(every, key=lambda n: abs(n - most))
 
     def sized(self, case: EpCase, rows: tuple[int, ...] = (128, 256)) -> EpCase:
         """With a declared hidden, of FP8 rows too where the case has some."""

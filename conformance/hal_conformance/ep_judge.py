@@ -118,8 +118,9 @@ def received(
     if weights:
         problems.append(differ("recv_topk_weights", heavy, want.topk_weights, where))
     counts = list(got.get("num_recv_tokens_per_expert") or ())
-    if counts != ([] if case.worst else want.num_tokens_per_expert):
-        problems.append(f"num_recv_tokens_per_expert is {counts} instead of {want.num_tokens_per_expert}")
+    right = [] if case.worst else want.num_tokens_per_expert
+    if counts != right:
+        problems.append(_counted(counts, right))
     if got.get("num_dropped") != want.num_dropped:
         problems.append(f"num_dropped is {got.get('num_dropped')} instead of {want.num_dropped}")
     seen = {"x": x, "idx": idx, "scales": scales, "weights": heavy, "counts": counts}
@@ -199,6 +200,16 @@ def _sources(want: RankPacked, local: int) -> list[tuple[int, int]]:
         begin, count = packed_range >> 32, packed_range & 0xFFFFFFFF
         found += [(source, int(token)) for token in want.src_info[local, begin : begin + count]]
     return found
+
+
+def _counted(counts: list[int], want: list[int]) -> str:
+    """What is wrong with counts; where they are too many to compare by eye, the first that differ."""
+    name = "num_recv_tokens_per_expert"
+    if len(want) <= 16 or len(counts) != len(want):
+        return f"{name} is {counts} instead of {want}"
+    wrong = [local for local in range(len(want)) if counts[local] != want[local]]
+    shown = ", ".join(f"{counts[local]} instead of {want[local]} for local expert {local}" for local in wrong[:3])
+    return f"{name} differs for {len(wrong)} of {len(want)} experts: {shown}"
 
 
 def same(context: Context, rank: int, what: str, got: Any, first: Any) -> bool:

@@ -75,6 +75,8 @@ def next_step(report: Mapping[str, Any]) -> list[str]:
     broken = next((row for row in report["obligations"] if row["status"] in RED), None)
     if broken is not None:
         return _broken(backend, broken)
+    if report["problems"]:
+        return list(report["problems"])
     base = f"hal conform --backend {backend}"
     patience = "" if run["patience"] == 1 else f" --patience {run['patience']:g}"
     if run["only"] or run["case"] is not None:
@@ -106,7 +108,12 @@ def _broken(backend: str, row: Mapping[str, Any]) -> list[str]:
     write = next(_WRITE[key] for key in keys if key in _WRITE)
     lines = [f"{obligation.id}, {obligation.title}: {obligation.sentence}", f"write, in the backend: {write}"]
     found = steps(backend, keys)
-    return lines + ([f"{step.where}: {step.text}" for step in found] or _files(backend))
+    lines += [f"{step.where}: {step.text}" for step in found] or _files(backend)
+    if row["status"] == "ERROR":
+        lines.append(
+            f"but it ended before it was judged; first again: hal conform --backend {backend} --only {row['id']}"
+        )
+    return lines
 
 
 def steps(backend: str, keys: Iterable[str]) -> list[Step]:

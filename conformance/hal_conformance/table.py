@@ -889,7 +889,7 @@ TABLE: Final = (
         "any sizes",
         "Any hidden, dtype, top-k, expert and rank count works in this mode too.",
         "ep_low_latency",
-        (4, 24, 160),
+        (6, 24, 160),
         _STARTING,
         needs="EpBuffer",
     ),

@@ -90,6 +90,25 @@ class PlansInARing(Sample):
         return [(a, min(z, length)) for a, z in planned[j % len(planned)] if a < length]
 
 
+@mutant("L1", "a plan counts its uses in five bits: from the 33rd layer on the last split is not waited for")
+class PlanOfThirtyTwoLayers(Sample):
+    def mla_plan(self, args: Any) -> object:
+        return _Used(super().mla_plan(args))
+
+    def mla_decode(self, args: Any) -> None:
+        if args.schedule is not None:
+            args.schedule.uses += 1
+        super().mla_decode(args)
+
+    def splits(self, args: Any, j: int, length: int) -> Any:
+        every = super().splits(args, j, length)
+        return every if args.schedule is None or args.schedule.uses <= 32 else every[:1] + every[1:-1]
+
+
+class _Used(list):  # type: ignore[type-arg]
+    uses = 0
+
+
 class _Unchecked(Sample):
     def refuse_bad_indices(self, args: Any) -> None:
         pass

@@ -330,3 +330,47 @@ class InputsZeroed(Engine):
         done = super().dispatch(args)
         args.x.zero_()
         return done
+
+
+@engine("E1", "the table of peers has room for four ranks, which all tests of its author have")
+class FourPeers(Engine):
+    def copied(self, message: Any, token: int) -> Any:
+        row = super().copied(message, token)
+        return row if self.ranks <= 4 else torch.zeros_like(row)
+
+
+@engine("E1", "the tokens of a rank are found by one ballot: those past the 64th are lost")
+class OneBallotOfTokens(Engine):
+    def arrivals(self, idx: Any, rank: int) -> Any:
+        return [(source, token) for source, token in super().arrivals(idx, rank) if token < 64]
+
+
+@engine("E1", "counts lie in the lanes of one group: an expert past the 32nd of a rank has none")
+class ThirtyTwoExpertsOfARank(Engine):
+    def reported(self, counts: Any, rank: int) -> list[int]:
+        return [count if expert < 32 else 0 for expert, count in enumerate(super().reported(counts, rank))]
+
+
+@engine("E1", "a token's choices are kept in eight registers: a ninth is not seen")
+class EightChoices(Engine):
+    def experts(self, row: Any) -> list[int]:
+        return super().experts(row[:8])
+
+
+@engine("E1", "a row is copied in one pass of a block: bytes past 8192 are lost")
+class RowsOfOnePass(Engine):
+    def copied(self, message: Any, token: int) -> Any:
+        row = super().copied(message, token).clone()
+        row.view(torch.uint8)[8192:] = 0
+        return row
+
+
+@engine(
+    "E1",
+    "flags count calls in eight bits: from the 257th on those of earlier ones are found",
+    only="EPN-22",
+)
+class CallsInEightBits(Engine):
+    def copied(self, message: Any, token: int) -> Any:
+        row = super().copied(message, token)
+        return torch.zeros_like(row) if self.operation > 256 else row

@@ -242,3 +242,13 @@ class PackedErrorOnOneRank(Engine):
             return super().refuse(phase, error)
         self.operation += 1
         return error
+
+
+@engine("E2", "the counts of a call lie in one of 256 slots, which are cleared once", only="EPL-13")
+class SlotsClearedOnce(Engine):
+    dispatches = 0
+
+    def finished_counts(self, count: Any) -> None:
+        self.dispatches += 1
+        if self.dispatches > 256:
+            count += 1

@@ -58,12 +58,12 @@ def mutant(level: str, story: str, cause: str = "", only: str = "", tampers: boo
     return register
 
 
-def engine(level: str, story: str, cause: str = "") -> Callable[[type], type]:
+def engine(level: str, story: str, cause: str = "", only: str = "") -> Callable[[type], type]:
     """Register an expert-parallel engine as a mutant: a backend that opens it."""
     from mutants.ep_sample import EpSample
 
     def register(cls: type) -> type:
-        mutant(level, story, cause)(type(cls.__name__, (EpSample,), {"engine": cls}))
+        mutant(level, story, cause, only)(type(cls.__name__, (EpSample,), {"engine": cls}))
         return cls
 
     return register

@@ -25,6 +25,9 @@ from hal_conformance.draw import (
 _ALIVE = 9
 """Plans that are there at once: more than a small ring has room for."""
 
+_LAYERS = 64
+"""Calls with one plan: the layers of a large model."""
+
 
 @holds("MLA-01")
 def plain_decode(context: Context) -> None:
@@ -131,7 +134,7 @@ def lengths_differ(context: Context) -> None:
 
 @holds("MLA-10")
 def plans(context: Context) -> None:
-    """One plan, three layers of different contents; then another plan, and the first again."""
+    """One plan, layers of different contents, another plan in between; in turn as many layers as models have."""
     draw = context.draw()
     case = draw.base().but(lengths=draw.lengths(most=900))
     if context.dense.causal and context.index % 2:
@@ -149,7 +152,22 @@ def plans(context: Context) -> None:
             # The layers of a step share one tensor of lengths: on a device a plan is bound to it, not to its values.
             inputs.cache_seqlens = first.cache_seqlens
         context.compare(inputs, context.run(inputs, plan=made), what=f"layer {number}: ")
+    if context.index % 4 == 0:
+        _many_layers(context, draw, case)
     _many_plans(context, draw, case)
+
+
+def _many_layers(context: Context, draw: Draw, case: MlaCase) -> None:
+    """One plan for all layers: what it counts, or clears by itself, it counts and clears every time."""
+    d, d_v = draw.smallest_dims()
+    thin = case.but(d=d, d_v=d_v, h_q=draw.heads_for(case.h_kv, 4), data="hot")
+    # Long enough for several splits, which the schedule of a plan is about.
+    inputs = context.make(thin.but(lengths=draw.ordinary((draw.rng.randint(600, 1500), case.s_q + 40))))
+    plan, expected = plan_for(inputs, context.backend), context.expect(inputs)
+    for layer in range(_LAYERS):
+        context.compare(inputs, context.run(inputs, plan=plan), expected, what=f"layer {layer} of {_LAYERS}: ")
+        if context.record.problems:
+            return
 
 
 def _many_plans(context: Context, draw: Draw, case: MlaCase) -> None:

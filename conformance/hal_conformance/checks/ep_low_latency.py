@@ -8,8 +8,8 @@ import torch
 
 from hal.reference.ep import RankInput
 from hal_conformance.checks import holds
-from hal_conformance.checks.ep_calls import PAUSE
-from hal_conformance.checks.ep_normal import draw
+from hal_conformance.checks.ep_calls import MANY, MANY_LIMIT, PAUSE
+from hal_conformance.checks.ep_normal import LARGE, draw
 from hal_conformance.context import Context
 from hal_conformance.ep import Padded, Ref, Step
 from hal_conformance.ep_case import ROWS, EpCase
@@ -103,7 +103,12 @@ def weighted_sums(context: Context) -> None:
 
 @holds("EPL-07")
 def any_sizes(context: Context) -> None:
-    """Odd sizes and every declared dtype."""
+    """Odd sizes and every declared dtype; large sizes."""
+    if context.index % LARGE == LARGE - 1:
+        low_latency(context, draw(context).many(base(context)))
+        low_latency(context, draw(context).wide(base(context, (2, 3))))
+        low_latency(context, draw(context).long(base(context, (2, 3))))
+        return
     plain = [d for d in context.ep.dtypes if d != "float8_e4m3fn"]
     case = base(context, (3, 2, 1, 4), dtype=plain[context.index % len(plain)])
     case = draw(context).odd(case)
@@ -283,11 +288,14 @@ def statistics(context: Context, scale: float) -> None:
 
 @holds("EPL-13")
 def same_bits(context: Context) -> None:
-    """The same calls again and again, ranks arriving in every order."""
-    case = base(context, (3, 4, 2), routing="mixed")
+    """The same calls again and again, ranks arriving in every order; and very often on one buffer."""
+    many = context.index % 4 == 3
+    case = base(context, (2,) if many else (3, 4, 2), routing="mixed")
+    case = case.but(tokens=(2,) * case.ranks) if many else case
     made = PackedRound(context, case)
-    repeats = 6 if context.settings.mode == "quick" else 15
-    pauses = [[context.rng.random() * 0.004 for _ in range(2 * repeats)] for _ in range(case.ranks)]
+    repeats = MANY if many else 6 if context.settings.mode == "quick" else 15
+    late = 0.0 if many else 0.004
+    pauses = [[context.rng.random() * late for _ in range(2 * repeats)] for _ in range(case.ranks)]
 
     def steps(rank: int) -> list[Step]:
         found = []
@@ -299,7 +307,7 @@ def same_bits(context: Context) -> None:
             found.append(Step("drop", args={"of": f"dispatch {turn}"}))
         return found
 
-    played = play(context, case, scripts(case, steps, "low_latency"))
+    played = play(context, case, scripts(case, steps, "low_latency"), timeout=MANY_LIMIT)
     made.judge_dispatch(played, "dispatch 0")
     made.judge_combine(played, "combine 0")
     for turn in range(1, repeats):

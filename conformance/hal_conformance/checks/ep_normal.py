@@ -13,6 +13,9 @@ from hal_conformance.ep_judge import differ, note
 from hal_conformance.ep_play import play
 from hal_conformance.ep_round import Round, normal, scripts
 
+LARGE = 6
+"""One case of so many has large sizes: the last one of a quick run."""
+
 
 def draw(context: Context) -> EpDraw:
     """The source of declared sizes."""
@@ -53,7 +56,12 @@ def no_tokens(context: Context) -> None:
 
 @holds("EPN-05")
 def any_sizes(context: Context) -> None:
-    """Odd numbers of experts, choices, ranks and columns; more experts than tokens and fewer than ranks."""
+    """Odd numbers of experts, choices, ranks and columns; more experts than tokens and fewer than ranks; large ones."""
+    if context.index % LARGE == LARGE - 1:
+        normal(context, draw(context).many(draw(context).base()).but(bias=1))
+        normal(context, draw(context).wide(draw(context).base((2, 3))))
+        normal(context, draw(context).long(draw(context).base((2, 3), bias=1)))
+        return
     case = draw(context).odd(draw(context).base((3, 2, 1, 4)))
     tokens = tuple(context.rng.choice((1, 2, 3, 13, 33)) for _ in range(case.ranks))
     normal(context, case.but(tokens=tokens, capacity=context.rng.choice((0, 40))))
