@@ -33,7 +33,7 @@ EXPERTS: Final = (8, 9, 7, 16, 12, 5, 64)
 
 MOST_RANKS: Final = 8
 MOST_EXPERTS: Final = 256
-MOST_TOPK: Final = 12
+MOST_TOPK: Final = 16
 MOST_TOKENS: Final = 160
 MOST_ROW: Final = 16384
 """Up to where sizes are drawn, from the upper half: what no short list holds, a block of threads or one pass of it."""
