@@ -355,6 +355,34 @@ def test_a_stale_handle_is_refused_alike() -> None:
     assert all(text.startswith("handle: got one that was combined") for text in first), first
 
 
+def refused_and_right(rank: int) -> None:
+    """A combine that was refused has used nothing up; a result that had been combined before stays so."""
+    mine = CASE.inputs()[rank]
+    short = mine.topk_weights[1:] if rank else mine.topk_weights
+    with CASE.buffer() as buffer:
+        low = buffer.low_latency_dispatch(mine.x, mine.topk_idx, use_fp8=False)
+        assert isinstance(low.recv_x, torch.Tensor)
+        with pytest.raises(SpecError, match="topk_weights"):
+            buffer.low_latency_combine(low.recv_x, mine.topk_idx, short, low.handle)
+        other = buffer.low_latency_dispatch(mine.x, mine.topk_idx, use_fp8=False)
+        with pytest.raises(SpecError, match="a third result while two are live"):
+            buffer.low_latency_dispatch(mine.x, mine.topk_idx, use_fp8=False)
+        assert isinstance(other.recv_x, torch.Tensor)
+        right = [
+            buffer.low_latency_combine(of.recv_x, mine.topk_idx, mine.topk_weights, of.handle).combined_x
+            for of in (low, other)
+        ]
+        same("combined_x", right[0], right[1])
+        with pytest.raises(SpecError, match="topk_weights"):
+            buffer.low_latency_combine(other.recv_x, mine.topk_idx, short, other.handle)
+        for _ in range(2):
+            buffer.low_latency_dispatch(mine.x, mine.topk_idx, use_fp8=False)
+
+
+def test_a_combine_that_was_refused_used_nothing_up() -> None:
+    run_ranks(2, refused_and_right)
+
+
 def combining_what_failed(rank: int) -> str:
     """A deferred dispatch that all refused leaves rank 0 a handle, which combines nothing."""
     mine = CASE.inputs()[rank]

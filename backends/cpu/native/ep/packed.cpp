@@ -314,12 +314,20 @@ std::shared_ptr<Operation> Engine::packed_combine(const PackedCombineCall& call)
   }
   post(*op, call.arguments, nullptr, fine ? lease->offset : 0, fine ? bytes : 0, 0, fine ? nullptr : &bad, 0);
   stages_.push_back({op->seq, lease});
-  if (routes.packed_slot >= 0 && packed_[routes.packed_slot].id == routes.id)
-    packed_[routes.packed_slot].released = true;
+  PackedSlot* slot = routes.packed_slot < 0 ? nullptr : &packed_[routes.packed_slot];
+  if (slot != nullptr && slot->id != routes.id) slot = nullptr;
+  const bool used = slot != nullptr && slot->released;
+  if (slot != nullptr) slot->released = true;
   Operation* raw = op.get();
-  op->complete = [this, raw, call, row_bytes] {
-    fetch(*raw, call.waits);
+  op->complete = [this, raw, call, row_bytes, slot, used] {
     const Routes& way = *call.routes;
+    try {
+      fetch(*raw, call.waits);
+    } catch (const Refused&) {
+      // Nothing was combined: the same result may be, by a call that is right.
+      if (slot != nullptr && slot->id == way.id) slot->released = used;
+      throw;
+    }
     const uint64_t cells = uint64_t(config_.experts * call.slots);
     std::vector<const void*> rows(size_t(way.topk) + 1);
     std::vector<float> weights(size_t(way.topk) + 1);
