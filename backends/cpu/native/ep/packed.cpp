@@ -270,10 +270,13 @@ std::shared_ptr<Operation> Engine::packed_combine(const PackedCombineCall& call)
   op->routes = call.routes;
   if (!faults_.empty()) fault(kStage, op->seq, -1);
   Text bad;
-  bool fine = routes.packed_slot < 0 || packed_[routes.packed_slot].id == routes.id;
-  if (!fine)
+  PackedSlot* slot = routes.packed_slot < 0 ? nullptr : &packed_[routes.packed_slot];
+  bool fine = slot == nullptr || slot->id == routes.id;
+  if (!fine) {
+    slot = nullptr;  // another result's by now
     set_text(bad, "handle", "one that was combined, and whose memory a later dispatch has taken, on rank " + number(config_.rank),
              "one of a result that is live");
+  }
   for (size_t i = 0; fine && i < size_t(routes.tokens * routes.topk); ++i) {
     const int64_t expert = call.idx[i] - config_.expert_base;
     const bool here = call.idx[i] >= 0 && expert >= 0 && expert < int64_t(config_.experts) * config_.ranks;
@@ -314,8 +317,6 @@ std::shared_ptr<Operation> Engine::packed_combine(const PackedCombineCall& call)
   }
   post(*op, call.arguments, nullptr, fine ? lease->offset : 0, fine ? bytes : 0, 0, fine ? nullptr : &bad, 0);
   stages_.push_back({op->seq, lease});
-  PackedSlot* slot = routes.packed_slot < 0 ? nullptr : &packed_[routes.packed_slot];
-  if (slot != nullptr && slot->id != routes.id) slot = nullptr;
   const bool used = slot != nullptr && slot->released;
   if (slot != nullptr) slot->released = true;
   Operation* raw = op.get();
