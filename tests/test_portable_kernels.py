@@ -21,6 +21,7 @@ import hal
 import hal.portable
 from hal import plugins
 from hal.portable import ep_kernels
+from hal.portable.direct import kernels as direct
 from hal.portable.host import HostDevice
 from hal.portable.mla import DECODE, SCHEDULE, Tile
 from hal.portable.runtime import Source
@@ -117,7 +118,7 @@ def test_the_lint_sees_what_it_forbids(line: str, rule: str) -> None:
 
 
 def test_every_kernel_file_is_compiled() -> None:
-    communicating = {name for one in ep_kernels.every() for name in one.files}
+    communicating = {name for one in (*ep_kernels.every(), *direct.every()) for name in one.files}
     assert {path.name for path in KERNELS.iterdir()} == set(SCHEDULE) | set(DECODE) | communicating
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from hal.portable import cache, compiling, sim
 from hal.portable.bound_ipc import BoundIpc
@@ -359,6 +360,10 @@ class BoundDevice(InPlace):
     @cached_property
     def _ipc(self) -> BoundIpc:
         return BoundIpc(self.runtime, self.index)
+
+    def mailbox(self, words: int) -> Tensor:
+        """See `runtime.MeetingDevice`: memory of the host that the device addresses too."""
+        return torch.zeros(words, dtype=torch.int32, pin_memory=True)
 
     def window(self, size: int) -> IpcWindow:
         """See `runtime.SharingDevice`."""

@@ -7,18 +7,20 @@ by `hal.ep.nodes`.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 from hal.ep.engine import EpEngine
 from hal.ep.nodes import NodesEngine
+from hal.portable.direct import MOST_BINS, MOST_CHOICES, DirectEpEngine
 from hal.portable.ep_packed import PackedCalls
-from hal.portable.runtime import SharingDevice
+from hal.portable.runtime import MeetingDevice, SharingDevice
 from hal.spec.capability import EpCapabilities
 from hal.spec.ep import EpBufferArgs, whole_ep
 from hal.spec.errors import UnsupportedError
 
 
 class PortableEpEngine(PackedCalls):
-    """The engine of one node."""
+    """The engine of a node whose ranks meet over sockets: of several nodes, or of devices without `MeetingDevice`."""
 
 
 def capabilities(transport: str) -> EpCapabilities:
@@ -38,5 +40,9 @@ def open_engine(args: EpBufferArgs, device: SharingDevice, backend: str) -> EpEn
     """
     if args.faults is not None:
         raise UnsupportedError(backend, "faults", "faults to inject", "None")
-    node = PortableEpEngine(args, device)
-    return node if args.num_nodes == 1 else NodesEngine(args, node)
+    if args.num_nodes > 1:
+        return NodesEngine(args, PortableEpEngine(args, device))
+    bins = args.num_ranks * args.local_experts
+    if hasattr(device, "mailbox") and bins <= MOST_BINS and args.topk <= MOST_CHOICES:
+        return DirectEpEngine(args, cast(MeetingDevice, device))
+    return PortableEpEngine(args, device)

@@ -249,9 +249,12 @@ class EpKernels:
     def _launch(
         self, queue: Queue, source: Source, kernel: str, groups: int, threads: int, *arguments: Memory | Number
     ) -> None:
+        self._last = queue.launch(self._program(source), kernel, groups, threads, arguments)
+
+    def _program(self, source: Source) -> Program:
         if source not in self._programs:
             self._programs[source] = self.device.build(source)
-        self._last = queue.launch(self._programs[source], kernel, groups, threads, arguments)
+        return self._programs[source]
 
 
 def _word(row_bytes: int) -> int:

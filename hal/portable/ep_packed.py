@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,51 +14,20 @@ from hal.ep.engine import EpLowLatencyCombined, EpLowLatencyDispatched, Finish
 from hal.ep.fields import PACKED_COMBINE_FIELDS, PACKED_FIELDS
 from hal.ep.relay import Relayed
 from hal.portable.ep_post import GRANT, Operation
-from hal.portable.ep_rooms import ROOMS, Rooms
+from hal.portable.ep_rooms import Rooms
 from hal.portable.ep_routes import Routes
 from hal.portable.ep_rows import Fetched, Place, chosen_of
-from hal.portable.runtime import SharingDevice
+from hal.portable.ep_slots import PackedState, SlotCalls, state_of
 from hal.spec.ep import (
     CASTS,
-    FP8,
-    SCALE_GROUP,
-    EpBufferArgs,
     EpLowLatencyCombineArgs,
     EpLowLatencyDispatchArgs,
-    EpLowLatencyHandle,
 )
 from hal.spec.errors import SpecError
 
 
-class PackedState:
-    """What a low-latency handle carries.
-
-    Attributes
-    ----------
-    routes : Routes
-    selected : Tensor
-        [L · slots], -1 where a slot has no row.
-    lent : Tensor or None
-        Memory lent to combine.
-    released : bool
-        Whether a combine was made.
-    """
-
-    __slots__ = ("__weakref__", "lent", "released", "routes", "selected")
-
-    def __init__(self) -> None:
-        self.routes: Any = None
-        self.selected: Any = None
-        self.lent: Tensor | None = None
-        self.released = False
-
-
-class PackedCalls(Rooms):
+class PackedCalls(Rooms, SlotCalls):
     """The calls of the low-latency mode."""
-
-    def __init__(self, args: EpBufferArgs, device: SharingDevice) -> None:
-        self._live: list[tuple[weakref.ref[PackedState], weakref.ref[Tensor]]] = []
-        super().__init__(args, device)
 
     def low_latency_dispatch(self, args: EpLowLatencyDispatchArgs) -> EpLowLatencyDispatched:
         """Send rows, cast where asked, to the receivers' rooms; the finish packs them."""
@@ -89,48 +57,6 @@ class PackedCalls(Rooms):
         with self._calling("low_latency_dispatch"):
             return self._send_packed(args, reserved, tokens, False)
 
-    def _third(self) -> SpecError | None:
-        """What is wrong with one more result."""
-        for turn in range(2):
-            self._live = [
-                (state, rows)
-                for state, rows in self._live
-                if ((there := state()) is None and rows() is not None) or (there is not None and not there.released)
-            ]
-            if len(self._live) < ROOMS:
-                return None
-            if not turn:
-                gc.collect()  # a result let go in a cycle is let go
-        got = f"a third result while two are live on rank {self._args.rank}"
-        return SpecError("low_latency_dispatch", got, "at most two: combine one, or let go of it, first")
-
-    def _slots(self, args: EpLowLatencyDispatchArgs) -> EpLowLatencyDispatched:
-        """Tensors that a finish fills."""
-        buffer, device = self._args, args.x.device
-        local, hidden = buffer.local_experts, buffer.hidden
-        slots, scales = buffer.num_ranks * buffer.max_tokens_per_rank, None
-        rows = torch.empty(local, slots, hidden, dtype=args.x.dtype if args.cast == "none" else FP8, device=device)
-        if args.cast != "none":
-            groups = -(-hidden // SCALE_GROUP)
-            packed = args.cast == "fp8_ue8m0"
-            words, dtype = (-(-groups // 4), torch.int32) if packed else (groups, torch.float32)
-            scales = torch.empty(local, words, slots, dtype=dtype, device=device).transpose(1, 2)
-        state = PackedState()
-        handle = EpLowLatencyHandle(
-            self._owner,
-            torch.full((local, slots), -1, dtype=torch.int32, device=device),
-            torch.zeros(local, buffer.num_ranks, dtype=torch.int64, device=device),
-            buffer.max_tokens_per_rank,
-            hidden,
-            buffer.num_experts,
-            len(args.x),
-            args.topk_idx.shape[1],
-            state,
-        )
-        self._live.append((weakref.ref(state), weakref.ref(rows)))
-        count = torch.zeros(local, dtype=torch.int32, device=device)
-        return EpLowLatencyDispatched(rows, scales, count, handle, _nothing)
-
     def _send_packed(
         self, args: EpLowLatencyDispatchArgs, made: EpLowLatencyDispatched, tokens: Relayed, deferred: bool
     ) -> Finish:
@@ -140,7 +66,7 @@ class PackedCalls(Rooms):
         routes = Routes(self._args, near, tokens.begin, idx)
         routes.count(self._kernels, True, True)
         routes.number = op.number
-        state = _state(made.handle)
+        state = state_of(made.handle)
         state.routes = routes
         self._unfinished[op.number] = weakref.ref(state)
         self._listen(0)
@@ -181,7 +107,7 @@ class PackedCalls(Rooms):
     ) -> Any:
         """What fills the tensors of a dispatch."""
         near, local, topk = self._near, self._args.local_experts, args.topk_idx.shape[1]
-        state, handle, device = _state(made.handle), made.handle, args.x.device
+        state, handle, device = state_of(made.handle), made.handle, args.x.device
         slots, waits = made.recv_x.shape[1], args.dispatch_wait_recv_cost_stats
         stats = args.cumulative_local_expert_recv_stats
         job = self._job
@@ -271,7 +197,7 @@ class PackedCalls(Rooms):
 
     def _offer_packed(self, args: EpLowLatencyCombineArgs) -> Operation:
         """Stage the rows that there are."""
-        state, x = _state(args.handle), args.x
+        state, x = state_of(args.handle), args.x
         op = self._begin("low_latency_combine")
         error = self._wrong(args, state)
         if error is not None:
@@ -309,24 +235,5 @@ class PackedCalls(Rooms):
         self._agreed(op, letters, PACKED_COMBINE_FIELDS)
         self._await_flags(op, waits)
         starts = [[e * x.shape[1] for e in range(x.shape[0])]] * self._near.ranks
-        rank, row = _state(args.handle).routes.places(starts)
+        rank, row = state_of(args.handle).routes.places(starts)
         return self._fetched(op, letters, x, rank, row.masked_fill(args.topk_idx < 0, -1))
-
-    def low_latency_combine_buffer(self, handle: EpLowLatencyHandle) -> Tensor:
-        """Memory for the handle's next combine."""
-        buffer, state = self._args, _state(handle)
-        if state.lent is None:
-            slots = buffer.num_ranks * buffer.max_tokens_per_rank
-            state.lent = torch.empty(
-                buffer.local_experts, slots, buffer.hidden, dtype=buffer.dtype, device=handle.src_info.device
-            )
-        return state.lent
-
-
-def _nothing() -> None:
-    """The finish of what is only reserved."""
-
-
-def _state(handle: EpLowLatencyHandle) -> PackedState:
-    assert isinstance(handle.state, PackedState)
-    return handle.state

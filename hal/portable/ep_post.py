@@ -18,11 +18,10 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from hal.ep.engine import own_failure
+from hal.ep.engine import EpEngine, own_failure
 from hal.ep.fields import Fields, differing
 from hal.ep.lines import Lines, Message
 from hal.ep.neighbours import Neighbours
-from hal.ep.relay import NodeEngine
 from hal.portable.ep_kernels import EpKernels, before
 from hal.portable.ep_windows import Lease, Windows
 from hal.portable.runtime import ForeignWindow, SharingDevice, Window
@@ -67,7 +66,7 @@ class Operation:
     processors: int | None = None
 
 
-class Posting(NodeEngine):
+class Posting(EpEngine):
     """One rank's letters and flags.
 
     Parameters
@@ -83,13 +82,16 @@ class Posting(NodeEngine):
     def __init__(self, args: EpBufferArgs, device: SharingDevice) -> None:
         self._args = args
         self._near = Neighbours(args)
-        self._kernels = EpKernels(device)
+        self._kernels = self._kernels_on(device)
         self._windows = Windows(device)
         self._number = 0
         self._letters: dict[tuple[int, int], dict[int, Message]] = {}
         self._failure: RankFailure | None = None
         self._closed = False
         self._records: deque[dict[str, Any]] = deque(maxlen=_RECORDS)
+
+    def _kernels_on(self, device: SharingDevice) -> EpKernels:
+        return EpKernels(device)
 
     @property
     def _peers(self) -> Iterator[int]:
@@ -254,9 +256,12 @@ class Posting(NodeEngine):
             if self._failure is not None:
                 raise self._failure
             gone = [peer for peer in left if peer in self._lines.gone]
-            # It may have told before it went.
-            if gone and (left := missing()) and gone[0] in left:
-                raise self._fail(self._lost(op, gone[0], self._lines.gone[gone[0]]))
+            if gone:
+                # It may have told before it went.
+                left = missing()
+                if gone[0] in left:
+                    raise self._fail(self._lost(op, gone[0], self._lines.gone[gone[0]]))
+                continue
             now = time.monotonic()
             if now > end:
                 # After a stop it may be this rank that was waited for in vain.

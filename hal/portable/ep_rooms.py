@@ -10,7 +10,6 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Final
 
 from torch import Tensor
 
@@ -20,10 +19,9 @@ from hal.portable.ep_normal import NormalCalls
 from hal.portable.ep_post import GRANT, MAIN, Operation
 from hal.portable.ep_routes import Routes
 from hal.portable.ep_rows import Place
+from hal.portable.ep_slots import ROOMS
 from hal.portable.runtime import Memory
 from hal.spec.ep import SCALE_GROUP
-
-ROOMS: Final = 2
 
 
 class Rooms(NormalCalls):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hal.ep.lines import Message
+from hal.ep.relay import NodeEngine
 from hal.portable.ep_kernels import Rows
 from hal.portable.ep_node import NodeCalls
 from hal.portable.ep_post import Operation
@@ -58,7 +59,7 @@ class Place:
         return Rows(self.memory, 4 * self.aux, after + (self.first + begin) * 4 * self.aux)
 
 
-class RowCalls(NodeCalls):
+class RowCalls(NodeCalls, NodeEngine):
     """What the calls of both modes do with rows."""
 
     def _push(self, queue: Queue, op: Operation, routes: Routes, x: Tensor, aux: Tensor, into: Sequence[Place]) -> None:

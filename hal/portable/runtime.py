@@ -29,6 +29,13 @@ if TYPE_CHECKING:
 Number: TypeAlias = np.int32 | np.int64 | np.float32
 """A scalar argument of a kernel, of exactly the kernel's type."""
 
+
+class Words(tuple[int, ...]):
+    """Several 32-bit integers that a kernel takes one after the other; less to do than with an object for each."""
+
+    __slots__ = ()
+
+
 _HERE: Final = Path(__file__).parent
 _INCLUDE: Final = re.compile(r'#include "([\w.]+)"')
 
@@ -133,7 +140,7 @@ class Memory(Protocol):
     """Bytes that kernels can address; freed when it is forgotten."""
 
 
-Argument: TypeAlias = Memory | Number
+Argument: TypeAlias = Memory | Number | Words
 
 
 class Allocator(Protocol):
@@ -289,21 +296,33 @@ class SharingDevice(Device, Protocol):
         """
 
 
+class MeetingDevice(SharingDevice, Protocol):
+    """One whose windows are addresses, so that kernels find their way to those of all processes by themselves."""
+
+    def mailbox(self, words: int) -> Tensor:
+        """So many 32-bit words, all zero, that kernels write and the host reads.
+
+        As soon as they are written or, where a queue brings results back, once that is finished.
+        """
+
+
 def packed(arguments: Sequence[Argument]) -> tuple[Any, list[Any]]:
     """Addresses of a launch's arguments, as drivers of C take them, and what they point to, to be held meanwhile.
 
     Memory of the device is given by its own address. A null ends them: some drivers can tell when they are too few.
     """
-    cells = [_cell(argument) for argument in arguments]
+    cells = [cell for argument in arguments for cell in _cells(argument)]
     return (ctypes.c_void_p * (len(cells) + 1))(*(ctypes.addressof(cell) for cell in cells)), cells
 
 
-def _cell(argument: Any) -> Any:
+def _cells(argument: Any) -> list[Any]:
+    if isinstance(argument, Words):
+        return [ctypes.c_int32(word) for word in argument]
     if isinstance(argument, Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
+        return [ctypes.c_void_p(argument.data_ptr())]
     if isinstance(argument, int):
-        return ctypes.c_void_p(argument)
-    return ctypes.create_string_buffer(argument.tobytes())
+        return [ctypes.c_void_p(argument)]
+    return [ctypes.create_string_buffer(argument.tobytes())]
 
 
 class InPlace(ABC):

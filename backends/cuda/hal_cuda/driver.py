@@ -7,7 +7,10 @@ Every call of the driver or the compiler goes through `checked`, which turns its
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
+import struct
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from hal.portable import cache, compiling
 from hal.portable.ipc import IpcWindow
-from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source, out_of_memory
+from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source, Words, out_of_memory
 from hal.spec.errors import DeviceError
 from hal_cuda.devices import architecture
 
@@ -29,6 +32,15 @@ CACHE_ENV: Final = "HAL_CUDA_CACHE"
 
 _STATIC_SHARED: Final = 48 << 10
 _LAZY_PEER_ACCESS: Final = 1
+_BUFFER_POINTER, _BUFFER_SIZE = 1, 2
+"""``CU_LAUNCH_PARAM_…``"""
+_FORMS: Final = {"i": "i", "l": "q", "q": "q", "f": "f", "d": "d"}
+"""Of struct, for the types of numpy."""
+_RAW_STREAM: Final = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_DEVICE: Final = getattr(torch._C, "_cuda_getDevice", None)
+"""What torch's own compilers ask: calls shorter by microseconds than those that make an object of a stream."""
+
+_seen: Final = threading.local()
 
 T = TypeVar("T")
 
@@ -78,7 +90,20 @@ def current(device: int) -> Iterator[None]:
 
     with torch.cuda.device(device):
         checked("cudaSetDevice", runtime.setDevice, device)
+        _seen.device = device
         yield
+
+
+def raw_stream(device: int) -> int:
+    """Address of torch's current stream of a device."""
+    if _RAW_STREAM is None:
+        return torch.cuda.current_stream(device).cuda_stream
+    return int(_RAW_STREAM(device))
+
+
+def is_current(device: int) -> bool:
+    """Whether this thread has been at `current` before, and has not gone to another device since."""
+    return _DEVICE is not None and getattr(_seen, "device", None) == device == _DEVICE()
 
 
 def compile_source(
@@ -157,24 +182,36 @@ class Module:
     device: int
     _module: Any = field(default=None, init=False)
     _functions: dict[str, Any] = field(default_factory=dict, init=False)
+    _calls: dict[str, Call] = field(default_factory=dict, init=False)
+    _lock: Any = field(default_factory=threading.Lock, init=False)
 
     def launch(self, kernel: str, grid: tuple[int, ...], block: tuple[int, ...], arguments: Sequence[Any]) -> None:
         """Queue a kernel on torch's current stream of the device; tensors and windows are passed by address.
 
-        ``arguments`` other than those must be of the kernel's own types: numpy scalars, or ints for 64-bit integers.
+        ``arguments`` other than those must be of the kernel's own types: `Words`, numpy scalars, or ints for 64-bit
+        integers. They are of the same types at every launch of a kernel.
 
         Raises
         ------
         DeviceError
         """
-        import cupy
+        if is_current(self.device):
+            self._queue(kernel, grid, block, arguments)
+        else:
+            with current(self.device):
+                self._queue(kernel, grid, block, arguments)
 
-        with current(self.device):
-            function = self.function(kernel)
-            stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(self.device).cuda_stream, self.device)
-            plain = tuple(_plain(a) for a in arguments)
-            with stream:
-                checked(f"cuLaunchKernel({kernel})", function, grid, block, plain)
+    def _queue(self, kernel: str, grid: tuple[int, ...], block: tuple[int, ...], arguments: Sequence[Any]) -> None:
+        values, stream = plain(arguments), raw_stream(self.device)
+        with self._lock:
+            call = self._calls.get(kernel)
+            if call is None:
+                call = self._calls[kernel] = Call(self.function(kernel).ptr, arguments)
+            call.form.pack_into(call.values, 0, *values)
+            try:
+                call.launch(call.function, *grid, *block, 0, stream, 0, call.extra)
+            except RuntimeError as error:
+                raise DeviceError(f"cuLaunchKernel({kernel}): {type(error).__name__}: {error}") from error
 
     def function(self, kernel: str) -> Any:
         """One of its kernels, loaded once; the device must be `current`.
@@ -194,10 +231,71 @@ class Module:
         return self._functions[kernel]
 
 
+def plain(arguments: Sequence[Any]) -> list[Any]:
+    """Numbers that a launch's arguments come to."""
+    values: list[Any] = []
+    for argument in arguments:
+        kind = type(argument)
+        if kind is int:
+            values.append(argument)
+        elif kind is Words:
+            values += argument
+        elif kind is Tensor:
+            values.append(argument.data_ptr())
+        else:
+            values.append(_plain(argument))
+    return values
+
+
 def _plain(argument: Any) -> Any:
     if isinstance(argument, Tensor):
         return argument.data_ptr()
-    return int(argument) if isinstance(argument, IpcWindow) else argument
+    return int(argument) if isinstance(argument, IpcWindow) else argument.item()
+
+
+def form_of(arguments: Sequence[Any]) -> str:
+    """How they lie one after the other, as struct has it."""
+    form = "@"
+    for argument in arguments:
+        if isinstance(argument, Words):
+            form += "i" * len(argument)
+        else:
+            form += "q" if isinstance(argument, (Tensor, int)) else _FORMS[argument.dtype.char]
+    return form
+
+
+class Call:
+    """Arguments of a kernel in one piece of memory, as the driver takes them: laid out like the members of a C struct.
+
+    Parameters
+    ----------
+    function : int
+        The driver's.
+    arguments : sequence
+        Of any launch, for their types.
+
+    Attributes
+    ----------
+    form : Struct
+    values : ctypes array
+        Where it is to be packed; the driver reads it during the call.
+    extra : int
+        Address of what ``cuLaunchKernel`` is given.
+    launch : callable
+        That.
+    """
+
+    __slots__ = ("_extra", "_size", "extra", "form", "function", "launch", "values")
+
+    def __init__(self, function: int, arguments: Sequence[Any]) -> None:
+        from cupy.cuda import driver
+
+        self.launch, self.function, self.form = driver.launchKernel, function, struct.Struct(form_of(arguments))
+        self.values = (ctypes.c_char * max(self.form.size, 1))()
+        self._size = ctypes.c_size_t(self.form.size)
+        given = (_BUFFER_POINTER, ctypes.addressof(self.values), _BUFFER_SIZE, ctypes.addressof(self._size), 0)
+        self._extra = (ctypes.c_void_p * 5)(*given)
+        self.extra = ctypes.addressof(self._extra)
 
 
 @dataclass(slots=True, eq=False)
@@ -214,11 +312,15 @@ class CudaEvent:
 
     started: torch.cuda.Event | None
     ended: torch.cuda.Event | None
-    stream: torch.cuda.Stream
+    stream: int
+    device: int = 0
 
     def wait(self) -> None:
         """Return when it is done, and all that its stream was given before."""
-        checked("cuStreamSynchronize", self.stream.synchronize)
+        from cupy.cuda import runtime
+
+        with current(self.device):
+            checked("cudaStreamSynchronize", runtime.streamSynchronize, self.stream)
 
     def seconds(self) -> float:
         """By the device's clock.
@@ -333,6 +435,10 @@ class CudaDevice(InPlace):
     def _ipc(self) -> CudaIpc:
         return CudaIpc(self.index)
 
+    def mailbox(self, words: int) -> Tensor:
+        """See `runtime.MeetingDevice`: memory of the host that the device addresses too."""
+        return torch.zeros(words, dtype=torch.int32, pin_memory=True)
+
     def window(self, size: int) -> IpcWindow:
         """See `runtime.SharingDevice`."""
         return IpcWindow.make(self._ipc, size)
@@ -351,15 +457,14 @@ class CudaDevice(InPlace):
     ) -> CudaEvent:
         """See `runtime.Queue`."""
         assert isinstance(program, CudaProgram)
-        event = CudaEvent(self._mark(), None, torch.cuda.current_stream(self.index))
+        event = CudaEvent(self._mark() if self.timed else None, None, raw_stream(self.index), self.index)
         program.module.launch(kernel, (groups, 1, 1), (threads, 1, 1), arguments)
-        event.ended = self._mark()
+        if self.timed:
+            event.ended = self._mark()
         self._launches[kernel] += 1
         return event
 
-    def _mark(self) -> torch.cuda.Event | None:
-        if not self.timed:
-            return None
+    def _mark(self) -> torch.cuda.Event:
         event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         checked("cuEventRecord", event.record, torch.cuda.current_stream(self.index))
         return event

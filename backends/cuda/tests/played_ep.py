@@ -27,6 +27,7 @@ from hal.portable.host import HostDevice
 from hal.portable.runtime import Source
 
 _HANDLE = struct.Struct("<iiq48x")
+_OF = {"q": np.int64, "i": np.int32, "f": np.float32}
 
 
 class Runtime:
@@ -60,6 +61,9 @@ class Runtime:
     def setDevice(self, device: int) -> None:  # noqa: N802
         assert device == 0
 
+    def streamSynchronize(self, stream: int) -> None:  # noqa: N802
+        assert stream == 0
+
     def deviceSynchronize(self) -> None:  # noqa: N802  (the runtime's name)
         pass
 
@@ -91,10 +95,10 @@ class _Module:
         self._host, self._program = host, host.build(source)
 
     def launch(self, kernel: str, grid: tuple[int, ...], block: tuple[int, ...], arguments: Sequence[Any]) -> None:
-        given = [driver._plain(argument) for argument in arguments]
-        assert all(type(one) is int or one.dtype.kind in "if" for one in given)
-        addressed = [np.uint64(one) if type(one) is int else one for one in given]
-        self._host.launch(self._program, kernel, grid[0], block[0], addressed)
+        values = driver.plain(arguments)
+        form = struct.Struct(driver.form_of(arguments))
+        given = [_OF[letter](value) for letter, value in zip(form.format[1:], values, strict=True)]
+        self._host.launch(self._program, kernel, grid[0], block[0], given)
 
 
 def put_in(patch: Any) -> Runtime:
@@ -111,6 +115,7 @@ def put_in(patch: Any) -> Runtime:
     patch(torch.cuda, "get_device_properties", lambda index: properties)
     patch(driver.CudaDevice, "build", lambda device, source: driver.CudaProgram(source, _Module(host, source)))
     patch(driver.CudaDevice, "empty", lambda device, size: host.empty(size))
+    patch(driver.CudaDevice, "mailbox", lambda device, words: torch.zeros(words, dtype=torch.int32))
     return runtime
 
 

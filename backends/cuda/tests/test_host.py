@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import stat
+import struct
 import subprocess
 import sys
 import types
@@ -12,12 +14,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fakes import FakeTier, decode_args, plan_args
 from hal_cuda import devices, driver, tiers, triton_tier
 from hal_cuda.backend import CudaBackend
 
+from hal.portable.runtime import Words
 from hal.spec.errors import CompileError, DeviceError, UnsupportedError
 
 cupy = pytest.importorskip("cupy", reason="cupy is not installed")
@@ -273,20 +277,41 @@ def test_a_refused_call_is_named() -> None:
 
 
 def test_kernels_are_launched_with_addresses_on_torchs_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    import contextlib
-
+    """Arguments lie in memory like the members of a struct, so that the driver finds each where the kernel wants it."""
     log: list[Any] = []
-    launched = lambda *given: log.append(given)  # noqa: E731
-    loaded = types.SimpleNamespace(load=log.append, get_function=lambda name: log.append(name) or launched)
+    loaded = types.SimpleNamespace(
+        load=log.append, get_function=lambda name: log.append(name) or types.SimpleNamespace(ptr=7)
+    )
     monkeypatch.setattr("cupy.cuda.function.Module", lambda: loaded)
-    opened = lambda *given: log.append(given) or contextlib.nullcontext()  # noqa: E731
-    monkeypatch.setattr(cupy.cuda, "ExternalStream", opened)
     monkeypatch.setattr(cupy.cuda, "runtime", types.SimpleNamespace(setDevice=lambda index: None))
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: types.SimpleNamespace(cuda_stream=99))
+
+    def launched(*given: int) -> None:
+        words = ctypes.cast(given[-1], ctypes.POINTER(ctypes.c_void_p * 5)).contents
+        assert (words[0], words[2], words[4]) == (1, 2, None)
+        size = ctypes.c_size_t.from_address(words[3]).value
+        log.append((given[:-1], ctypes.string_at(words[1], size)))
+
+    monkeypatch.setattr(cupy.cuda.driver, "launchKernel", launched, raising=False)
     tensor = torch.zeros(3)
     module = driver.Module(b"code", 0)
-    call = [(99, 0), ((2, 1, 1), (32, 1, 1), (tensor.data_ptr(), 5))]
+    given = [tensor, Words((5, -6, 7)), 8, np.int32(9), np.int64(10), np.float32(0.5)]
     for _ in range(2):
-        module.launch("fill", (2, 1, 1), (32, 1, 1), [tensor, 5])
-    assert log == [b"code", "fill", *call, *call]
+        module.launch("fill", (2, 1, 1), (32, 1, 1), given)
+    packed = struct.pack("<q3i4xqi4xqf", tensor.data_ptr(), 5, -6, 7, 8, 9, 10, 0.5)
+    call = ((7, 2, 1, 1, 32, 1, 1, 0, 99, 0), packed)
+    assert log == [b"code", "fill", call, call]
+
+
+def test_a_launch_that_the_driver_refuses_is_a_device_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*given: int) -> None:
+        raise RuntimeError("CUDA_ERROR_INVALID_VALUE: invalid argument")
+
+    monkeypatch.setattr(driver, "current", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: types.SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(cupy.cuda.driver, "launchKernel", refused, raising=False)
+    module = driver.Module(b"", 0)
+    module._module, module._functions["fill"] = object(), types.SimpleNamespace(ptr=1)
+    with pytest.raises(DeviceError, match=r"cuLaunchKernel\(fill\): RuntimeError: CUDA_ERROR_INVALID_VALUE"):
+        module.launch("fill", (1, 1, 1), (32, 1, 1), [])

@@ -6,8 +6,10 @@ import contextlib
 import os
 import re
 import subprocess
+import threading
 import types
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,10 @@ from fakes import decode_args, plan_args
 from hal_cuda import driver, portable_tier
 
 from hal.portable import ep_kernels
+from hal.portable.direct import kernels as direct
 from hal.portable.host import HostDevice
 from hal.portable.mla import Tile
-from hal.portable.runtime import Facts, Source
+from hal.portable.runtime import Facts, Source, Words
 from hal.reference.mla import mla_decode
 from hal.spec.errors import CompileError, DeviceError
 from hal.spec.mla import MlaGeometry
@@ -132,6 +135,37 @@ def test_kernels_of_expert_parallelism_spill_nothing(arch: str, tmp_path: Path) 
             assert (kernel["STACK"], kernel["LOCAL"]) == (0, 0), source
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_kernels_of_ranks_that_meet_on_their_devices_spill_nothing(arch: str, tmp_path: Path) -> None:
+    for source in direct.every(torch.bfloat16):
+        used = resources(driver.compile_text(source.text("cuda"), Path(source.path), arch), tmp_path)
+        for name, kernel in used.items():
+            # What ep_announce tells is an array that its loop is unrolled over.
+            assert (kernel["STACK"], kernel["LOCAL"]) == (0, 0), (source, name)
+            assert kernel["SHARED"] <= 48 << 10
+
+
+def test_rows_of_peers_are_fetched_many_words_at_once(tmp_path: Path) -> None:
+    (fetch,) = (one for one in direct.every() if one.files[-1] == "ep_fetch.h" and ("THREADS", 64) in one.flags)
+    kinds = re.findall(r"\b(LDG|STG)\.E\.128", instructions(fetch, "sm_90", tmp_path))
+    assert kinds and kinds == (["LDG"] * 8 + ["STG"] * 8) * (len(kinds) // 16)
+    code = instructions(direct.gathers(torch.bfloat16, 8), "sm_90", tmp_path)
+    assert len(re.findall(r"LDG\.E\.128", code)) >= 8 and "STG.E.128" in code
+    # None through the cache of constants, which is blind to what peers write.
+    assert "CONSTANT" not in code
+
+
+def test_headers_are_released_after_their_words_and_acquired_before(tmp_path: Path) -> None:
+    ordering = re.compile(r"\b(?:LDG|STG|MEMBAR|CCTL)\.\S+")
+    sources = {one.files[-1]: one for one in direct.every() if ("THREADS", 64) in one.flags}
+    announce = instructions(sources["ep_announce.h"], "sm_90", tmp_path).split("Function : ep_announce\n")[1]
+    found = ordering.findall(announce.split("Function :")[0])
+    assert found[-2:] == ["MEMBAR.ALL.SYS", "STG.E.STRONG.SYS"] and "STG.E" in found[:-2]
+    wait = ordering.findall(instructions(sources["ep_await_all.h"], "sm_90", tmp_path))
+    after = [wait[i + 1] for i, one in enumerate(wait) if one == "LDG.E.STRONG.SYS"]
+    assert after and set(after) == {"CCTL.IVALL"} and wait[-2:] == ["MEMBAR.ALL.SYS", "STG.E.STRONG.SYS"]
+
+
 class _PlayedModule:
     """`driver.Module` for kernels that were compiled for the host: the same calls, the same arguments."""
 
@@ -141,7 +175,7 @@ class _PlayedModule:
 
     def launch(self, kernel: str, grid: tuple[int, ...], block: tuple[int, ...], arguments: Sequence[Any]) -> None:
         assert grid[1:] == block[1:] == (1, 1)
-        assert all(isinstance(a, torch.Tensor) or a.dtype.kind in "if" for a in arguments)
+        assert all(isinstance(a, (torch.Tensor, Words)) or a.dtype.kind in "if" for a in arguments)
         self.calls.append((kernel, grid, block))
         self.device.launch(self.program, kernel, grid[0], block[0], arguments)
 
@@ -162,7 +196,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[_PlayedModule]:
     properties = types.SimpleNamespace(multi_processor_count=5)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: types.SimpleNamespace(cuda_stream=0))
     return modules
 
 
@@ -206,14 +240,28 @@ def test_a_thread_that_has_no_context_gets_one_before_it_launches(monkeypatch: p
     monkeypatch.setattr(
         cupy.cuda, "runtime", types.SimpleNamespace(setDevice=lambda index: order.append(f"set {index}"))
     )
-    monkeypatch.setattr(cupy.cuda, "ExternalStream", lambda stream, device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: types.SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(cupy.cuda.driver, "launchKernel", lambda *given: order.append("launched"), raising=False)
     module = driver.Module(b"", 1)
-    module._functions["kernel"] = lambda grid, block, arguments: order.append("launched")
+    module._functions["kernel"] = types.SimpleNamespace(ptr=5)
     module._module = object()
-    module.launch("kernel", (1, 1, 1), (32, 1, 1), [])
+    here = [0]
+    monkeypatch.setattr(driver, "_DEVICE", lambda: here[0])
+    monkeypatch.setattr(driver, "_seen", threading.local())
+    launch = lambda: module.launch("kernel", (1, 1, 1), (32, 1, 1), [])  # noqa: E731
+    launch()
     assert order == ["set 1", "launched"]
+    # It has one as long as it stays; elsewhere it had another.
+    here[0] = 1
+    launch()
+    here[0] = 0
+    launch()
+    assert order[2:] == ["launched", "set 1", "launched"]
+    with ThreadPoolExecutor(1) as other:
+        here[0] = 1
+        other.submit(launch).result()
+    assert order[5:] == ["set 1", "launched"]
 
 
 def test_memory_that_is_not_there_is_a_device_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -290,6 +290,10 @@ class MusaDevice(InPlace):
     def _ipc(self) -> MusaIpc:
         return MusaIpc(self)
 
+    def mailbox(self, words: int) -> Tensor:
+        """See `runtime.MeetingDevice`: memory of the host that the device addresses too."""
+        return torch.zeros(words, dtype=torch.int32, pin_memory=self._memory != "cpu")
+
     def window(self, size: int) -> IpcWindow:
         """See `runtime.SharingDevice`."""
         return IpcWindow.make(self._ipc, size)

@@ -16,6 +16,9 @@ HAL_INLINE unsigned int hal_load_acquire(const unsigned int *p) {
   return found;
 }
 
+/* Memory of the device by its address; the compiler is told that it is no other memory. */
+#define HAL_AT(type, address) ((type *)__cvta_global_to_generic((size_t)(address)))
+
 HAL_INLINE float hal_half_to_float(unsigned short bits) {
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));

@@ -17,4 +17,7 @@ HAL_INLINE float hal_mul(float x, float y) {
 #define HAL_HALF_TO_FLOAT(bits) ((float)__builtin_bit_cast(_Float16, (unsigned short)(bits)))
 #define HAL_FLOAT_TO_HALF(value) __builtin_bit_cast(unsigned short, (_Float16)(value))
 
+/* Memory of the device by its address. */
+#define HAL_AT(type, address) ((type *)(address))
+
 #include "cxx.h"

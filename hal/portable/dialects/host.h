@@ -43,4 +43,7 @@ static inline float hal_as_float(unsigned int bits) {
 #define HAL_AS_U32(x) hal_as_u32(x)
 #define HAL_AS_FLOAT(x) hal_as_float(x)
 
+/* Memory of the device by its address. */
+#define HAL_AT(type, address) ((type *)(address))
+
 #include "cxx.h"

@@ -21,4 +21,7 @@ HAL_INLINE unsigned int hal_load_acquire(const unsigned int *p) {
 }
 /* Half precision is converted with integers, by kernels/elements.h. */
 
+/* Memory of the device by its address. */
+#define HAL_AT(type, address) ((type *)(address))
+
 #include "cxx.h"

@@ -49,7 +49,9 @@ void ep_cast(HAL_GLOBAL hal_u8 *out, HAL_GLOBAL hal_u8 *exponents, HAL_GLOBAL fl
 #endif
     if (column < columns) out[row * columns + column] = ep_narrow(HAL_MUL(value, inverse));
 #if PACKED
+    /* The last word of a row has zeros where there are no groups. */
     if (thread == 0) exponents[row * width + number] = (hal_u8)exponent;
+    if (number == groups - 1 && thread < width - groups) exponents[row * width + groups + thread] = 0;
 #else
     if (thread == 0) scales[row * width + number] = scale;
 #endif

@@ -1,0 +1,106 @@
+"""A rank's board, where its peers write headers, and what its device tells its host of them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hal.portable.direct.kernels import HEAD, RING, signed
+
+LATE, DIFFERS, UNKNOWN, OUTSIDE, MET = range(1, 6)
+"""What became of a header, as ``ep_meet.h`` numbers it: it has not come; it is another call; its window is not known
+here; its rows do not lie in their window, or are more than there is room for; all is well."""
+
+KIND, WRONG, WINDOW, COUNT, FIELDS = range(1, 6)
+"""Words of a header after the first, which is the call's number."""
+
+_FEW_WINDOWS: Final = 16
+
+
+def board_bytes(ranks: int) -> int:
+    """Headers and words of who has read what, for all calls that may be under way; behind them, what `wrong` names."""
+    return 4 * (RING * ranks * (HEAD + 1) + HEAD)
+
+
+def wrong(board: int, ranks: int) -> int:
+    """Address of the word in which kernels note what is wrong with this rank's own call."""
+    return board + 4 * RING * ranks * (HEAD + 1)
+
+
+class Told:
+    """What kernels tell the host of one call.
+
+    Parameters
+    ----------
+    words : Tensor
+        int32, where both can look.
+    ranks : int
+    """
+
+    def __init__(self, words: Tensor, ranks: int) -> None:
+        self.words = words
+        self._there: npt.NDArray[np.int32] = words.numpy()
+        self._ranks = ranks
+
+    @staticmethod
+    def size(ranks: int) -> int:
+        """Words of it."""
+        return ranks * (2 + HEAD + RING)
+
+    def clear(self) -> None:
+        """Before kernels are launched that tell anew."""
+        self._there[: self._ranks] = 0
+
+    def complete(self, call: int) -> bool:
+        """Whether the outcome for every rank is there."""
+        return bool((self._there[: self._ranks] == signed(call)).all())
+
+    def missing(self, call: int) -> list[int]:
+        """Ranks for which it is not."""
+        return [int(rank) for rank in np.flatnonzero(self._there[: self._ranks] != signed(call))]
+
+    def outcomes(self) -> list[int]:
+        """By rank."""
+        return [int(one) for one in self._there[self._ranks : 2 * self._ranks]]
+
+    def head(self, rank: int) -> list[int]:
+        """The header of a rank that was not late."""
+        begin = 2 * self._ranks + rank * HEAD
+        return [int(word) for word in self._there[begin : begin + HEAD]]
+
+    def reads(self) -> npt.NDArray[np.int32]:
+        """[RING, R]: of the calls that end so, the last that each rank has read."""
+        return self._there[self._ranks * (2 + HEAD) :].reshape(RING, self._ranks)
+
+
+class Addresses:
+    """Where the windows of all ranks are for this one.
+
+    Parameters
+    ----------
+    ranks : int
+    device : torch.device
+    """
+
+    def __init__(self, ranks: int, device: torch.device) -> None:
+        self._device = device
+        self._known: set[tuple[int, int]] = set()
+        self._there = torch.zeros(ranks, _FEW_WINDOWS, 2, dtype=torch.int64)
+        self.table = self._there.to(device)
+
+    def learn(self, rank: int, number: int, address: int, size: int) -> None:
+        """A window that kernels may read from now on."""
+        while number >= self._there.shape[1]:
+            self._there = torch.cat([self._there, torch.zeros_like(self._there)], 1)
+        self._there[rank, number] = torch.tensor([address, size])
+        self._known.add((rank, number))
+        # Another tensor: kernels that were launched may still read the one before.
+        self.table = self._there.to(self._device, copy=True)
+
+    def knows(self, rank: int, number: int) -> bool:
+        """Whether it was learnt."""
+        return (rank, number) in self._known

@@ -1,0 +1,138 @@
+"""The calls of the low-latency mode, of ranks that meet on their devices: the host takes no part in what they count."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from hal.ep.engine import EpLowLatencyCombined, EpLowLatencyDispatched, Finish
+from hal.portable.direct.bins import Bins
+from hal.portable.direct.kernels import Staging
+from hal.portable.direct.normal import DirectNormalCalls
+from hal.portable.direct.ways import Ways
+from hal.portable.ep_post import Operation
+from hal.portable.ep_slots import PackedState, state_of
+from hal.portable.runtime import Queue
+from hal.spec.ep import CASTS, SCALE_GROUP, EpLowLatencyCombineArgs, EpLowLatencyDispatchArgs
+from hal.spec.ep.terms import MAX_INT32
+from hal.spec.errors import SpecError
+
+
+class DirectPackedCalls(DirectNormalCalls):
+    """Dispatch and combine of packed slots."""
+
+    def low_latency_dispatch(self, args: EpLowLatencyDispatchArgs) -> EpLowLatencyDispatched:
+        """Stage rows, cast where asked; the finish fetches what is for this rank's experts into their slots."""
+        with self._calling("low_latency_dispatch"):
+            op = self._begin("low_latency_dispatch")
+            op.record["tokens"] = len(args.x)
+            error = self._third()
+            if error is not None:
+                raise self._refused(op, error)
+            made = self._slots(args)
+            # A result of its own: what completes it holds the tensors, which are not to hold that.
+            return replace(made, finish=self._send_packed(op, args, made))
+
+    def _send_packed(self, op: Operation, args: EpLowLatencyDispatchArgs, made: EpLowLatencyDispatched) -> Finish:
+        kernels, x, (n, topk) = self._kernels, args.x, args.topk_idx.shape
+        groups = -(-x.shape[1] // SCALE_GROUP)
+        casts = args.cast != "none"
+        scale = 0 if not casts else 4 * -(-groups // 4) if args.cast == "fp8_ue8m0" else 4 * groups
+        staging = Staging(n, x.shape[1] * (1 if casts else x.itemsize), scale, topk)
+        ranks, local, most = self._near.ranks, self._args.local_experts, self._args.max_tokens_per_rank
+        bins = Bins(ranks, local, 0, 0, ranks * local, True, True)
+        ways = self._ways(op, bins, most, topk, n)
+
+        def stage(queue: Queue, to: int) -> None:
+            rows = None if casts else x
+            if casts:
+                kernels.cast_into(queue, to, staging, x if x.stride(1) == 1 else x.contiguous(), groups, args.cast)
+            kernels.stage(queue, to, staging, rows, None, args.topk_idx, None, ways.routes, self._args.num_experts)
+
+        self._publish(op, staging, [topk, CASTS.index(args.cast)], stage).finish()
+        state, waits = state_of(made.handle), args.dispatch_wait_recv_cost_stats
+        stats = args.cumulative_local_expert_recv_stats
+
+        def unpack(queue: Queue, met: int) -> None:
+            ranges, received = (queue.write(one)[0] for one in (made.handle.layout_range, made.recv_count))
+            kernels.count(queue, met, ways)
+            kernels.places(queue, met, ways, ranges, received, 0, 1, made.recv_x.shape[1], op.number)
+            self._fetch_packed(queue, op, met, made, staging, ways)
+
+        def finish() -> None:
+            try:
+                self._meet(op, staging, most, unpack, lambda _: ways.all_routes, waits).queue.finish()
+            except SpecError:
+                state.released = True
+                raise
+            state.routes = ways
+            if stats is not None:
+                stats.add_(made.recv_count)
+
+        return self._later(op, finish)
+
+    def _fetch_packed(
+        self,
+        queue: Queue,
+        op: Operation,
+        met: int,
+        made: EpLowLatencyDispatched,
+        staging: Staging,
+        ways: Ways,
+    ) -> None:
+        scales, slots = made.recv_scales, made.recv_x.shape[1]
+        rows = queue.write(made.recv_x.view(torch.uint8).flatten(0, 1), partly=True)[0]
+        # [L, words, slots] in memory: the kernel counts rows from the first slot of their expert on.
+        turned: Any = 0 if scales is None else queue.write(scales.transpose(1, 2), partly=True)[0]
+        words = 0 if scales is None else scales.shape[2]
+        to = [rows, turned, 0, 0, queue.write(made.handle.src_info, partly=True)[0], 0]
+        self._kernels.fetch(queue, met, ways, to, staging, False, (words * slots, 1, slots))
+        self._kernels.done(queue, op.number, met, False)
+
+    def low_latency_combine(self, args: EpLowLatencyCombineArgs) -> EpLowLatencyCombined:
+        """Stage the rows that came; the finish fetches those of this rank's tokens and sums them, weighted."""
+        x, kernels = args.x, self._kernels
+        with self._calling("low_latency_combine"):
+            op = self._begin("low_latency_combine")
+            state = state_of(args.handle)
+            error = _wrong(args, state)
+            if error is not None:
+                raise self._refused(op, error)
+            ways = state.routes
+            assert isinstance(ways, Ways)
+            staging = Staging(x.shape[0] * x.shape[1], x.shape[2] * x.itemsize)
+
+            def stage(queue: Queue, to: int) -> None:
+                kernels.compare(queue, args.topk_idx, ways.routes)
+                valid = (ways.totals, self._near.here * x.shape[0], x.shape[1])
+                kernels.stage(queue, to, staging, x.flatten(0, 1), valid=valid)
+
+            self._publish(op, staging, [ways.number], stage).finish()
+            state.released = True
+
+        def gather(queue: Queue, met: int) -> None:
+            kernels.gather(queue, met, ways, args.out, None, 0, (), args.topk_idx, args.topk_weights)
+            kernels.done(queue, op.number, met, False)
+
+        def finish() -> None:
+            try:
+                self._meet(op, staging, MAX_INT32, gather, None, args.combine_wait_recv_cost_stats).queue.finish()
+            except SpecError:
+                # Refused, it has used nothing up.
+                state.released = False
+                raise
+
+        return EpLowLatencyCombined(args.out, self._later(op, finish))
+
+
+def _wrong(args: EpLowLatencyCombineArgs, state: PackedState) -> SpecError | None:
+    """What this rank knows to be wrong; of routes the device finds out."""
+    if state.routes is None:
+        return SpecError("handle", "one whose dispatch is not finished", "one whose hook or event was waited for")
+    if args.zero_copy:
+        lent, state.lent = state.lent, None
+        if lent is None or lent.data_ptr() != args.x.data_ptr():
+            return SpecError("x", "other memory", "with zero_copy, the tensor low_latency_combine_buffer returned")
+    return None
