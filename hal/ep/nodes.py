@@ -16,6 +16,7 @@ from typing import Final, TypeVar
 import torch
 from torch import Tensor
 
+from hal.ep.carrier import carrier
 from hal.ep.crossing import Crossed, Crossing
 from hal.ep.engine import (
     EpCombined,
@@ -63,7 +64,7 @@ class NodesEngine(EpEngine):
         first = args.rank // args.ranks_per_node * args.ranks_per_node
         self._here = range(first, min(first + args.ranks_per_node, args.num_ranks))
         self._owner = object()
-        self._wire = Wire(args, connected(args))
+        self._wire = Wire(args, connected(args), carrier(args))
         self._crossing = Crossing(args, self._wire)
         self._worker: ThreadPoolExecutor | None = None
 

@@ -44,6 +44,9 @@ class Exchange(Protocol):
     def told(self) -> RankFailure | None:
         """Why another rank does not go on, if one has told."""
 
+    def store(self, name: str) -> Any:
+        """A store that nobody else uses, for a library of torch.distributed; None where the group has none."""
+
     def communicator(self, timeout: float) -> Any:
         """Something to send and receive with that nobody else uses, and that no earlier timeout has broken."""
 
@@ -81,14 +84,16 @@ class _OverStore:
             return None if self._meeting is None else self._meeting.told()
         return None
 
+    def store(self, name: str) -> Any:
+        return PrefixStore(f"hal-ep/{self._met().name}/{name}", self._group.get_group_store())
+
     def communicator(self, timeout: float) -> Any:
         """Connections of its own over gloo, whatever the group's bytes go over.
 
         A timeout of gloo breaks all connections there are; and see `hal.ep.posts` of libraries of devices.
         """
-        store = PrefixStore(f"hal-ep/{self._met().name}/gloo", self._group.get_group_store())
         ranks, rank = dist.get_world_size(self._group), dist.get_rank(self._group)
-        return dist.ProcessGroupGloo(store, rank, ranks, timedelta(seconds=timeout))
+        return dist.ProcessGroupGloo(self.store("gloo"), rank, ranks, timedelta(seconds=timeout))
 
 
 class _OverGroup:
@@ -104,6 +109,9 @@ class _OverGroup:
         """The others come to it by the group's timeout."""
 
     def told(self) -> RankFailure | None:
+        return None
+
+    def store(self, name: str) -> Any:
         return None
 
     def communicator(self, timeout: float) -> Any:

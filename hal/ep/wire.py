@@ -17,6 +17,7 @@ from typing import Any, Final, TypeVar
 import torch
 from torch import Tensor
 
+from hal.ep.carrier import Carrier
 from hal.ep.engine import own_failure
 from hal.ep.posts import Posts
 from hal.spec.ep import EpBufferArgs
@@ -39,6 +40,8 @@ _GRACE: Final = 1.0
 """Seconds in which others may tell who is to blame, once something has failed."""
 
 _PARTING: Final = 5.0
+_SHARE: Final = 0.5
+"""Of the timeout, after which a carrier is given up: who is to blame is to be found and told within the rest."""
 _TAGS: Final = 1 << 30
 _WORDS: Final = 64
 _T = TypeVar("_T")
@@ -52,6 +55,8 @@ class Wire:
     args : EpBufferArgs
     group : ProcessGroup
         What to send and receive with.
+    carrier : Carrier, optional
+        What moves rows instead, where that can be.
 
     Attributes
     ----------
@@ -59,8 +64,9 @@ class Wire:
         Masked ranks.
     """
 
-    def __init__(self, args: EpBufferArgs, group: Any) -> None:
+    def __init__(self, args: EpBufferArgs, group: Any, carrier: Carrier | None = None) -> None:
         self._args = args
+        self._carrier = carrier
         self._posts = Posts(group)
         weakref.finalize(self, self._posts.close)  # its threads end even where nobody closes
         self._others = [rank for rank in range(args.num_ranks) if rank != args.rank]
@@ -167,6 +173,9 @@ class Wire:
         RankFailure
             Otherwise: the first peer that does not answer, or whom another rank named.
         """
+        if self._carrier is not None:
+            self._carry(self._carrier, sends, receives, phase)
+            return set()
         out = self.absent | self._silent
         for rank, rows in sends:
             if rank in self._silent:
@@ -176,6 +185,12 @@ class Wire:
             [(rank, rows) for rank, rows in receives if rank not in out],
             1,
         )
+        self._require_all(failed, phase)
+        self._silent |= failed.keys()
+        return {rank for rank, _ in receives if rank in self.absent | self._silent}
+
+    def _require_all(self, failed: dict[int, str], phase: str) -> None:
+        """Raise where somebody failed, unless ranks are masked: the first, or whom another rank has named."""
         self._broken = self._blamed(failed, phase)
         if self._broken is not None:
             found_out, told = self._broken, self._named_by_others(failed)
@@ -183,8 +198,24 @@ class Wire:
                 self._tell_blamed(found_out)
             self._broken = told or found_out
             raise self._broken
-        self._silent |= failed.keys()
-        return {rank for rank, _ in receives if rank in self.absent | self._silent}
+
+    def _carry(
+        self,
+        carrier: Carrier,
+        sends: Sequence[tuple[int, Tensor]],
+        receives: Sequence[tuple[int, Tensor]],
+        phase: str,
+    ) -> None:
+        """As `trade`, by a library that does not say whom it waits for: who is still there is asked on the host."""
+        if carrier.trade(sends, receives, self._args.timeout * _SHARE):
+            return
+        carrier.close()
+        here, left = torch.zeros(1, dtype=torch.uint8, device="cpu"), self._args.timeout * (1 - _SHARE)
+        answers = [(rank, torch.zeros_like(here)) for rank in self._others]
+        asked = [(rank, here) for rank in self._others]
+        failed, _ = self._posts.trade(asked, answers, self._tag(1), left / 2, _GRACE)
+        late = dict.fromkeys(self._others[:1], f"no rows of a call that all made within {self._args.timeout:g} s")
+        self._require_all(failed or late, phase)
 
     def inside(self, call: Callable[[], _T]) -> _T:
         """Run a call inside the node; a rank that fails there is told to the other nodes, who cannot see it."""
@@ -227,6 +258,8 @@ class Wire:
     def close(self) -> None:
         """Close the connections. Idempotent."""
         self._broken = self._broken or RankFailure(self._args.rank, "call", "this buffer is closed")
+        if self._carrier is not None:
+            self._carrier.close()
         self._posts.close()
 
     def _part(self) -> None:
