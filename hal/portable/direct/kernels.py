@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -156,7 +155,8 @@ class DirectKernels(EpKernels):
             routes,
             self.wrong,
             words_of(*words, staging.weight, experts, slots, begin),
-            *(np.int64(one) for one in (0 if rows is None else rows.stride // 16, *row_strides)),
+            0 if rows is None else rows.stride // 16,
+            *row_strides,
         )
 
     def cast_into(self, queue: Queue, to: int, staging: Staging, x: Tensor, groups: int, cast: str) -> None:
@@ -171,7 +171,7 @@ class DirectKernels(EpKernels):
         width = staging.scale if packed else staging.scale // 4
         parts = staging.count * groups
         reads = (to, scales, scales, queue.read(x), words_of(x.shape[1], groups, width))
-        given = (*reads, np.int64(parts), np.int64(x.stride(0)))
+        given = (*reads, parts, x.stride(0))
         self._last = queue.launch(program, "ep_cast", self._groups(parts), SCALE_GROUP, given)
 
     def compare(self, queue: Queue, idx: Tensor, routes: int) -> None:
@@ -254,8 +254,7 @@ class DirectKernels(EpKernels):
         words = (self.here, self.ranks, most, ways.topk, bins.local, bins.by_rank, bins.first, bins.experts)
         sizes = (bins.expanded, slices, staging.row, staging.scale, staging.topk, staging.weight, wants_routes)
         counted = (ways.all_routes, ways.counted, ways.begins, ways.listed)
-        strides = (np.int64(one) for one in scales)
-        reads = (met, *counted, *to, words_of(*words, *sizes), *strides)
+        reads = (met, *counted, *to, words_of(*words, *sizes), *scales)
         self._start(queue, "fetch", "ep_fetch", self._groups(pairs * slices), threads, *reads)
 
     def gather(
@@ -296,7 +295,9 @@ class DirectKernels(EpKernels):
             bias[0][0],
             bias[1][0],
             words_of(*sizes, *flags),
-            *(np.int64(one) for one in (stride, bias[0][1], bias[1][1])),
+            stride,
+            bias[0][1],
+            bias[1][1],
         )
         groups = self._groups(min(tokens * parts, _MOST_GROUPS))
         self._last = queue.launch(program, "ep_gather", groups, WIDE, reads)

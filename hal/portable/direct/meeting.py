@@ -292,7 +292,8 @@ class MeetingCalls(SlotCalls):
         return finish
 
     def _note_reads(self, told: Told) -> None:
-        np.copyto(self._reads, told.reads())
+        # As it is from now on: later calls that end so tell more.
+        self._reads = told.reads()
         for number in list(self._staged):
             if self._all_have_read(number):
                 self._windows.give_back(self._staged.pop(number)[0])

@@ -8,11 +8,14 @@
  */
 #define EP_EACH 4
 
+/* Whether a choice is one of `span` experts from `base` on; nobody's is far beyond as an unsigned number. */
+HAL_INLINE int ep_within(int expert, int base, int span) { return (hal_u32)(expert - base) < (hal_u32)span; }
+
 HAL_INLINE int ep_first(HAL_GLOBAL const int *chosen, int topk, int base, int span) {
   int found = -1;
   /* All of them, so that none waits for the one before. */
   for (int k = topk - 1; k >= 0; k--)
-    if (ep_bin(chosen[k], base, span, 1) == 0) found = k;
+    if (ep_within(chosen[k], base, span)) found = k;
   return found;
 }
 
@@ -65,7 +68,7 @@ void ep_count(HAL_GLOBAL const hal_long *met, HAL_GLOBAL const int *routes, HAL_
         int hit = ep_first(chosen + at, topk, base, span);
         for (int k = 0; k < topk; k++) {
           if (chosen[at + k] < 0 && base == 0) order[at + k] = -1;
-          if (ep_bin(chosen[at + k], base, span, 1) == 0) order[at + k] = k == hit || repeat ? place[i] : -1;
+          if (ep_within(chosen[at + k], base, span)) order[at + k] = k == hit || repeat ? place[i] : -1;
         }
       }
       HAL_BARRIER();
@@ -88,7 +91,7 @@ void ep_drop(HAL_GLOBAL const hal_long *met, HAL_GLOBAL int *routes, HAL_GLOBAL 
       int token = from + thread, hit = 0;
       hal_long at = (hal_long)token * topk;
       if (token < tokens)
-        for (int k = 0; k < topk; k++) hit |= ep_bin(chosen[at + k], rank * local, local, 1) == 0;
+        for (int k = 0; k < topk; k++) hit |= ep_within(chosen[at + k], rank * local, local);
       sums[thread] = hit;
       HAL_BARRIER();
       for (int reach = 1; reach < THREADS; reach *= 2) {
@@ -99,7 +102,7 @@ void ep_drop(HAL_GLOBAL const hal_long *met, HAL_GLOBAL int *routes, HAL_GLOBAL 
       }
       if (hit && before + sums[thread] > accepted[pair])
         for (int k = 0; k < topk; k++)
-          if (ep_bin(chosen[at + k], rank * local, local, 1) == 0) {
+          if (ep_within(chosen[at + k], rank * local, local)) {
             chosen[at + k] = -1;
             if (source == here) own[at + k] = -1;
           }
