@@ -26,7 +26,6 @@ begin "$@"
 
 # NVLink multicast stays off: a program that uses it can take the devices of a whole machine out of service.
 export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1
-export HAL_CUDA_EP=1
 if [[ -z $ranks ]]; then
   # Of a machine with fewer than two: processes that share what there is.
   ranks=$("$PYTHON" -c 'import torch; print(max(2, torch.accelerator.device_count()))') || wrong "$PYTHON has no torch"

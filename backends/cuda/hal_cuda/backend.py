@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar
 
 from hal.backend import Backend, Probe
 from hal.spec.capability import Capabilities, plain_dense
@@ -18,10 +17,6 @@ if TYPE_CHECKING:
     from hal.spec.mla import MlaDecodeArgs
     from hal.spec.plan import MlaPlanArgs
     from hal_cuda.tiers import Tier
-
-
-EP: Final = "HAL_CUDA_EP"
-"""``1`` opens expert parallelism. One card shared by all ranks conforms; until several do, it is not declared."""
 
 
 class Planned:
@@ -84,19 +79,11 @@ class CudaBackend(Backend):
         return Probe(True, found.reason, details=details)
 
     def capabilities(self) -> Capabilities:
-        """Dense decode of plain caches. Packed caches and chosen tokens are not written yet; see `EP`."""
+        """Dense decode of plain caches, and expert parallelism. Packed caches and chosen tokens are not written yet."""
         from hal.portable import ep
 
         declared = plain_dense(("bfloat16", "float16"))
-        communicates = ep.capabilities("ipc") if self._communicates else None
-        return Capabilities(device_types=("cuda",), mla_dense=declared, mla_sparse=None, ep=communicates)
-
-    @property
-    def _communicates(self) -> bool:
-        asked = os.environ.get(EP) or "0"
-        if asked not in ("0", "1"):
-            raise SpecError(EP, repr(asked), "0 or 1, or unset")
-        return asked == "1"
+        return Capabilities(device_types=("cuda",), mla_dense=declared, mla_sparse=None, ep=ep.capabilities("ipc"))
 
     def mla_plan(self, args: MlaPlanArgs) -> object:
         """Let the tier that will decode make its schedule."""
@@ -120,8 +107,6 @@ class CudaBackend(Backend):
         """Open windows to the other ranks of the node, over the runtime's handles for other processes."""
         from hal.portable import ep
 
-        if not self._communicates:
-            raise UnsupportedError("cuda", "group", "an expert-parallel group", f"none, but with {EP}=1")
         device = self._sharing.on(args.device.index or 0).device
         return ep.open_engine(args, device, "cuda")  # type: ignore[arg-type]
 

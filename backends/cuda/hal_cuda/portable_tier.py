@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from hal.portable.mla import OnEachDevice
 from hal.spec.errors import DeviceError
-from hal_cuda import driver
+from hal_cuda import calls, compiler, driver
 
 if TYPE_CHECKING:
     from hal.spec.mla import MlaDecodeArgs
@@ -24,11 +24,11 @@ class PortableTier:
 
     def missing(self) -> str:
         """Whether cupy is there, and the compiler it calls."""
-        reason = driver.missing()
+        reason = calls.missing()
         if reason:
             return reason
         try:
-            driver.version()
+            compiler.version()
         except DeviceError as error:
             return str(error).splitlines()[0]
         return ""

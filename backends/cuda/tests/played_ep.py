@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import portable_backends
 import torch
-from hal_cuda import driver
+from hal_cuda import driver, launching
 
 from hal import plugins
 from hal.backend import Backend
@@ -89,14 +89,14 @@ class Runtime:
 
 
 class _Module:
-    """`driver.Module` for kernels compiled for the host; windows come as plain addresses, as cupy wants them."""
+    """`launching.Module` for kernels compiled for the host; windows come as plain addresses, as cupy wants them."""
 
     def __init__(self, host: HostDevice, source: Source) -> None:
         self._host, self._program = host, host.build(source)
 
     def launch(self, kernel: str, grid: tuple[int, ...], block: tuple[int, ...], arguments: Sequence[Any]) -> None:
-        values = driver.plain(arguments)
-        form = struct.Struct(driver.form_of(arguments))
+        values = launching.plain(arguments)
+        form = struct.Struct(launching.form_of(arguments))
         given = [_OF[letter](value) for letter, value in zip(form.format[1:], values, strict=True)]
         self._host.launch(self._program, kernel, grid[0], block[0], given)
 

@@ -15,28 +15,19 @@ import pytest
 import torch
 from ep_cases import Case
 from ep_ranks import run_ranks
-from hal_cuda import driver
-from hal_cuda.backend import EP, CudaBackend
+from hal_cuda import driver, ipc
+from hal_cuda.backend import CudaBackend
 
 from hal.ep.streams import current_stream
 from hal.portable.runtime import Handle
-from hal.spec.errors import DeviceError, SpecError, UnsupportedError
+from hal.spec.errors import DeviceError
 
 cupy = pytest.importorskip("cupy", reason="cupy is not installed")
 
 
-def test_it_is_declared_when_asked_for_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = CudaBackend()
-    monkeypatch.delenv(EP, raising=False)
-    assert backend.capabilities().ep is None
-    with pytest.raises(UnsupportedError, match=f"group.*{EP}=1"):
-        backend.ep_buffer(None)  # type: ignore[arg-type]
-    monkeypatch.setenv(EP, "1")
-    declared = backend.capabilities().ep
+def test_it_is_declared() -> None:
+    declared = CudaBackend().capabilities().ep
     assert declared is not None and declared.transports[0] == "ipc"
-    monkeypatch.setenv(EP, "yes")
-    with pytest.raises(SpecError, match=f"{EP}: got 'yes'"):
-        backend.capabilities()
 
 
 def test_windows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +61,7 @@ def test_windows_are_of_the_rank_s_own_card(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(cupy.cuda, "runtime", Runtime())
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
-    there = driver.CudaIpc(3)
+    there = ipc.CudaIpc(3)
     there.make(16)
     there.open(b"")
     there.shut(1)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from fakes import FakeTier, decode_args, plan_args
-from hal_cuda import devices, driver, tiers, triton_tier
+from hal_cuda import calls, compiler, devices, launching, tiers, triton_tier
 from hal_cuda.backend import CudaBackend
 
 from hal.portable.runtime import Words
@@ -150,7 +150,7 @@ def test_making_the_backend_imports_no_compiler() -> None:
 def test_only_what_works_is_declared() -> None:
     declared = CudaBackend().capabilities()
     assert declared.device_types == ("cuda",)
-    assert declared.ep is None and declared.mla_sparse is None
+    assert declared.ep is not None and declared.mla_sparse is None
     assert declared.mla_dense is not None and declared.mla_dense.kv_formats == ("plain",)
     with pytest.raises(UnsupportedError, match="expert"):
         CudaBackend().ep_buffer(None)  # type: ignore[arg-type]
@@ -214,7 +214,7 @@ def test_a_tier_that_does_not_import_is_out_with_its_reason(monkeypatch: pytest.
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(driver.CACHE_ENV, str(tmp_path))
+    monkeypatch.setenv(compiler.CACHE_ENV, str(tmp_path))
     return tmp_path / "cuda" / "sm_90a"
 
 
@@ -224,20 +224,20 @@ KERNEL = 'extern "C" __global__ void fill(float* to, float value) { to[threadIdx
 def test_code_is_compiled_once_and_kept_by_its_content(cache: Path, tmp_path: Path) -> None:
     source = tmp_path / "fill.cu"
     source.write_text(KERNEL)
-    made = driver.compile_source(source, "sm_90a")
+    made = compiler.compile_source(source, "sm_90a")
     assert made[:4] == b"\x7fELF"
     (kept,) = cache.iterdir()
     assert stat.S_IMODE(cache.stat().st_mode) == 0o700
     before = kept.stat().st_ino
-    assert driver.compile_source(source, "sm_90a") == made
+    assert compiler.compile_source(source, "sm_90a") == made
     assert kept.stat().st_ino == before
     kept.write_bytes(b"what was damaged")
-    assert driver.compile_source(source, "sm_90a") == made
+    assert compiler.compile_source(source, "sm_90a") == made
     assert kept.stat().st_ino != before
     for change in (
-        lambda: driver.compile_source(source, "sm_90a", ["--use_fast_math"]),
-        lambda: driver.compile_source(source, "sm_90a", headers={"a.h": "int a;"}),
-        lambda: source.write_text(KERNEL + "// changed") and driver.compile_source(source, "sm_90a"),
+        lambda: compiler.compile_source(source, "sm_90a", ["--use_fast_math"]),
+        lambda: compiler.compile_source(source, "sm_90a", headers={"a.h": "int a;"}),
+        lambda: source.write_text(KERNEL + "// changed") and compiler.compile_source(source, "sm_90a"),
     ):
         assert change()[:4] == b"\x7fELF"
     assert len(list(cache.iterdir())) == 4
@@ -246,7 +246,7 @@ def test_code_is_compiled_once_and_kept_by_its_content(cache: Path, tmp_path: Pa
 def test_headers_are_found(cache: Path, tmp_path: Path) -> None:
     source = tmp_path / "with_header.cu"
     source.write_text('#include "value.h"\nextern "C" __global__ void fill(float* to) { to[0] = VALUE; }\n')
-    assert driver.compile_source(source, "sm_90a", headers={"value.h": "#define VALUE 1.0f\n"})[:4] == b"\x7fELF"
+    assert compiler.compile_source(source, "sm_90a", headers={"value.h": "#define VALUE 1.0f\n"})[:4] == b"\x7fELF"
 
 
 def test_a_folder_others_can_write_to_is_not_trusted(cache: Path, tmp_path: Path) -> None:
@@ -254,8 +254,8 @@ def test_a_folder_others_can_write_to_is_not_trusted(cache: Path, tmp_path: Path
     cache.chmod(0o770)
     source = tmp_path / "fill.cu"
     source.write_text(KERNEL)
-    with pytest.warns(UserWarning, match=f"others can write to {cache} .*, or set {driver.CACHE_ENV} to a folder"):
-        assert driver.compile_source(source, "sm_90a")[:4] == b"\x7fELF"
+    with pytest.warns(UserWarning, match=f"others can write to {cache} .*, or set {compiler.CACHE_ENV} to a folder"):
+        assert compiler.compile_source(source, "sm_90a")[:4] == b"\x7fELF"
     assert not list(cache.iterdir())
 
 
@@ -263,7 +263,7 @@ def test_a_compile_error_carries_log_and_path(cache: Path, tmp_path: Path) -> No
     source = tmp_path / "wrong.cu"
     source.write_text(KERNEL.replace("value;", "valve;"))
     with pytest.raises(CompileError) as caught:
-        driver.compile_source(source, "sm_90a")
+        compiler.compile_source(source, "sm_90a")
     assert caught.value.source_path == str(source)
     assert 'identifier "valve" is undefined' in caught.value.log
     assert "wrong.cu(1)" in caught.value.log
@@ -273,7 +273,7 @@ def test_a_refused_call_is_named() -> None:
     if torch.cuda.is_available():
         pytest.skip("not applicable: this machine has a device")
     with pytest.raises(DeviceError, match=r"cuModuleLoad: .*libcuda"):
-        driver.checked("cuModuleLoad", cupy.cuda.driver.moduleLoad, "nowhere.cubin")
+        calls.checked("cuModuleLoad", cupy.cuda.driver.moduleLoad, "nowhere.cubin")
 
 
 def test_kernels_are_launched_with_addresses_on_torchs_stream(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +295,7 @@ def test_kernels_are_launched_with_addresses_on_torchs_stream(monkeypatch: pytes
 
     monkeypatch.setattr(cupy.cuda.driver, "launchKernel", launched, raising=False)
     tensor = torch.zeros(3)
-    module = driver.Module(b"code", 0)
+    module = launching.Module(b"code", 0)
     given = [tensor, Words((5, -6, 7)), 8, np.int32(9), np.int64(10), np.float32(0.5)]
     for _ in range(2):
         module.launch("fill", (2, 1, 1), (32, 1, 1), given)
@@ -308,10 +308,10 @@ def test_a_launch_that_the_driver_refuses_is_a_device_error(monkeypatch: pytest.
     def refused(*given: int) -> None:
         raise RuntimeError("CUDA_ERROR_INVALID_VALUE: invalid argument")
 
-    monkeypatch.setattr(driver, "current", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(launching, "current", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: types.SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(cupy.cuda.driver, "launchKernel", refused, raising=False)
-    module = driver.Module(b"", 0)
+    module = launching.Module(b"", 0)
     module._module, module._functions["fill"] = object(), types.SimpleNamespace(ptr=1)
     with pytest.raises(DeviceError, match=r"cuLaunchKernel\(fill\): RuntimeError: CUDA_ERROR_INVALID_VALUE"):
         module.launch("fill", (1, 1, 1), (32, 1, 1), [])

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from fakes import decode_args, plan_args
-from hal_cuda import driver, portable_tier
+from hal_cuda import calls, compiler, driver, launching, portable_tier
 
 from hal.portable import ep_kernels
 from hal.portable.direct import kernels as direct
@@ -50,7 +50,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Compiled here and now, not found from an earlier run."""
     folder = str(tmp_path_factory.mktemp("kernels"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(driver.CACHE_ENV, folder)
+        patch.setenv(compiler.CACHE_ENV, folder)
         patch.setenv("HAL_KERNEL_CACHE", folder)
         yield
 
@@ -72,7 +72,7 @@ def instructions(source: Source, arch: str, folder: Path) -> str:
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    (folder / "kernel.cubin").write_bytes(driver.compile_text(source.text("cuda"), Path(source.path), arch))
+    (folder / "kernel.cubin").write_bytes(compiler.compile_text(source.text("cuda"), Path(source.path), arch))
     environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}
     command = [tools / "cuobjdump", "--dump-sass", folder / "kernel.cubin"]
     return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
@@ -82,7 +82,7 @@ def instructions(source: Source, arch: str, folder: Path) -> str:
 def test_it_compiles_and_spills_nothing(arch: str, name: str, tmp_path: Path) -> None:
     tile = Tile.of(Facts(arch, "NVRTC", "cuda", 132, 3, 48 << 10, 32), CALLS[name])
     source = tile.decode()
-    used = resources(driver.compile_text(source.text("cuda"), Path(source.path), arch), tmp_path)
+    used = resources(compiler.compile_text(source.text("cuda"), Path(source.path), arch), tmp_path)
     assert set(used) == {"mla_decode", "mla_merge"}
     for kernel in used.values():
         assert (kernel["STACK"], kernel["LOCAL"]) == (0, 0)
@@ -90,7 +90,7 @@ def test_it_compiles_and_spills_nothing(arch: str, name: str, tmp_path: Path) ->
         assert kernel["REG"] * tile.threads * driver.groups(arch) <= 65536
         assert kernel["SHARED"] * driver.groups(arch) <= _SHARED[arch]
     source = tile.schedule()
-    used = resources(driver.compile_text(source.text("cuda"), Path(source.path), arch), tmp_path)
+    used = resources(compiler.compile_text(source.text("cuda"), Path(source.path), arch), tmp_path)
     assert used["mla_schedule"]["STACK"] == 0
 
 
@@ -105,7 +105,7 @@ def test_a_compile_error_names_the_kernel_file_and_line(tmp_path: Path) -> None:
     wrong.write_text("HAL_KERNEL(8)\nvoid wrong(HAL_GLOBAL float *to) { to[0] = valve; }\n")
     source = Source((str(wrong),), ())
     with pytest.raises(CompileError) as caught:
-        driver.compile_text(source.text("cuda"), Path(source.path), "sm_90")
+        compiler.compile_text(source.text("cuda"), Path(source.path), "sm_90")
     assert f"{wrong}(2)" in caught.value.log and caught.value.source_path == str(wrong)
 
 
@@ -131,14 +131,14 @@ def test_flags_are_released_and_acquired_for_the_whole_system(tmp_path: Path) ->
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_kernels_of_expert_parallelism_spill_nothing(arch: str, tmp_path: Path) -> None:
     for source in ep_kernels.every(torch.bfloat16):
-        for kernel in resources(driver.compile_text(source.text("cuda"), Path(source.path), arch), tmp_path).values():
+        for kernel in resources(compiler.compile_text(source.text("cuda"), Path(source.path), arch), tmp_path).values():
             assert (kernel["STACK"], kernel["LOCAL"]) == (0, 0), source
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_kernels_of_ranks_that_meet_on_their_devices_spill_nothing(arch: str, tmp_path: Path) -> None:
     for source in direct.every(torch.bfloat16):
-        used = resources(driver.compile_text(source.text("cuda"), Path(source.path), arch), tmp_path)
+        used = resources(compiler.compile_text(source.text("cuda"), Path(source.path), arch), tmp_path)
         for name, kernel in used.items():
             # What ep_announce tells is an array that its loop is unrolled over.
             assert (kernel["STACK"], kernel["LOCAL"]) == (0, 0), (source, name)
@@ -167,7 +167,7 @@ def test_headers_are_released_after_their_words_and_acquired_before(tmp_path: Pa
 
 
 class _PlayedModule:
-    """`driver.Module` for kernels that were compiled for the host: the same calls, the same arguments."""
+    """`launching.Module` for kernels that were compiled for the host: the same calls, the same arguments."""
 
     def __init__(self, device: HostDevice, source: Source) -> None:
         self.device, self.program = device, device.build(source)
@@ -243,12 +243,12 @@ def test_a_thread_that_has_no_context_gets_one_before_it_launches(monkeypatch: p
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: types.SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(cupy.cuda.driver, "launchKernel", lambda *given: order.append("launched"), raising=False)
-    module = driver.Module(b"", 1)
+    module = launching.Module(b"", 1)
     module._functions["kernel"] = types.SimpleNamespace(ptr=5)
     module._module = object()
     here = [0]
-    monkeypatch.setattr(driver, "_DEVICE", lambda: here[0])
-    monkeypatch.setattr(driver, "_seen", threading.local())
+    monkeypatch.setattr(calls, "_DEVICE", lambda: here[0])
+    monkeypatch.setattr(calls, "_seen", threading.local())
     launch = lambda: module.launch("kernel", (1, 1, 1), (32, 1, 1), [])  # noqa: E731
     launch()
     assert order == ["set 1", "launched"]

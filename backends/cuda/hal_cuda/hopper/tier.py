@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from hal.spec.mla import MlaDecodeArgs
-from hal_cuda import driver
+from hal_cuda import calls, compiler, launching
 from hal_cuda.hopper.launch import (
     HEAD_DIM,
     HEAD_DIM_V,
@@ -51,7 +51,7 @@ def compiled(name: str, dtype: torch.dtype) -> bytes:
     """
     headers = {path.name: path.read_text() for path in SOURCES.glob("*.h")}
     sizes = (f"-DHAL_SHARED_BYTES={SHARED_BYTES}", f"-DHAL_PROBLEM_BYTES={ctypes.sizeof(Problem)}")
-    return driver.compile_source(SOURCES / f"{name}.cu", ARCH, (*sizes, *_FLAGS[dtype]), headers)
+    return compiler.compile_source(SOURCES / f"{name}.cu", ARCH, (*sizes, *_FLAGS[dtype]), headers)
 
 
 class HopperTier:
@@ -61,7 +61,7 @@ class HopperTier:
 
     def __init__(self) -> None:
         self._kernels: dict[tuple[int, torch.dtype], Kernels] = {}
-        self._modules: list[driver.Module] = []  # unloaded with the last reference
+        self._modules: list[launching.Module] = []  # unloaded with the last reference
         self._counts: Counter[str] = Counter()
 
     @cached_property
@@ -71,7 +71,7 @@ class HopperTier:
 
     def missing(self) -> str:
         """Whether cupy compiles here, and whether a device has the instructions."""
-        reason = driver.missing()
+        reason = calls.missing()
         if reason:
             return reason
         try:
@@ -117,7 +117,7 @@ class HopperTier:
         if not isinstance(schedule, Schedule):
             assert args.cache_seqlens is not None
             schedule = self._schedule(args.geometry(), args.cache_seqlens)
-        with driver.current(args.q.device.index):
+        with calls.current(args.q.device.index):
             launch_decode(kernels, args, schedule)
         self._counts.update(("decode", "merge"))
 
@@ -129,7 +129,7 @@ class HopperTier:
         device = geometry.device
         kernels = self._on(device, geometry.dtype)
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-        with driver.current(device.index):
+        with calls.current(device.index):
             schedule = make_schedule(kernels, geometry, cache_seqlens, processors)
         self._counts["schedule"] += 1
         return schedule
@@ -138,12 +138,12 @@ class HopperTier:
         index = device.index
         assert index is not None  # a tensor's device has one
         if (index, dtype) not in self._kernels:
-            with driver.current(index):
+            with calls.current(index):
                 self._kernels[index, dtype] = Kernels(*(self._load(*kernel, dtype, index) for kernel in KERNELS))
         return self._kernels[index, dtype]
 
     def _load(self, name: str, threads: int, shared: int, dtype: torch.dtype, index: int) -> Kernel:
-        module = driver.Module(compiled(name, dtype), index)
+        module = launching.Module(compiled(name, dtype), index)
         self._modules.append(module)
         return Kernel(module.function(name).ptr, name, threads, shared)
 
