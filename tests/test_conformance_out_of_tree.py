@@ -76,6 +76,7 @@ def test_an_installed_vendor_is_certified_and_its_certificate_binds_its_files(
 
 
 @pytest.mark.sampled
+@pytest.mark.long(12)
 def test_an_installed_vendor_with_a_bug_is_refused_with_its_cause(outside: Interpreter, tmp_path: Path) -> None:
     line = ["conform", "--backend", "lame", "--out", str(tmp_path), "--seed", "7", "--quick"]
     done = outside.hal(*line, timeout=300)
@@ -97,6 +98,7 @@ def test_an_installed_vendor_with_a_bug_is_refused_with_its_cause(outside: Inter
 
 
 @pytest.mark.sampled
+@pytest.mark.long(8)
 def test_an_installed_vendor_runs_under_plain_pytest(outside: Interpreter, tmp_path: Path) -> None:
     line = [
         "--pyargs",

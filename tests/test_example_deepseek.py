@@ -222,6 +222,8 @@ class TestChecks:
             assert not verdict.passed
 
 
+@pytest.mark.sampled
+@pytest.mark.long(12)
 @pytest.mark.parametrize("name", ["v3", "v2"])
 def test_runs_equal_transformers_and_each_other(name: str) -> None:
     # Few tokens, more than a page of them, more prompts than the pages have room for.
@@ -244,6 +246,8 @@ def test_runs_equal_transformers_and_each_other(name: str) -> None:
     assert verdict.passed, verdict
 
 
+@pytest.mark.sampled
+@pytest.mark.long(6)
 @pytest.mark.parametrize("name", ["v3", "v2"])
 def test_bf16_is_no_worse_than_transformers(name: str) -> None:
     # The default run's sizes: over a few tokens the comparison would be chance.
@@ -254,6 +258,8 @@ def test_bf16_is_no_worse_than_transformers(name: str) -> None:
     assert verdict.passed, verdict
 
 
+@pytest.mark.sampled
+@pytest.mark.long(6)
 def test_steps_of_other_sizes_are_right_too() -> None:
     requests = requests_of([20, 1], 4)
     untouched = model.build_model("v3", SEED)
@@ -264,6 +270,8 @@ def test_steps_of_other_sizes_are_right_too() -> None:
         assert verdict.passed, verdict
 
 
+@pytest.mark.sampled
+@pytest.mark.long(4)
 def test_a_rank_without_prompts_takes_part() -> None:
     requests = requests_of([4], 3)
     (alone,) = answers_of(ranks.run(job_of(requests, 1)))
@@ -346,6 +354,7 @@ class TestCommand:
         assert "--seed 5 repeats this run" in done.stdout
 
     @pytest.mark.sampled
+    @pytest.mark.long(25)
     @pytest.mark.timeout(400)
     @pytest.mark.parametrize(("backend", "chip"), [("rocm", "hip:gfx942"), ("dcu", "hip:gfx936")])
     def test_runs_on_a_simulated_device(self, backend: str, chip: str) -> None:
