@@ -248,7 +248,7 @@ def test_another_vendors_opencl_is_simulation(vendors: Interpreter) -> None:
 
 
 @pytest.mark.sampled
-@pytest.mark.long(20)
+@pytest.mark.long(6)
 @pytest.mark.timeout(600)
 def test_declared_expert_parallelism_conforms(vendors: Interpreter, tmp_path: Path) -> None:
     # The first call compiles, on a machine that may be busy: hence the patience.
@@ -292,7 +292,7 @@ _ALL_OF_IT = {
 
 
 @pytest.mark.sampled
-@pytest.mark.long(55)
+@pytest.mark.long(45)
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("runtime", "chip"), [("cuda-like", "musa:mp_31"), ("hip-like", "hip:gfx942")])
 def test_a_fresh_backend_reaches_l1_and_e1_on_the_simulator(
