@@ -83,6 +83,8 @@ def test_an_unknown_backend_is_one_paragraph_and_exit_code_2(crowd: Interpreter)
     assert "\x1b" not in said[0]
 
 
+@pytest.mark.sampled
+@pytest.mark.long(6)
 @pytest.mark.parametrize("statement", ["os._exit(0)", "os.kill(os.getpid(), 11)"])
 def test_a_plugin_that_ends_the_process_is_named(statement: str, bare: Interpreter, tmp_path: Path) -> None:
     ends = wrong("        return Probe(", f"        import os; {statement}\n        return Probe(")
@@ -250,6 +252,8 @@ def test_the_doctor_survives_and_names_what_fails(crowd: Interpreter) -> None:
         assert (found[name]["works"], found[name]["checks"]) == (False, []), "nothing is run on a backend that is out"
 
 
+@pytest.mark.sampled
+@pytest.mark.long(2)
 @pytest.mark.parametrize(("backend", "code"), [("half", 0), ("nope", 2)])
 def test_the_doctor_answers_for_the_backend_in_force(backend: str, code: int, crowd: Interpreter) -> None:
     # In force by HAL_BACKEND: everything is reported, this one decides. The others would take seconds each here.
@@ -332,6 +336,8 @@ def test_a_reader_that_leaves_is_no_error(crowd: Interpreter) -> None:
     assert (done.returncode, done.stderr) == (1, "LOUD\n")
 
 
+@pytest.mark.sampled
+@pytest.mark.long(1)
 @pytest.mark.parametrize("arguments", ["backends", "--version"])
 def test_a_full_disk_is_one_line(arguments: str, crowd: Interpreter) -> None:
     with open("/dev/full", "w") as full:
@@ -347,6 +353,8 @@ def test_a_full_disk_is_one_line(arguments: str, crowd: Interpreter) -> None:
     assert (done.returncode, said) == (1, ["hal: No space left on device: the answer is not whole"])
 
 
+@pytest.mark.sampled
+@pytest.mark.long(2)
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_stream_that_lacks_a_character_gets_the_rest(encoding: str, crowd: Interpreter) -> None:
     done = crowd.hal("backends", PYTHONIOENCODING=encoding)
@@ -355,6 +363,7 @@ def test_a_stream_that_lacks_a_character_gets_the_rest(encoding: str, crowd: Int
 
 
 @pytest.mark.sampled
+@pytest.mark.long(3)
 @pytest.mark.parametrize("closed", [0, 1, 2])
 def test_a_closed_stream_is_no_error(closed: int, bare: Interpreter, tmp_path: Path) -> None:
     # Native code of a plugin finds something open under the number too, and not a file that was opened meanwhile.

@@ -42,6 +42,7 @@ def python(*arguments: str, path: Path | None = None, cwd: Path | None = None) -
 
 
 @pytest.mark.sampled
+@pytest.mark.long(4)
 @pytest.mark.parametrize(
     "script",
     [

@@ -241,6 +241,8 @@ def _mutants_are_installed() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_mutants_are_installed")
+@pytest.mark.sampled
+@pytest.mark.long(4)
 @pytest.mark.parametrize(
     ("name", "obligation", "mode"),
     [

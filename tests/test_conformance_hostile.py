@@ -42,6 +42,8 @@ def _mutants_are_installed() -> Iterator[None]:
         yield
 
 
+@pytest.mark.sampled
+@pytest.mark.long(2)
 @pytest.mark.parametrize(
     ("name", "obligation", "complaint"),
     [

@@ -45,7 +45,7 @@ def test_there_are_many_and_each_claims_a_level() -> None:
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("name", CHOSEN)
-@pytest.mark.long(15)
+@pytest.mark.long(4)
 def test_a_mutant_dies_in_the_level_that_claims_it(name: str, kept_worker: Worker) -> None:
     done = kill(load()[name], kept_worker)
     assert done.right, f"claimed by {done.mutant.level}, died in {done.level or 'none'}: {done.message} ({done.cause})"

@@ -48,7 +48,7 @@ def outside(bare: Interpreter, tmp_path_factory: pytest.TempPathFactory) -> Inte
 
 
 @pytest.mark.sampled
-@pytest.mark.long(25)
+@pytest.mark.long(60)
 @pytest.mark.timeout(600)
 def test_an_installed_vendor_is_certified_and_its_certificate_binds_its_files(
     outside: Interpreter, tmp_path: Path
@@ -76,6 +76,7 @@ def test_an_installed_vendor_is_certified_and_its_certificate_binds_its_files(
 
 
 @pytest.mark.sampled
+@pytest.mark.long(20)
 def test_an_installed_vendor_with_a_bug_is_refused_with_its_cause(outside: Interpreter, tmp_path: Path) -> None:
     line = ["conform", "--backend", "lame", "--out", str(tmp_path), "--seed", "7", "--quick"]
     done = outside.hal(*line, timeout=300)
@@ -97,6 +98,7 @@ def test_an_installed_vendor_with_a_bug_is_refused_with_its_cause(outside: Inter
 
 
 @pytest.mark.sampled
+@pytest.mark.long(14)
 def test_an_installed_vendor_runs_under_plain_pytest(outside: Interpreter, tmp_path: Path) -> None:
     line = [
         "--pyargs",

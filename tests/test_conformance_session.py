@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
 import random
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,22 +38,29 @@ def _mutants_are_installed() -> Iterator[None]:
         yield
 
 
-def run(backend: str, *only: str, patience: float = 1.0, **waivers: Waiver) -> Session:
-    named = {name.replace("_", "-"): waiver for name, waiver in waivers.items()}
-    session = Session(Settings(backend, 11, "quick", patience=patience), only, None, named, witness=WITNESS)
-    session.stop_after = 1
-    try:
+Run = Callable[..., Session]
+
+
+@pytest.fixture
+def run(kept_worker: Worker) -> Run:
+    """Run the suite in a worker that stays: what is run here leaves it as it was, or ends it."""
+
+    def ran(backend: str, *only: str, **waivers: Waiver) -> Session:
+        named = {name.replace("_", "-"): waiver for name, waiver in waivers.items()}
+        session = Session(Settings(backend, 11, "quick"), only, None, named, witness=WITNESS)
+        session.stop_after = 1
+        session.worker = kept_worker
         session.run()
-    finally:
-        session.close()
-    return session
+        return session
+
+    return ran
 
 
 def statuses(session: Session) -> dict[str, str]:
     return {r.id: r.status for r in session.results.values() if r.status != "SKIPPED"}
 
 
-def test_a_correct_backend_passes_and_what_it_lacks_is_seen_refused() -> None:
+def test_a_correct_backend_passes_and_what_it_lacks_is_seen_refused(run: Run) -> None:
     session = run("sample", "CAP-01", "CAP-05", "MLA-07", "MLA-22", "SPA-01", "SNK-01", "FP8-01", "FP8-02", "XTR-01")
     assert statuses(session) == {
         "CAP-01": "PASS",
@@ -66,14 +76,14 @@ def test_a_correct_backend_passes_and_what_it_lacks_is_seen_refused() -> None:
     assert all(r.calls for r in session.results.values() if r.status in ("PASS", "REFUSED"))
 
 
-def test_a_failure_blocks_the_levels_above_and_names_its_cause_and_one_line_that_repeats_it() -> None:
+def test_a_failure_blocks_the_levels_above_and_names_its_cause_and_one_line_that_repeats_it(run: Run) -> None:
     session = run("mutant-causal-one-more", "CAP-01", "MLA-07", "MLA-22")
     assert statuses(session) == {"CAP-01": "PASS", "MLA-07": "FAIL", "MLA-22": "BLOCKED"}
     failure = session.results["MLA-07"].failures[0]
     assert failure["diagnosis"]["cause"] == "causal is off by one: a query sees one key too many"
     line = failure["reproduce"]
     assert line.startswith("hal conform --backend mutant-causal-one-more --case MLA-07@11.")
-    again = Session(Settings("mutant-causal-one-more", 11, "quick"), ["MLA-07"], failure["index"])
+    again = Session(Settings("mutant-causal-one-more", 11, "quick"), ["MLA-07"], failure["index"], witness=WITNESS)
     try:
         again.run()
     finally:
@@ -81,7 +91,7 @@ def test_a_failure_blocks_the_levels_above_and_names_its_cause_and_one_line_that
     assert again.results["MLA-07"].failures[0]["problems"] == failure["problems"]
 
 
-def test_a_crash_is_recorded_and_the_run_goes_on() -> None:
+def test_a_crash_is_recorded_and_the_run_goes_on(run: Run) -> None:
     session = run("mutant-crash-on-empty", "MLA-20", "MLA-22")
     assert statuses(session) == {"MLA-20": "CRASH", "MLA-22": "PASS"}
     assert "SIGSEGV" in session.results["MLA-20"].message
@@ -105,14 +115,14 @@ def test_a_hang_is_recorded_with_the_stack_and_the_run_goes_on() -> None:
     assert "mla_decode" in session.results["MLA-33"].failures[0]["output"]
 
 
-def test_a_plugin_that_cannot_load_fails_at_the_gate() -> None:
+def test_a_plugin_that_cannot_load_fails_at_the_gate(run: Run) -> None:
     session = run("mutant-exits-at-load")
     seen = statuses(session)
     assert seen.pop("CAP-01") == "FAIL"
     assert set(seen.values()) == {"BLOCKED"}
 
 
-def test_a_wrong_result_is_bisected_from_outside_where_no_partial_results_are_exposed() -> None:
+def test_a_wrong_result_is_bisected_from_outside_where_no_partial_results_are_exposed(run: Run) -> None:
     session = run("mutant-token-after-boundary-lost", "MLA-23")
     index = session.results["MLA-23"].failures[0]["index"]
     settings = dataclasses.asdict(session.settings)
@@ -125,7 +135,7 @@ def test_a_wrong_result_is_bisected_from_outside_where_no_partial_results_are_ex
     assert first["where"].endswith(f"first {page + 1} keys")
 
 
-def test_a_fallback_is_seen_where_it_happens() -> None:
+def test_a_fallback_is_seen_where_it_happens(run: Run) -> None:
     session = run("mutant-falls-back-for-long", "CAP-07", "MLA-09")
     assert statuses(session) == {"CAP-07": "PASS", "MLA-09": "FAIL"}
     assert "no kernel of this backend was launched" in session.results["MLA-09"].message
@@ -144,7 +154,7 @@ def test_an_obligation_that_calls_nothing_is_no_pass(monkeypatch: pytest.MonkeyP
     assert session.results["MLA-01"].message == "nothing was executed"
 
 
-def test_waivers_never_pass_and_must_be_needed_and_in_force() -> None:
+def test_waivers_never_pass_and_must_be_needed_and_in_force(run: Run) -> None:
     mine = {"MLA_07": Waiver("MLA-07", "due in 2.1", LATER), "MLA_08": Waiver("MLA-08", "not needed", LATER)}
     session = run("mutant-causal-one-more", "CAP-01", "MLA-07", "MLA-08", "MLA-22", **mine)
     assert statuses(session) == {"CAP-01": "PASS", "MLA-07": "WAIVED", "MLA-08": "PASS", "MLA-22": "PASS"}
@@ -157,7 +167,7 @@ def test_waivers_never_pass_and_must_be_needed_and_in_force() -> None:
     assert "expired" in expired.waiver_problems()[0]
 
 
-def test_a_waiver_that_a_filter_leaves_unjudged_is_said_to_be() -> None:
+def test_a_waiver_that_a_filter_leaves_unjudged_is_said_to_be(run: Run) -> None:
     mine = {"MLA_08": Waiver("MLA-08", "due in 2.1", LATER), "MLA_07": Waiver("MLA-07", "was due", BEFORE)}
     session = run("sample", "CAP-01", **mine)
     note = "whether the waiver of MLA-08 is needed could not be judged: it was left out by the filter"
@@ -306,31 +316,33 @@ def test_a_filter_is_never_a_pass() -> None:
     assert verdict.overall(rows, True, [])[0] == "INCOMPLETE"
 
 
-@pytest.mark.long(19)
-def test_the_pytest_plugin_runs_obligations_and_refuses_wrong_requests(pytester_run: object) -> None:
-    code, text = pytester_run(
-        "--hal-backend", "sample", "--hal-mode", "quick", "--hal-only", "CAP-01", "--hal-only", "MLA-21"
-    )  # type: ignore[operator]
-    assert code == 0, text
-    assert "2 passed" in text
-    for arguments in (["--hal-backend", "nope"], ["--hal-backend", "sample", "--hal-only", "XYZ-1"]):
-        code, text = pytester_run(*arguments)  # type: ignore[operator]
-        assert code == 2, text
-    code, text = pytester_run()  # type: ignore[operator]
-    assert code == 1
-    assert "--hal-backend NAME" in text
+# One process, for most of what a run of pytest takes is to import torch.
+_RUNS = """
+import contextlib, io, json, sys
+import pytest
+answers = []
+for arguments in json.loads(sys.argv[1]):
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--pyargs", "hal_conformance", *arguments])
+    answers.append((int(code), said.getvalue()))
+print(json.dumps(answers))
+"""
 
 
-@pytest.fixture
-def pytester_run(tmp_path: Path) -> object:
-    import subprocess
-    import sys
-
-    def execute(*arguments: str) -> tuple[int, str]:
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--pyargs", "hal_conformance"]
-        done = subprocess.run(
-            [*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False
-        )
-        return done.returncode, done.stdout + done.stderr
-
-    return execute
+@pytest.mark.long(6)
+def test_the_pytest_plugin_runs_obligations_and_refuses_wrong_requests(tmp_path: Path) -> None:
+    chosen = ["--hal-mode", "quick", "--hal-only", "CAP-01", "--hal-only", "MLA-21"]
+    runs = [
+        ["--hal-backend", "sample", *chosen],
+        ["--hal-backend", "nope"],
+        ["--hal-backend", "sample", "--hal-only", "XYZ-1"],
+        [],
+    ]
+    command = [sys.executable, "-c", _RUNS, json.dumps(runs)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    good, unknown, absent, silent = json.loads(done.stdout)
+    assert good[0] == 0 and "2 passed" in good[1], good[1]
+    assert unknown[0] == absent[0] == 2, (unknown, absent)
+    assert silent[0] == 1 and "--hal-backend NAME" in silent[1], silent[1]

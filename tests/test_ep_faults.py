@@ -75,6 +75,8 @@ def test_a_killed_rank_is_named_at_once(phase: str) -> None:
     assert not leftovers()
 
 
+@pytest.mark.sampled
+@pytest.mark.long(5)
 @pytest.mark.parametrize("operation", [1, 4])
 def test_a_stopped_rank_is_named_within_the_timeout(operation: int) -> None:
     outcomes = run_ranks(

@@ -18,6 +18,7 @@ from hal import EpFault, EpFaults, RankFailure
 
 TIMEOUT: Final = 3.0
 NODES: Final = (4, 2)
+pytestmark = [pytest.mark.sampled, pytest.mark.long(8)]
 
 
 def case_of(per_node: int) -> Case:

@@ -183,6 +183,8 @@ def carried_on(plan: Plan, outcomes: list[Outcome]) -> None:
             assert outcome.value == [one == plan.culprit for one in range(RANKS)]
 
 
+@pytest.mark.sampled
+@pytest.mark.long(3)
 @pytest.mark.parametrize("number", range(_COUNT))
 @pytest.mark.timeout(120)
 def test_a_rank_of_another_node_that_dies_is_left_out(number: int) -> None:

@@ -149,6 +149,8 @@ def _links(folder: Path) -> set[str]:
     return found
 
 
+@pytest.mark.sampled
+@pytest.mark.long(3)
 @pytest.mark.parametrize("number", range(_COUNT))
 @pytest.mark.timeout(60)
 def test_a_random_fault(number: int) -> None:

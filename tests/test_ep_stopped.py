@@ -50,6 +50,8 @@ def stopped_between_calls(rank: int, case: Case, culprit: int) -> int:
     return caught.value.rank
 
 
+@pytest.mark.sampled
+@pytest.mark.long(6)
 @pytest.mark.parametrize(("case", "culprit"), [(ONE, 1), (TWO, 1), (TWO, 2), (PORTABLE, 1)])
 def test_between_calls(case: Case, culprit: int) -> None:
     before = registered if case is PORTABLE else None
@@ -71,6 +73,8 @@ def stopped_within_a_call(rank: int, phase: str) -> int:
     return caught.value.rank
 
 
+@pytest.mark.sampled
+@pytest.mark.long(5)
 @pytest.mark.parametrize("phase", ["post", "grant", "push", "receive"])
 def test_within_a_call(phase: str) -> None:
     assert [outcome.value for outcome in run_ranks(3, stopped_within_a_call, phase)] == [1, 1, 1]
@@ -106,6 +110,8 @@ def stopped_while_opening(rank: int, case: Case, where: type, method: str) -> in
     return caught.value.rank
 
 
+@pytest.mark.sampled
+@pytest.mark.long(5)
 @pytest.mark.parametrize("case", [ONE, TWO], ids=["one node", "two nodes"])
 @pytest.mark.parametrize(("where", "method"), [(Meeting, "_heard"), (Meeting, "exchange"), (Doorbell, "trade")])
 def test_while_opening(case: Case, where: type, method: str) -> None:

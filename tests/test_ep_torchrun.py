@@ -27,6 +27,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.sampled
 @pytest.mark.long(12)
 def test_torchrun_says_where_nodes_end(tmp_path: Path) -> None:
     program = tmp_path / "program.py"

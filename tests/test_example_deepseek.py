@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing as mp
 import os
 import pickle
@@ -13,24 +14,23 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-
-import hal
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from examples.deepseek_v3 import check, model, ranks
+import hal
 from examples.deepseek_v3.cache import LatentCache, PagePool
-from examples.deepseek_v3.engine import Generated, Progress, Summary
 from examples.deepseek_v3.experts import TILE, LocalExperts
 from examples.deepseek_v3.scheduler import Request, Scheduler
 from hal import EpFault, EpFaults, RankFailure, SpecError
+
+if importlib.util.find_spec("transformers") is None:
+    pytest.skip("transformers is not installed", allow_module_level=True)
+if TYPE_CHECKING:
+    from examples.deepseek_v3 import check, engine, model, ranks
 
 # Fixed: with other weights a token in a few hundred thousand could be a tie, in the router or between two logits.
 SEED = 1
@@ -52,14 +52,21 @@ def job_of(requests: tuple[Request, ...], processes: int, name: str = "v3", **ot
     return ranks.Job(name, SEED, others.pop("dtypes", ("float32",)), requests, processes, "cpu", **others)
 
 
-def answers_of(reports: Iterator[Progress | Summary]) -> list[dict[int, Generated]]:
+def answers_of(reports: Iterator[engine.Progress | engine.Summary]) -> list[dict[int, engine.Generated]]:
     """The answers of each dtype of a run, in order."""
-    summaries = [report for report in reports if isinstance(report, Summary)]
+    summaries = [report for report in reports if isinstance(report, engine.Summary)]
     ranks_in_all = 1 + max(summary.rank for summary in summaries)
     return [
         {one.number: one for summary in summaries[i : i + ranks_in_all] for one in summary.generated}
         for i in range(0, len(summaries), ranks_in_all)
     ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _the_example_is_imported() -> None:
+    """Not above: with transformers that takes seconds, and of the processes that collect these tests one runs them."""
+    global check, engine, model, ranks
+    from examples.deepseek_v3 import check, engine, model, ranks
 
 
 @pytest.fixture(autouse=True)
@@ -178,8 +185,8 @@ class TestChecks:
     """The checks themselves notice what they are for."""
 
     @staticmethod
-    def answer(number: int = 0) -> Generated:
-        return Generated(number, (1, 2), torch.randn(2, 4).numpy())
+    def answer(number: int = 0) -> engine.Generated:
+        return engine.Generated(number, (1, 2), torch.randn(2, 4).numpy())
 
     def test_another_token_is_noticed(self) -> None:
         good = self.answer()
@@ -207,7 +214,7 @@ class TestChecks:
         request = requests_of([5], 4)[0]
         narrow = model.in_dtype(built, torch.bfloat16)
         logits = check._teacher_forced(narrow, request, (1, 2, 3, 4)).float().numpy()
-        good = Generated(0, (1, 2, 3, 4), logits)
+        good = engine.Generated(0, (1, 2, 3, 4), logits)
         assert check.no_worse_than_transformers({0: good}, [request], built, torch.bfloat16).passed
         exact = check._teacher_forced(built, request, (1, 2, 3, 4)).float().numpy()
         for bad in (logits + 1.1 * (logits - exact), logits * float("nan")):
@@ -215,11 +222,13 @@ class TestChecks:
             assert not verdict.passed
 
 
+@pytest.mark.sampled
+@pytest.mark.long(12)
 @pytest.mark.parametrize("name", ["v3", "v2"])
 def test_runs_equal_transformers_and_each_other(name: str) -> None:
     # Few tokens, more than a page of them, more prompts than the pages have room for.
     requests = requests_of([70, 3, 20, 9], 5)
-    first: list[dict[int, Generated]] = []
+    first: list[dict[int, engine.Generated]] = []
     for processes in (1, 2, 4):
         reports = list(ranks.run(job_of(requests, processes, name, dtypes=("float32", "bf16"))))
         found = answers_of(iter(reports))
@@ -229,14 +238,16 @@ def test_runs_equal_transformers_and_each_other(name: str) -> None:
             verdict = check.same_bits(answers, base, "", "")
             assert verdict.passed, verdict
         if processes == 1:
-            assert any(isinstance(one, Summary) and one.recycled for one in reports)
-            assert any(isinstance(one, Progress) and one.step and one.joined for one in reports)
+            assert any(isinstance(one, engine.Summary) and one.recycled for one in reports)
+            assert any(isinstance(one, engine.Progress) and one.step and one.joined for one in reports)
     untouched = model.build_model(name, SEED)
     references = [check.transformers_greedy(untouched, request) for request in requests]
     verdict = check.same_as_transformers(first[0], references)
     assert verdict.passed, verdict
 
 
+@pytest.mark.sampled
+@pytest.mark.long(6)
 @pytest.mark.parametrize("name", ["v3", "v2"])
 def test_bf16_is_no_worse_than_transformers(name: str) -> None:
     # The default run's sizes: over a few tokens the comparison would be chance.
@@ -247,6 +258,8 @@ def test_bf16_is_no_worse_than_transformers(name: str) -> None:
     assert verdict.passed, verdict
 
 
+@pytest.mark.sampled
+@pytest.mark.long(6)
 def test_steps_of_other_sizes_are_right_too() -> None:
     requests = requests_of([20, 1], 4)
     untouched = model.build_model("v3", SEED)
@@ -257,6 +270,8 @@ def test_steps_of_other_sizes_are_right_too() -> None:
         assert verdict.passed, verdict
 
 
+@pytest.mark.sampled
+@pytest.mark.long(4)
 def test_a_rank_without_prompts_takes_part() -> None:
     requests = requests_of([4], 3)
     (alone,) = answers_of(ranks.run(job_of(requests, 1)))
@@ -300,7 +315,7 @@ class TestFailures:
 
     def test_leaving_a_run_ends_its_ranks(self) -> None:
         reports = ranks.run(job_of(requests_of([4, 4], 60), 2))
-        assert isinstance(next(reports), Progress)
+        assert isinstance(next(reports), engine.Progress)
         assert len(mp.active_children()) == 2
         reports.close()  # type: ignore[attr-defined]
 
@@ -339,6 +354,7 @@ class TestCommand:
         assert "--seed 5 repeats this run" in done.stdout
 
     @pytest.mark.sampled
+    @pytest.mark.long(25)
     @pytest.mark.timeout(400)
     @pytest.mark.parametrize(("backend", "chip"), [("rocm", "hip:gfx942"), ("dcu", "hip:gfx936")])
     def test_runs_on_a_simulated_device(self, backend: str, chip: str) -> None:
@@ -355,13 +371,17 @@ class TestCommand:
         assert f"{backend}, chosen by HAL_BACKEND={backend}" in done.stdout
         assert len(re.findall("^PASS", done.stdout, re.M)) == 1 and "FAIL" not in done.stdout
 
-    def test_unknown_backend_is_one_paragraph(self) -> None:
-        done = subprocess.run(
-            self.command("--backend", "abacus"), cwd=ROOT, capture_output=True, text=True, timeout=100
-        )
-        assert done.returncode == 2
-        assert done.stderr.startswith("BackendUnavailable: ")
-        assert "Traceback" not in done.stderr
+    def test_unknown_backend_is_one_paragraph(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        from examples.deepseek_v3.__main__ import main
+
+        monkeypatch.setattr(sys, "argv", self.command("--backend", "abacus")[2:])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        said = capsys.readouterr().err
+        assert said.startswith("BackendUnavailable: ") and said.count("\n") == 1
 
 
 def test_failures_survive_the_way_between_processes() -> None:

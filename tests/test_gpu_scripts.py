@@ -88,7 +88,8 @@ def test_the_stress_test_sees_a_row_that_is_not_what_it_must_be(call: str, what:
     assert all(what in text for text in wrong)
 
 
-@pytest.mark.long(20)
+@pytest.mark.sampled
+@pytest.mark.long(15)
 def test_rounds_add_up_over_runs_and_a_lost_rank_is_named(tmp_path: Path) -> None:
     def run(*options: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(SCRIPTS / "ep_stress.py"), "--ranks", "2", *options]
@@ -105,7 +106,8 @@ def test_rounds_add_up_over_runs_and_a_lost_rank_is_named(tmp_path: Path) -> Non
     assert lost.returncode == 0 and "ok    rank 0: named rank 1 after" in lost.stdout, lost.stdout + lost.stderr
 
 
-@pytest.mark.long(20)
+@pytest.mark.sampled
+@pytest.mark.long(6)
 def test_the_script_writes_a_verdict_of_every_stage(tmp_path: Path) -> None:
     command = [
         str(SCRIPTS / "ep.sh"),

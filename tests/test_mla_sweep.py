@@ -1,6 +1,6 @@
 """Dense MLA decode of the backend in force against the float64 reference, over the published sweep.
 
-A random subset by default; ``make sweep`` (``HAL_SWEEP=all``) runs all of it.
+A random subset by default, of which ``make test`` runs a fifth; ``make sweep`` (``HAL_SWEEP=all``) runs all of it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ BUDGET = 60_000_000_000
 CASES = list(published(SEED)) if os.environ.get("HAL_SWEEP") == "all" else subset(SEED, BUDGET, most=150)
 
 
+@pytest.mark.sampled
+@pytest.mark.long(1)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_agrees_with_the_reference(case: Case) -> None:
     inputs = make(case)

@@ -205,6 +205,7 @@ counted = {**device.launches(), **plugins.select("NAME").backend.launches()}
 
 
 @pytest.mark.sampled
+@pytest.mark.long(8)
 @pytest.mark.parametrize("runtime", ["cuda-like", "hip-like"])
 def test_a_driver_runs_on_a_library_with_its_names(
     runtime: str, vendors: Interpreter, toolkit: Path, tmp_path: Path
@@ -247,7 +248,7 @@ def test_another_vendors_opencl_is_simulation(vendors: Interpreter) -> None:
 
 
 @pytest.mark.sampled
-@pytest.mark.long(20)
+@pytest.mark.long(6)
 @pytest.mark.timeout(600)
 def test_declared_expert_parallelism_conforms(vendors: Interpreter, tmp_path: Path) -> None:
     # The first call compiles, on a machine that may be busy: hence the patience.
@@ -291,7 +292,7 @@ _ALL_OF_IT = {
 
 
 @pytest.mark.sampled
-@pytest.mark.long(55)
+@pytest.mark.long(45)
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("runtime", "chip"), [("cuda-like", "musa:mp_31"), ("hip-like", "hip:gfx942")])
 def test_a_fresh_backend_reaches_l1_and_e1_on_the_simulator(
@@ -321,6 +322,7 @@ def test_a_fresh_backend_reaches_l1_and_e1_on_the_simulator(
 
 
 @pytest.mark.sampled
+@pytest.mark.long(4)
 def test_its_own_tests_pass_as_it_comes(vendors: Interpreter, made: Path) -> None:
     tests = [str(made / name / "tests") for name in NAMES.values()]
     line = ["-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "--import-mode=importlib", "--rootdir", str(made)]

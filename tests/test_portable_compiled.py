@@ -62,6 +62,8 @@ def hiprtc() -> Rtc:
         pytest.skip(f"hiprtc is not installed (apt-get install libamdhip64-5): {error}")
 
 
+@pytest.mark.sampled
+@pytest.mark.long(3)
 @pytest.mark.parametrize(("chip", "dtype"), chips("gfx"))
 def test_hiprtc(chip: str, dtype: str, hiprtc: Rtc) -> None:
     for source in every("hip", 64 << 10, 64, DTYPES[dtype]):
@@ -91,6 +93,8 @@ def test_nvrtc_for_a_chip_without_bf16(nvrtc: Rtc) -> None:
         assert nvrtc.compile(source.text("cuda"), "-arch=sm_70", "-std=c++17")[:4] == b"\x7fELF"
 
 
+@pytest.mark.sampled
+@pytest.mark.long(2)
 @pytest.mark.parametrize(("chip", "dtype"), chips("sm_"))
 def test_nvrtc(chip: str, dtype: str, nvrtc: Rtc) -> None:
     for source in every("cuda", 48 << 10, 32, DTYPES[dtype]):

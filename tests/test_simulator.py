@@ -369,7 +369,7 @@ REAL = [
 
 
 @pytest.mark.sampled
-@pytest.mark.long(15)
+@pytest.mark.long(1)
 @pytest.mark.parametrize(("name", "number"), REAL)
 def test_no_barrier_of_the_kernels_can_be_missed(
     name: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,7 +14,8 @@ COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 FLAGS = ["-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-static", "-pthread"]
 
 
-@pytest.mark.long(30)
+@pytest.mark.sampled
+@pytest.mark.long(15)
 def test_neon_agrees_with_plain_loops(tmp_path: Path) -> None:
     if platform.machine() == "aarch64":
         pytest.skip("every other test already runs NEON on this machine")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 NATIVE = Path(__file__).parents[1] / "native" / "ep"
-pytestmark = pytest.mark.long(10)
+pytestmark = [pytest.mark.sampled, pytest.mark.long(8)]
 PARTS = ("stress", "engine", "mail", "dispatch", "combine", "packed", "window", "kernels")
 SOURCES = [NATIVE / f"{part}.cpp" for part in PARTS]
 FLAGS = ["-std=c++17", "-O0", "-g1", "-ffp-contract=off", "-pthread", "-DHAL_EP_BASELINE", f"-I{NATIVE}"]

@@ -60,6 +60,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
         yield  # type: ignore[misc]
 
 
+@pytest.mark.sampled
+@pytest.mark.long(1)
 @pytest.mark.parametrize("build", BUILDS, ids=str)
 def test_it_compiles_for_the_chip_and_uses_what_the_chip_has(build: offline.Build) -> None:
     table = tuning.table(build.arch)

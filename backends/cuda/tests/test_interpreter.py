@@ -45,7 +45,7 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
 
 
 @pytest.mark.sampled
-@pytest.mark.long(40)
+@pytest.mark.long(30)
 @pytest.mark.timeout(600)
 def test_the_kernels_own_tests(simulated: dict[str, str]) -> None:
     line = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(HERE), str(HERE / "in_interpreter.py")]
@@ -57,7 +57,7 @@ def test_the_kernels_own_tests(simulated: dict[str, str]) -> None:
 
 
 @pytest.mark.sampled
-@pytest.mark.long(30)
+@pytest.mark.long(10)
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("level", ["L0", "L1", "L2"])
 def test_the_kernels_conform(level: str, simulated: dict[str, str]) -> None:

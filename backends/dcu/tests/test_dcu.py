@@ -53,6 +53,7 @@ def test_cards_of_amd_are_refused(arch: str, reason: str, monkeypatch: pytest.Mo
 
 
 @pytest.mark.sampled
+@pytest.mark.long(4)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_it_gives_the_reference_and_nothing_is_found(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(sim.CHECK_ENV, "all")

@@ -136,7 +136,7 @@ def test_a_backend_that_is_not_asked_imports_no_driver() -> None:
 
 
 @pytest.mark.sampled
-@pytest.mark.long(20)
+@pytest.mark.long(25)
 def test_it_conforms() -> None:
     assert conform("musa", CHOSEN)["evidence"] == "simulation"
 

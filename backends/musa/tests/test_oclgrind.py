@@ -39,7 +39,8 @@ def run(what: str, folder: Path) -> tuple[str, set[str], str]:
     return done.stdout, wrong, log.read_text()
 
 
-@pytest.mark.long(5)
+@pytest.mark.sampled
+@pytest.mark.long(3)
 def test_it_finds_nothing(tmp_path: Path) -> None:
     printed, wrong, log = run("decode", tmp_path)
     assert printed == "7 right\n"
@@ -47,6 +48,7 @@ def test_it_finds_nothing(tmp_path: Path) -> None:
     assert log == ""
 
 
+@pytest.mark.sampled
 @pytest.mark.long(5)
 def test_it_finds_nothing_in_expert_parallelism(tmp_path: Path) -> None:
     printed, wrong, log = run("communicate", tmp_path)

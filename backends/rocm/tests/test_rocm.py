@@ -79,7 +79,7 @@ def test_other_chips_are_refused(arch: str, reason: str, monkeypatch: pytest.Mon
 
 
 @pytest.mark.sampled
-@pytest.mark.long(8)
+@pytest.mark.long(1)
 @pytest.mark.parametrize("name", CASES)
 def test_it_gives_the_reference_and_nothing_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(sim.CHECK_ENV, "all")

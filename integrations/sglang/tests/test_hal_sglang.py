@@ -61,6 +61,7 @@ def test_sglang_finds_it_and_it_waits_to_be_asked(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.sampled
+@pytest.mark.long(3)
 @pytest.mark.parametrize("staged", [False, True])
 @pytest.mark.parametrize(("mode", "dtype"), [("NORMAL", "bf16"), ("LOW_LATENCY", "bf16"), ("LOW_LATENCY", "fp8")])
 def test_two_processes_are_one_dense_mixture(mode: str, dtype: str, staged: bool) -> None:
