@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from fakes import decode_args
-from hal_cuda import launching
+from hal_cuda import calls
 from hal_cuda.hopper import launch, lib, tier
 
 from hal.spec.mla import MlaGeometry, check_decode
@@ -212,7 +212,7 @@ def test_kernels_are_loaded_once_and_told_how_much_shared_memory_they_take(
     library = types.SimpleNamespace(cuLaunchKernelEx=None, cuFuncSetAttribute=attribute)
     monkeypatch.setattr("cupy.cuda.function.Module", Module)
     monkeypatch.setattr(tier, "compiled", lambda name, dtype: name)
-    monkeypatch.setattr(launching, "current", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(calls, "current", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(lib, "_library", lambda: library)
     for _ in range(2):
         there._on(torch.device("cuda:0"), torch.bfloat16)
