@@ -325,6 +325,15 @@ def test_junk_is_refused_or_taken_but_never_crashes(data: st.DataObject) -> None
     assert refused in {None, *base, "scales"}
 
 
+def test_rows_cut_short_after_a_good_call_are_refused() -> None:
+    rows = x()
+    dispatch(x=rows)
+    storage = rows.untyped_storage()
+    storage.resize_(storage.nbytes() - 1)
+    with pytest.raises(SpecError, match="x: got a storage of"):
+        dispatch(x=rows)
+
+
 def test_layout_is_checked_too() -> None:
     assert ep.check_layout(buffer, idx(100)).shape == (100, K)
     with pytest.raises(SpecError, match="topk_idx"):

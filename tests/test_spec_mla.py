@@ -359,6 +359,37 @@ def test_a_storage_cut_short_under_a_tensor_is_refused(name: str) -> None:
         decode(call)
 
 
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_storage_cut_short_after_a_good_call_is_refused(name: str) -> None:
+    call = good_call()
+    decode(call)
+    storage = call[name].untyped_storage()
+    storage.resize_(storage.nbytes() - 1)
+    with pytest.raises(hal.SpecError, match=f"{name}: got a storage of"):
+        decode(call)
+
+
+def test_what_was_good_once_is_looked_at_again_where_it_differs() -> None:
+    """The same sizes and layouts, but another number's type, or memory that lies elsewhere."""
+    call = good_call()
+    size, shape = call["out"].numel(), call["out"].shape
+    memory = torch.zeros(size + call["q"].numel(), dtype=torch.bfloat16)
+    call["q"] = memory[: call["q"].numel()].view(call["q"].shape)
+    call["out"] = memory[-size:].view(shape)
+    for again in range(2):
+        decode(call)
+        for name, value in (("causal", 1), ("head_dim_v", float(D_V)), ("batch_invariant", 0)):
+            with pytest.raises(hal.SpecError, match=f"{name}: got"):
+                decode(call | {name: value})
+        over = call["kv_cache"].view(-1)[again : again + size].view(shape)
+        with pytest.raises(hal.SpecError, match="out: got memory that kv_cache also covers"):
+            decode(call | {"out": over})
+    # Of the same form as the one before, and yet over q.
+    over = call["q"].view(-1)[-size:].view(shape)
+    with pytest.raises(hal.SpecError, match="out: got memory that q also covers"):
+        decode(call | {"out": over})
+
+
 def test_a_storage_need_only_hold_what_strides_and_offset_span() -> None:
     call = good_call()
     right = decode(call)[0].clone()

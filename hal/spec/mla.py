@@ -8,13 +8,14 @@ checks again. How much it reads is set by `hal.spec.validation`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from hal.spec.capability import Capabilities, MlaCapabilities
 from hal.spec.errors import SpecError, UnsupportedError, shown
+from hal.spec.forms import LIMIT, form_of
 from hal.spec.tensors import (
     dtype_name,
     require_bool,
@@ -26,6 +27,7 @@ from hal.spec.tensors import (
     require_values,
     require_writable,
     require_write_access,
+    span_bytes,
 )
 from hal.spec.validation import Level, validation_level
 
@@ -48,6 +50,12 @@ MAX_SCALE: Final = 1e30
 
 _INT32: Final = (torch.int32,)
 _FLOAT32: Final = (torch.float32,)
+
+Spans: TypeAlias = list[tuple[int, int]]
+"""Which of a call's tensors there are, and the bytes that each spans."""
+
+_admitted: Final[dict[object, Spans]] = {}
+"""Forms of calls that passed every check that does not read values."""
 
 
 class MlaGeometry(NamedTuple):
@@ -177,9 +185,19 @@ def check_decode(
     level = validation_level()
     kv_format = "plain" if kv_format is None else kv_format
     if level:
-        _check_scalars(head_dim_v, softmax_scale, causal, kv_format, lse_base, batch_invariant)
-        _check_q(q, cu_seqlens_q)
-        _check_kv(kv_cache, q, kv_format, "kv_cache")
+        tensors = (
+            *(out, q, kv_cache, block_table, cache_seqlens, cu_seqlens_q, indices, topk_length),
+            *(attn_sink, extra_kv_cache, extra_indices, extra_topk_length),
+        )
+        scalars = (head_dim_v, softmax_scale, causal, kv_format, lse_base, batch_invariant)
+        form = form_of(tensors, scalars)
+        spans = None if form is None else _admitted.get(form)
+        if spans is None or (out is not None and not _apart(tensors, spans)):
+            _check_call(*tensors, *scalars)
+            if form is not None:
+                if len(_admitted) >= LIMIT:
+                    _admitted.clear()
+                _admitted[form] = [(i, span_bytes(one)) for i, one in enumerate(tensors) if one is not None]
     if cu_seqlens_q is None:
         batch, s_q, h_q, head_dim = q.shape
         total_q = batch * s_q
@@ -190,39 +208,6 @@ def check_decode(
         batch, s_q = cu_seqlens_q.shape[0] - 1, 0
         out_shape, lse_shape = (total_q, h_q, head_dim_v), (h_q, total_q)
     num_blocks, page_size, h_kv, _ = kv_cache.shape
-    if level:
-        _check_sizes(kv_format, kv_cache, h_q, h_kv, head_dim, head_dim_v)
-        if indices is None:
-            _check_paging(q, batch, block_table, cache_seqlens)
-            if topk_length is not None:
-                raise SpecError("topk_length", "a tensor without indices", "None for dense decode")
-        else:
-            _check_sparse(q, batch, s_q, indices, topk_length, causal, cu_seqlens_q, h_kv)
-        if (
-            attn_sink is not None
-            or extra_kv_cache is not None
-            or extra_indices is not None
-            or extra_topk_length is not None
-        ):
-            _check_extras(q, batch, s_q, h_q, kv_format, attn_sink, extra_kv_cache, extra_indices, extra_topk_length)
-        if out is not None:
-            require_tensor("out", out, (q.dtype,), len(out_shape), "like q with last dimension head_dim_v")
-            require_shape("out", out, out_shape, "like q with last dimension head_dim_v")
-            require_device("out", out, q.device)
-            inputs = {
-                "q": q,
-                "kv_cache": kv_cache,
-                "block_table": block_table,
-                "cache_seqlens": cache_seqlens,
-                "cu_seqlens_q": cu_seqlens_q,
-                "indices": indices,
-                "topk_length": topk_length,
-                "attn_sink": attn_sink,
-                "extra_kv_cache": extra_kv_cache,
-                "extra_indices": extra_indices,
-                "extra_topk_length": extra_topk_length,
-            }
-            require_writable("out", out, inputs)
     args = MlaDecodeArgs(
         q,
         kv_cache,
@@ -259,6 +244,75 @@ def check_decode(
             require_write_access("out", out)
         _check_values(args)
     return args
+
+
+def _apart(tensors: tuple[Any, ...], spans: Spans) -> bool:
+    """Whether the first of a call's tensors lies beside all others: where memory is, its form does not say."""
+    begin = tensors[0].data_ptr()
+    end = begin + spans[0][1]
+    for i, span in spans[1:]:
+        first = tensors[i].data_ptr()
+        if begin < first + span and first < end:
+            return False
+    return True
+
+
+def _check_call(
+    out: Any,
+    q: Any,
+    kv_cache: Any,
+    block_table: Any,
+    cache_seqlens: Any,
+    cu_seqlens_q: Any,
+    indices: Any,
+    topk_length: Any,
+    attn_sink: Any,
+    extra_kv_cache: Any,
+    extra_indices: Any,
+    extra_topk_length: Any,
+    head_dim_v: Any,
+    softmax_scale: Any,
+    causal: Any,
+    kv_format: Any,
+    lse_base: Any,
+    batch_invariant: Any,
+) -> None:
+    """Everything that is known without reading values."""
+    _check_scalars(head_dim_v, softmax_scale, causal, kv_format, lse_base, batch_invariant)
+    _check_q(q, cu_seqlens_q)
+    _check_kv(kv_cache, q, kv_format, "kv_cache")
+    h_q, head_dim = q.shape[-2:]
+    batch, s_q = q.shape[:2] if cu_seqlens_q is None else (cu_seqlens_q.shape[0] - 1, 0)
+    _check_sizes(kv_format, kv_cache, h_q, kv_cache.shape[2], head_dim, head_dim_v)
+    if indices is None:
+        _check_paging(q, batch, block_table, cache_seqlens)
+        if topk_length is not None:
+            raise SpecError("topk_length", "a tensor without indices", "None for dense decode")
+    else:
+        _check_sparse(q, batch, s_q, indices, topk_length, causal, cu_seqlens_q, kv_cache.shape[2])
+    extras = (attn_sink, extra_kv_cache, extra_indices, extra_topk_length)
+    if any(one is not None for one in extras):
+        _check_extras(q, batch, s_q, h_q, kv_format, *extras)
+    if out is None:
+        return
+    shape = (*q.shape[:-1], head_dim_v)
+    require_tensor("out", out, (q.dtype,), len(shape), "like q with last dimension head_dim_v")
+    require_shape("out", out, shape, "like q with last dimension head_dim_v")
+    require_device("out", out, q.device)
+    inputs = {
+        "q": q,
+        "kv_cache": kv_cache,
+        "block_table": block_table,
+        "cache_seqlens": cache_seqlens,
+        "cu_seqlens_q": cu_seqlens_q,
+        "indices": indices,
+        "topk_length": topk_length,
+        "attn_sink": attn_sink,
+        "extra_kv_cache": extra_kv_cache,
+        "extra_indices": extra_indices,
+        "extra_topk_length": extra_topk_length,
+    }
+    require_writable("out", out, inputs)
 
 
 def _check_scalars(

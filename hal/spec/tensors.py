@@ -125,7 +125,12 @@ def _require_disjoint(name: str, value: Tensor, other: str, tensor: Tensor) -> N
 def _byte_range(tensor: Tensor) -> tuple[int, int]:
     """First byte and one past the last byte that the elements of a tensor occupy."""
     start = tensor.data_ptr()
-    return start, start + _spanned(tensor) * tensor.itemsize
+    return start, start + span_bytes(tensor)
+
+
+def span_bytes(tensor: Tensor) -> int:
+    """From the first element of a tensor to the end of its last."""
+    return _spanned(tensor) * tensor.itemsize
 
 
 def _spanned(tensor: Tensor) -> int:

@@ -11,35 +11,16 @@ from hal.spec.ep.arguments import EpBufferArgs
 from hal.spec.ep.handles import EpHandle
 from hal.spec.ep.terms import FLOAT32, FP8, INT32, INT64, PLAIN_DTYPES, ROW_ALIGNMENT, SCALE_GROUP, EpEvent
 from hal.spec.errors import SpecError
+from hal.spec.forms import LIMIT
 from hal.spec.tensors import dtype_name, require_bool, require_device, require_shape, require_tensor, require_values
 
 _ROWS: Final = (*PLAIN_DTYPES, FP8)
-_SCALARS: Final = frozenset((bool, int, str))
-_NO_TENSOR: Final = ()
-_ADMITTED_LIMIT: Final = 4096
-
-
-def form_of(tensors: tuple[Any, ...], scalars: tuple[Any, ...]) -> object:
-    """Everything a check looks at but the values; None for what is not plainly tensors and needs the full check."""
-    types = tuple(map(type, scalars))
-    if not _SCALARS.issuperset(types):
-        return None
-    # Types of the scalars matter: True equals 1.
-    form = [scalars, types]
-    for one in tensors:
-        if one is None:
-            form.append(_NO_TENSOR)
-        elif type(one) is Tensor and one.layout is torch.strided and not one.is_neg() and not one.is_nested:
-            form.append((one.dtype, one.shape, one.stride(), one.device, one.data_ptr() == 0))
-        else:
-            return None
-    return tuple(form)
 
 
 def admit(buffer: EpBufferArgs, form: object) -> None:
     """Remember a form that passed."""
     if form is not None:
-        if len(buffer.admitted) >= _ADMITTED_LIMIT:
+        if len(buffer.admitted) >= LIMIT:
             buffer.admitted.clear()
         buffer.admitted.add(form)
 

@@ -13,11 +13,11 @@ from hal.spec.ep.checks import (
     check_topk,
     check_weights,
     contiguous,
-    form_of,
 )
 from hal.spec.ep.handles import EpLowLatencyHandle
 from hal.spec.ep.terms import INT32, INT64, ROW_ALIGNMENT
 from hal.spec.errors import SpecError
+from hal.spec.forms import form_of
 from hal.spec.tensors import require_bool, require_device, require_shape, require_tensor, require_writable
 from hal.spec.validation import Level, validation_level
 

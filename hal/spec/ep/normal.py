@@ -16,11 +16,11 @@ from hal.spec.ep.checks import (
     check_topk,
     check_weights,
     contiguous,
-    form_of,
 )
 from hal.spec.ep.handles import EpHandle
 from hal.spec.ep.terms import MAX_INT32
 from hal.spec.errors import SpecError
+from hal.spec.forms import form_of
 from hal.spec.tensors import require_bool, require_device, require_int, require_shape, require_tensor
 from hal.spec.validation import Level, validation_level
 
