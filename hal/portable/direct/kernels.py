@@ -179,7 +179,7 @@ class DirectKernels(EpKernels):
         if idx.numel():
             groups = -(-idx.numel() // _NARROW)
             reads = (queue.read(idx), routes, self.wrong, words_of(idx.numel()))
-            self._start(queue, "stage", "ep_compare", min(groups, 256), _NARROW, *reads)
+            self._start(queue, "stage", "ep_compare", self._groups(min(groups, 256)), _NARROW, *reads)
 
     def announce(self, queue: Queue, call: int, kind: int, window: int, count: int, fields: Sequence[int]) -> None:
         """Tell all ranks of a call, once the queue has come so far."""
@@ -188,14 +188,14 @@ class DirectKernels(EpKernels):
         self._start(queue, "announce", "ep_announce", 1, _NARROW, *reads)
 
     def await_all(
-        self, queue: Queue, call: int, met: int, routes: int, told: Memory, most: int, staging: Staging
+        self, queue: Queue, call: int, met: Memory, routes: int, told: Memory, most: int, staging: Staging
     ) -> None:
         """Wait a while for all ranks; see ``ep_await_all``."""
         places = (call % RING, self.here, self.ranks, signed(call), _TURNS, self.windows.shape[1], most)
         sizes = (staging.row, staging.scale, staging.topk, staging.weight)
         reads = (queue.read(self.boards), queue.read(self.windows), met, routes, told)
-        threads = self._wide(most * staging.topk)
-        self._start(queue, "await_all", "ep_await_all", self.ranks, threads, *reads, words_of(*places, *sizes))
+        groups, threads = self._groups(self.ranks), self._wide(most * staging.topk)
+        self._start(queue, "await_all", "ep_await_all", groups, threads, *reads, words_of(*places, *sizes))
 
     def done(self, queue: Queue, call: int, met: int, whatever: bool) -> None:
         """Tell all ranks that this one has read what they staged for a call."""
@@ -208,7 +208,8 @@ class DirectKernels(EpKernels):
         bins = ways.bins
         words = (self.here, self.ranks, ways.most, ways.topk, bins.local, bins.by_rank, bins.first, bins.experts)
         groups = self._groups(min(self.ranks * bins.all, _MOST_GROUPS))
-        to = (ways.all_routes, ways.counted, ways.order, ways.listed)
+        # The memory itself, which begins with them, so that the queue keeps it.
+        to = (ways.memory, ways.counted, ways.order, ways.listed)
         threads = self._wide(ways.most)
         self._start(queue, "count", "ep_count", groups, threads, met, *to, words_of(*words, bins.expanded, bins.repeat))
 
