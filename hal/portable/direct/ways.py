@@ -38,7 +38,9 @@ class Ways:
     bases : int
         [spots]: where this rank's rows begin at each bin.
     counts : ndarray
-        [R, bins]: what every rank sends, where the host was told.
+        [R, bins]: what comes of what every rank sends, where the host was told.
+    sent : ndarray
+        [R, R]: how many tokens each rank sends to each, also those that there is no room for.
     before : Ways or None
         Whose memory has some of it: a larger one took its place.
     dropped : int
@@ -62,6 +64,7 @@ class Ways:
     order: int
     bases: int
     counts: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros((0, 0), np.int32))
+    sent: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros((0, 0), np.int32))
     before: Ways | None = None
     dropped: int = 0
     position: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
@@ -79,7 +82,7 @@ class Ways:
         return replace(self)
 
     def between_ranks(self) -> npt.NDArray[np.int32]:
-        """[R, R]: how many tokens each rank sends to each."""
+        """[R, R]: how many tokens of each rank come to each."""
         return self.counts[:, : self.bins.ranks]
 
     def of_own_experts(self) -> npt.NDArray[np.int32]:
@@ -138,4 +141,4 @@ class Sources:
 
     def sent(self) -> Tensor:
         """Between ranks."""
-        return torch.from_numpy(self._ways.between_ranks().copy())
+        return torch.from_numpy(self._ways.sent.copy())

@@ -25,6 +25,7 @@ void ep_fetch(HAL_GLOBAL const hal_long *met, HAL_GLOBAL const int *routes, HAL_
     HAL_GLOBAL const int *chosen = routes + source * (ep_up16((hal_long)most * topk * 4) / 4);
     for (int i = turn % slices * side_by_side + HAL_THREAD / LANES; i < count; i += slices * side_by_side) {
       hal_long token = list[(hal_long)pair * most + i], to = (hal_long)begins[pair] + i;
+      if (token >= rows) continue; /* of an earlier dispatch's list, where the rank is wrong about how many it has */
       /* Asked for before the row, whose words come as late. */
       hal_u32 first_scale = lane < scale / 4 ? scales[token * (scale / 4) + lane] : 0;
       for (int at = lane; at < row / 16; at += LANES * EP_AT_ONCE) {
