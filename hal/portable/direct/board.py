@@ -20,16 +20,17 @@ KIND, WRONG, WINDOW, COUNT, FIELDS = range(1, 6)
 """Words of a header after the first, which is the call's number."""
 
 _FEW_WINDOWS: Final = 16
+_MOST_WINDOWS: Final = 1 << 16
 
 
 def board_bytes(ranks: int) -> int:
     """Headers and words of who has read what, for all calls that may be under way; behind them, what `wrong` names."""
-    return 4 * (RING * ranks * (HEAD + 1) + HEAD)
+    return 4 * RING * (ranks * (HEAD + 1) + 1)
 
 
-def wrong(board: int, ranks: int) -> int:
+def wrong(board: int, ranks: int, call: int) -> int:
     """Address of the word in which kernels note what is wrong with this rank's own call."""
-    return board + 4 * RING * ranks * (HEAD + 1)
+    return board + 4 * (RING * ranks * (HEAD + 1) + call % RING)
 
 
 class Told:
@@ -53,9 +54,9 @@ class Told:
         """Words of it."""
         return ranks * (2 + HEAD + RING)
 
-    def clear(self) -> None:
-        """Before kernels are launched that tell anew."""
-        self._states.fill(0)
+    def clear(self, call: int) -> None:
+        """Before kernels are launched that tell anew: no number that stands there is that of this call."""
+        self._states.fill(signed(call - 1))
 
     def complete(self, call: int) -> bool:
         """Whether the outcome for every rank is there."""
@@ -90,19 +91,27 @@ class Addresses:
 
     def __init__(self, ranks: int, device: torch.device) -> None:
         self._device = device
-        self._known: set[tuple[int, int]] = set()
+        self._sizes: dict[tuple[int, int], int] = {}
         self._there = torch.zeros(ranks, _FEW_WINDOWS, 2, dtype=torch.int64)
         self.table = self._there.to(device)
 
     def learn(self, rank: int, number: int, address: int, size: int) -> None:
-        """A window that kernels may read from now on."""
+        """A window that kernels may read from now on.
+
+        Raises
+        ------
+        ValueError
+            Windows are not numbered so.
+        """
+        if not 0 <= number < _MOST_WINDOWS:
+            raise ValueError(f"a window of number {number}")
         while number >= self._there.shape[1]:
             self._there = torch.cat([self._there, torch.zeros_like(self._there)], 1)
         self._there[rank, number] = torch.tensor([address, size])
-        self._known.add((rank, number))
+        self._sizes[rank, number] = size
         # Another tensor: kernels that were launched may still read the one before.
         self.table = self._there.to(self._device, copy=True)
 
-    def knows(self, rank: int, number: int) -> bool:
-        """Whether it was learnt."""
-        return (rank, number) in self._known
+    def size(self, rank: int, number: int) -> int | None:
+        """How large it is, if it was learnt."""
+        return self._sizes.get((rank, number))

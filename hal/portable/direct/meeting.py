@@ -6,6 +6,7 @@ import contextlib
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final, cast
 
 import numpy as np
@@ -24,18 +25,19 @@ from hal.portable.direct.board import (
     MET,
     OUTSIDE,
     UNKNOWN,
+    WINDOW,
     WRONG,
     Addresses,
     Told,
     board_bytes,
     wrong,
 )
-from hal.portable.direct.kernels import RING, DirectKernels, Staging, address_of, signed
+from hal.portable.direct.kernels import AGREE, RING, DirectKernels, Staging, address_of, signed
 from hal.portable.ep_post import MAIN, Operation
 from hal.portable.ep_slots import SlotCalls
 from hal.portable.ep_windows import Lease
 from hal.portable.runtime import MeetingDevice, Memory, Queue, SharingDevice
-from hal.spec.errors import DeviceError, SpecError
+from hal.spec.errors import DeviceError, RankFailure, SpecError
 
 _KINDS: Final = ("open", "refuse", "dispatch", "combine", "low_latency_dispatch", "low_latency_combine")
 _FIELDS: Final[Mapping[str, Fields]] = {
@@ -44,16 +46,20 @@ _FIELDS: Final[Mapping[str, Fields]] = {
     "low_latency_dispatch": PACKED_FIELDS,
     "low_latency_combine": PACKED_COMBINE_FIELDS,
 }
+_DAMAGED: Final = "its header is damaged"
 _SOON: Final = 0.001
 """Seconds for which the host does nothing but look whether all ranks have met."""
 _LONG: Final = 0.1
 """Seconds after which it waits for the kernels themselves."""
 _NAP: Final = 0.0002
+_MOST_UNFINISHED: Final = RING - 8
+"""Calls after one that this rank has not finished. That so many were made is said as calls say what is wrong, for which
+there must be places in the ring."""
 
 Follow = Callable[[Queue, int], None]
 """Launches what comes behind a meeting, on its queue; given where kernels are told of the peers."""
-Routes = Callable[[int], int]
-"""Makes room for the routes of all ranks, each of which has at most so many tokens: where they are to be written."""
+Routes = Callable[[int], int] | int
+"""Where the routes of all ranks are to be written, or what makes room there for so many tokens of each."""
 
 
 class Met:
@@ -90,6 +96,7 @@ class MeetingCalls(SlotCalls):
         self._addresses = Addresses(near.ranks, device)
         self._counter = self._kernels.device.mailbox(1)
         self._pending: dict[int, weakref.ref[Finish]] = {}
+        self._places: list[int | None] = [None] * RING
         return {"board": self._board.number}
 
     def _learned(self, op: Operation, letters: Mapping[int, Message]) -> None:
@@ -99,7 +106,6 @@ class MeetingCalls(SlotCalls):
         boards = torch.tensor([address_of(window.memory) for window in windows], dtype=torch.int64)
         kernels.boards = boards.to(self._args.device)
         kernels.windows = self._addresses.table
-        kernels.wrong = wrong(int(boards[near.here]), near.ranks)
 
     def _publish(
         self,
@@ -111,7 +117,12 @@ class MeetingCalls(SlotCalls):
     ) -> Queue:
         """Stage what ``stage`` writes to the address it is given, and tell everybody."""
         self._let_go()
-        self._see_that_it_fits_the_ring(op)
+        oldest = next(iter(self._pending), op.number)
+        if op.number - oldest >= _MOST_UNFINISHED:
+            got = f"{op.number - oldest} calls after one that rank {self._args.rank} has not finished"
+            legal = "that one finished first: wait for its event, run its hook, or let go of its result"
+            raise self._refused(op, SpecError(op.kind, got, legal))
+        self._take_place(op)
         lease = self._lease(op, staging, argument)
         queue = self._kernels.device.queue()
         if lease is not None:
@@ -130,7 +141,7 @@ class MeetingCalls(SlotCalls):
             raise self._refused(op, SpecError(argument, got, "what fits in memory")) from None
         self._staged[op.number] = (lease, set(range(self._near.ranks)))
         here = self._near.here
-        if not self._addresses.knows(here, lease.number):
+        if self._addresses.size(here, lease.number) is None:
             self._learn(here, lease.number, address_of(lease.window.memory), lease.size)
         told, files = self._windows.announcement()
         if told:
@@ -159,7 +170,7 @@ class MeetingCalls(SlotCalls):
         staging: Staging,
         most: int,
         follow: Follow,
-        routes: Routes | None = None,
+        routes: Routes = 0,
         waits: Tensor | None = None,
     ) -> Met:
         """Launch the wait for all ranks and what follows it, again while some are late, until all agree.
@@ -172,16 +183,18 @@ class MeetingCalls(SlotCalls):
             A rank does not come, or what it says cannot be.
         """
         told, kernels, ranks = self._told[op.number % RING], self._kernels, self._near.ranks
+        grows = callable(routes)
         memory, (met,) = kernels.carved(2 * 3 * ranks)
         launched: list[Queue] = []
 
         def launch() -> None:
-            told.clear()
+            told.clear(op.number)
             queue = kernels.device.queue()
             launched[:] = [queue]
-            to = met if routes is None else routes(most)
+            to = routes(most) if callable(routes) else routes or met
             seen = queue.write(told.words, partly=True)[0]
-            kernels.await_all(queue, op.number, met, to, seen, most, staging)
+            # The memory itself, so that the queue keeps it until kernels are through with it.
+            kernels.await_all(queue, op.number, memory, to, seen, most, staging)
             follow(queue, met)
 
         def missing() -> list[int]:
@@ -196,11 +209,8 @@ class MeetingCalls(SlotCalls):
                 kernels.finish(launched[0])
             left = [peer for peer, outcome in enumerate(told.outcomes()) if outcome in (LATE, UNKNOWN, OUTSIDE)]
             for peer in left:
-                count = told.head(peer)[COUNT]
-                if told.outcomes()[peer] == OUTSIDE:
-                    if count <= most or self._args.overflow != "grow":
-                        raise self._fail(self._lost(op, peer, "its rows lie outside its window"))
-                    most = count
+                if told.outcomes()[peer] != LATE:
+                    most = max(most, self._promised(op, peer, told.head(peer), staging, most if not grows else None))
             if left:
                 launched[0].finish()
                 launch()
@@ -219,6 +229,26 @@ class MeetingCalls(SlotCalls):
         self._note_reads(told)
         return Met(memory, met, launched[0])
 
+    def _promised(self, op: Operation, peer: int, head: list[int], staging: Staging, most: int | None) -> int:
+        """How many rows a rank has, whose window is not known to kernels yet or which has more than there is room for.
+
+        Raises
+        ------
+        RankFailure
+            It says what cannot be.
+        """
+        number, count = head[WINDOW], head[COUNT]
+        if self._addresses.size(peer, number) is None:
+            # It has told of its windows before it spoke of them.
+            self._listen(0)
+        size = self._addresses.size(peer, number)
+        if size is None:
+            raise self._fail(self._lost(op, peer, f"it speaks of a window {number} that it has not shown"))
+        outside = count < 0 or replace(staging, count=count).size > size
+        if outside or (most is not None and count > most):
+            raise self._fail(self._lost(op, peer, f"its {count} rows lie outside its window, or are too many"))
+        return count
+
     def _look_closer(self, op: Operation, told: Told, met: int, queue: Queue) -> None:
         """Raise what is wrong with a call that all ranks have made.
 
@@ -231,43 +261,66 @@ class MeetingCalls(SlotCalls):
         if DIFFERS not in outcomes:
             return
         heads = [told.head(peer) for peer in range(self._near.ranks)]
-        silent = [peer for peer, head in enumerate(heads) if _KINDS[head[KIND]] == "refuse"]
+        silent = [peer for peer, head in enumerate(heads) if head[KIND] == _KINDS.index("refuse")]
         letters = dict(self._await_letters(op, MAIN, silent)) if silent else {}
         for peer, head in enumerate(heads):
-            if peer in letters:
-                continue
-            kind = _KINDS[head[KIND]]
-            letter: Message = {"kind": kind, "fields": head[FIELDS : FIELDS + len(_FIELDS[kind])]}
-            if head[WRONG]:
-                letter["refused"] = self._what_is_wrong(head[WRONG], self._near.first + peer)
-            letters[peer] = letter
+            if peer not in letters:
+                letters[peer] = self._letter_of(op, peer, head)
         error = self._disagreement(letters, _FIELDS.get(op.kind, ()))
-        # Nobody reads what was staged; all have read what it was for.
-        self._unstage(op)
         self._kernels.done(queue, op.number, met, True)
         queue.finish()
         self._done(op)
         assert error is not None, "headers differ in what they do not say"
         raise error
 
+    def _letter_of(self, op: Operation, peer: int, head: list[int]) -> Message:
+        """What a header says.
+
+        Raises
+        ------
+        RankFailure
+            No rank says so.
+        """
+        kind = _KINDS[head[KIND]] if 0 <= head[KIND] < len(_KINDS) else ""
+        try:
+            shown = [show for _, show in _FIELDS[kind]]
+            fields, more = head[FIELDS : FIELDS + len(shown)], head[FIELDS + len(shown) : FIELDS + AGREE]
+            for show, value in zip(shown, fields, strict=True):
+                show(value)
+            if any(more):
+                raise LookupError("words of no meaning")
+            letter: Message = {"kind": kind, "fields": fields}
+            if head[WRONG]:
+                letter["refused"] = self._what_is_wrong(head[WRONG], self._near.first + peer)
+        except LookupError:
+            raise self._fail(self._lost(op, peer, _DAMAGED)) from None
+        return letter
+
     def _what_is_wrong(self, found: int, rank: int) -> list[str]:
-        if found == 1:
-            legal = f"-1 (no expert) or 0…{self._args.num_experts - 1}"
-            return ["topk_idx", f"an expert out of range on rank {rank}", legal]
-        return ["topk_idx", f"other routes on rank {rank}", "what the dispatch of this handle was given, or -1"]
+        experts = f"-1 (no expert) or 0…{self._args.num_experts - 1}"
+        routes = "what the dispatch of this handle was given, or -1"
+        return {
+            1: ["topk_idx", f"an expert out of range on rank {rank}", experts],
+            2: ["topk_idx", f"other routes on rank {rank}", routes],
+        }[found]
 
     def _refused(self, op: Operation, error: SpecError) -> SpecError:
         """Take part in the call by saying that it was refused here."""
         self._let_go()
-        self._see_that_it_fits_the_ring(op)
+        self._take_place(op)
         self._post(op, {"refused": [error.argument, str(error.got), str(error.legal)]})
         # No two of these agree, so that nobody takes a call that all refuse for one that all make.
         mine = (self._near.here + 1,)
         self._kernels.announce(self._kernels.device.queue(), op.number, _KINDS.index("refuse"), 0, 0, mine)
+
+        def alone(queue: Queue, met: int) -> None:
+            self._kernels.done(queue, op.number, met, False)
+
         try:
-            self._meet(op, Staging(0, 0), 0, nothing_follows)
+            self._meet(op, Staging(0, 0), 0, alone).queue.finish()
         except SpecError as agreed:
             return agreed
+        self._done(op)
         return error
 
     def _until_told(self, queue: Queue, words: Tensor, call: int) -> None:
@@ -299,7 +352,9 @@ class MeetingCalls(SlotCalls):
                 self._windows.give_back(self._staged.pop(number)[0])
 
     def _all_have_read(self, number: int) -> bool:
-        return bool((self._reads[number % RING] == signed(number)).all())
+        # Whoever lets go of the call that has the place next may do so before this rank has made it.
+        there = (signed(number), signed(number + RING))
+        return all(read in there for read in self._reads[number % RING].tolist())
 
     def _end(self) -> None:
         # What this rank has announced is to be seen by those who hear next that it is gone.
@@ -316,25 +371,35 @@ class MeetingCalls(SlotCalls):
                 self._kernels.done(queue, number, 0, True)
                 queue.finish()
 
-    def _see_that_it_fits_the_ring(self, op: Operation) -> None:
-        """Wait until all ranks have finished the call whose header this one's takes the place of."""
-        before = op.number - RING
-        if before < 1 or self._all_have_read(before):
-            return
-        self._wait(op, "post", lambda: self._unfinished_by(before), None, _NAP)
+    def _take_place(self, op: Operation) -> None:
+        """Wait until all ranks have finished the call whose header this one's takes the place of.
+
+        Raises
+        ------
+        RankFailure
+            It is this rank that has not, whatever it was told.
+        """
+        before = self._places[op.number % RING]
+        if before is not None and before != op.number and not self._all_have_read(before):
+            unfinished = self._pending.get(before)
+            if unfinished is not None and unfinished() is not None:
+                reason = f"it has made {op.number - before} calls after one that it has not finished"
+                raise self._fail(RankFailure(self._args.rank, op.kind, reason))
+            self._wait(op, "post", lambda: self._unfinished_by(before), None, _NAP)
+        self._places[op.number % RING] = op.number
+        board = address_of(self._board.window.memory)
+        self._kernels.wrong = wrong(board, self._near.ranks, op.number)
 
     def _unfinished_by(self, before: int) -> list[int]:
         """Ranks that have not read a call, as the board says now."""
+        self._let_go()
         told, queue = self._told[before % RING], self._kernels.device.queue()
         memory, (met,) = self._kernels.carved(2 * 3 * self._near.ranks)
-        told.clear()
+        told.clear(before)
         seen = queue.write(told.words, partly=True)[0]
-        self._kernels.await_all(queue, before, met, met, seen, 0, Staging(0, 0))
+        self._kernels.await_all(queue, before, memory, met, seen, 0, Staging(0, 0))
         self._kernels.finish(queue)
-        del memory
         self._note_reads(told)
-        return [int(rank) for rank in np.flatnonzero(self._reads[before % RING] != signed(before))]
-
-
-def nothing_follows(queue: Queue, met: int) -> None:
-    """A call that was refused."""
+        later = signed(before + RING)
+        reads = self._reads[before % RING].tolist()
+        return [rank for rank, read in enumerate(reads) if read not in (signed(before), later)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hal.ep.engine import EpCombined, EpDispatched
 from hal.portable.direct.bins import Bins
-from hal.portable.direct.kernels import Staging
+from hal.portable.direct.kernels import Staging, signed
 from hal.portable.direct.meeting import MeetingCalls, Met
 from hal.portable.direct.ways import Ways
 from hal.portable.ep_post import Operation
@@ -113,12 +113,13 @@ class DirectNormalCalls(MeetingCalls):
         def count(queue: Queue, at: int) -> None:
             self._count(queue, op, at, ways[0], args.expert_alignment, counter)
 
-        met = self._meet(op, staging, ways[0].most, count, room)
+        grows = self._args.overflow == "grow"
+        met = self._meet(op, staging, ways[0].most, count, room if grows else ways[0].all_routes)
         self._learn_counts(op, met.queue, counter, ways[0])
         try:
             self._fit(op, met.at, args, ways[0], counter)
         except SpecError:
-            self._void(op)
+            # What was staged stays: ranks that have not met yet still have to count these routes to refuse likewise.
             self._kernels.done(met.queue, op.number, met.at, True)
             met.queue.finish()
             self._done(op)
@@ -139,7 +140,7 @@ class DirectNormalCalls(MeetingCalls):
 
     def _count(self, queue: Queue, op: Operation, met: int, ways: Ways, alignment: int, counter: Tensor) -> None:
         """Count, and find places."""
-        counter[0] = 0
+        counter[0] = signed(op.number - 1)
         told = queue.write(counter, partly=True)[0]
         self._kernels.count(queue, met, ways)
         self._kernels.places(queue, met, ways, 0, 0, told, alignment, 0, op.number)
@@ -159,6 +160,7 @@ class DirectNormalCalls(MeetingCalls):
             The same on all ranks, where there must be room for all.
         """
         room, near, counts = self._args.max_recv_tokens, self._near, ways.between_ranks()
+        ways.sent = counts
         totals = counts.sum(0)
         if self._args.overflow == "error" and totals.max() > room:
             peer = int((totals > room).argmax())

@@ -32,8 +32,13 @@ class DirectPackedCalls(DirectNormalCalls):
             if error is not None:
                 raise self._refused(op, error)
             made = self._slots(args)
-            # A result of its own: what completes it holds the tensors, which are not to hold that.
-            return replace(made, finish=self._send_packed(op, args, made))
+            try:
+                # A result of its own: what completes it holds the tensors, which are not to hold that.
+                return replace(made, finish=self._send_packed(op, args, made))
+            except SpecError:
+                # Whoever keeps the error has no result with it that counts.
+                state_of(made.handle).released = True
+                raise
 
     def _send_packed(self, op: Operation, args: EpLowLatencyDispatchArgs, made: EpLowLatencyDispatched) -> Finish:
         kernels, x, (n, topk) = self._kernels, args.x, args.topk_idx.shape
@@ -63,7 +68,7 @@ class DirectPackedCalls(DirectNormalCalls):
 
         def finish() -> None:
             try:
-                self._meet(op, staging, most, unpack, lambda _: ways.all_routes, waits).queue.finish()
+                self._meet(op, staging, most, unpack, ways.all_routes, waits).queue.finish()
             except SpecError:
                 state.released = True
                 raise
@@ -109,8 +114,9 @@ class DirectPackedCalls(DirectNormalCalls):
                 valid = (ways.totals, self._near.here * x.shape[0], x.shape[1])
                 kernels.stage(queue, to, staging, x.flatten(0, 1), valid=valid)
 
+            lent = state.lent
             self._publish(op, staging, [ways.number], stage).finish()
-            state.released = True
+            state.released, state.lent = True, None if args.zero_copy else lent
 
         def gather(queue: Queue, met: int) -> None:
             kernels.gather(queue, met, ways, args.out, None, 0, (), args.topk_idx, args.topk_weights)
@@ -118,10 +124,10 @@ class DirectPackedCalls(DirectNormalCalls):
 
         def finish() -> None:
             try:
-                self._meet(op, staging, MAX_INT32, gather, None, args.combine_wait_recv_cost_stats).queue.finish()
+                self._meet(op, staging, MAX_INT32, gather, waits=args.combine_wait_recv_cost_stats).queue.finish()
             except SpecError:
                 # Refused, it has used nothing up.
-                state.released = False
+                state.released, state.lent = False, lent
                 raise
 
         return EpLowLatencyCombined(args.out, self._later(op, finish))
@@ -131,8 +137,6 @@ def _wrong(args: EpLowLatencyCombineArgs, state: PackedState) -> SpecError | Non
     """What this rank knows to be wrong; of routes the device finds out."""
     if state.routes is None:
         return SpecError("handle", "one whose dispatch is not finished", "one whose hook or event was waited for")
-    if args.zero_copy:
-        lent, state.lent = state.lent, None
-        if lent is None or lent.data_ptr() != args.x.data_ptr():
-            return SpecError("x", "other memory", "with zero_copy, the tensor low_latency_combine_buffer returned")
+    if args.zero_copy and (state.lent is None or state.lent.data_ptr() != args.x.data_ptr()):
+        return SpecError("x", "other memory", "with zero_copy, the tensor low_latency_combine_buffer returned")
     return None
