@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from importlib.metadata import EntryPoint
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from hal import plugins
 from hal.backend import Backend, Probe
 from hal.plugins import hookimpl
@@ -16,6 +19,15 @@ from hal.portable.runtime import SharingDevice
 from hal.spec.capability import Capabilities, plain_dense
 
 WIDTHS = (1, 32, 64, 128)
+SOCKETS, DEVICES = "sockets", "devices"
+"""Where ranks meet: each is an engine of its own."""
+
+
+class MeetingHost(HostDevice):
+    """A device whose ranks meet on it: what its kernels write the host sees at once, as it is the host that writes."""
+
+    def mailbox(self, words: int) -> Tensor:
+        return torch.zeros(words, dtype=torch.int32)
 
 
 class OnFibres(Backend):
@@ -46,20 +58,23 @@ class OnFibres(Backend):
 
 
 class _Plugin:
-    def __init__(self, subgroup: int) -> None:
-        self.subgroup = subgroup
+    def __init__(self, device: type[HostDevice], subgroup: int) -> None:
+        self.device, self.subgroup = device, subgroup
 
     @hookimpl
     def hal_backend(self) -> Backend:
-        return OnFibres(HostDevice(self.subgroup))
+        return OnFibres(self.device(self.subgroup))
 
 
 def name(subgroup: int) -> str:
     return f"fibres-{subgroup}"
 
 
-def registry() -> plugins.Registry:
-    return plugins.Registry(EntryPoint(name(w), f"portable_backends:width_{w}", plugins.GROUP) for w in WIDTHS)
+def registry(meeting: str = SOCKETS) -> plugins.Registry:
+    """The backends, by the same names wherever their ranks meet."""
+    found = (EntryPoint(name(w), f"portable_backends:{meeting}_{w}", plugins.GROUP) for w in WIDTHS)
+    return plugins.Registry(found)
 
 
-width_1, width_32, width_64, width_128 = map(_Plugin, WIDTHS)
+sockets_1, sockets_32, sockets_64, sockets_128 = (_Plugin(HostDevice, w) for w in WIDTHS)
+devices_1, devices_32, devices_64, devices_128 = (_Plugin(MeetingHost, w) for w in WIDTHS)
