@@ -13,6 +13,7 @@ from rtc import Rtc
 
 from hal import portable
 from hal.portable import ep_kernels
+from hal.portable.direct import kernels as direct
 from hal.portable.mla import ELEMENTS, Tile
 from hal.portable.runtime import Facts, Source
 from hal.spec.mla import MlaGeometry
@@ -40,7 +41,7 @@ def every(dialect: str, local_bytes: int, subgroup: int, dtype: torch.dtype) -> 
     heads = (128, 2) if ALL else (2,) if dtype == torch.float16 else (128,)
     shapes = [USUAL._replace(dtype=dtype, h_q=h_q) for h_q in heads]
     decode = [source for shape in shapes for source in sources(dialect, local_bytes, subgroup, shape)]
-    return decode + ep_kernels.every(dtype)
+    return decode + ep_kernels.every(dtype) + direct.every(dtype)
 
 
 def test_no_kernel_or_dtype_is_left_out() -> None:
@@ -89,7 +90,8 @@ def nvrtc() -> Rtc:
 
 
 def test_nvrtc_for_a_chip_without_bf16(nvrtc: Rtc) -> None:
-    for source in sources("cuda", 48 << 10, 32, USUAL) + ep_kernels.every(torch.bfloat16):
+    communication = ep_kernels.every(torch.bfloat16) + direct.every(torch.bfloat16)
+    for source in sources("cuda", 48 << 10, 32, USUAL) + communication:
         assert nvrtc.compile(source.text("cuda"), "-arch=sm_70", "-std=c++17")[:4] == b"\x7fELF"
 
 
