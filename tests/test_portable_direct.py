@@ -141,6 +141,7 @@ def unfinished(rank: int) -> None:
                 for _ in range(6):
                     with pytest.raises(SpecError):
                         buffer.combine(got.recv_x, got.handle)
+                dist.barrier()
                 with pytest.raises(RankFailure, match=r"rank 1 failed in combine: .* one that it has not finished"):
                     buffer.combine(got.recv_x, got.handle)
             else:

@@ -73,5 +73,11 @@ def test_expert_parallelism_is_looked_at_and_nothing_found() -> None:
     case = Case(backend="rocm", tokens=(5, 7))
     run_ranks(2, ep_cases.normal, [replace(case, bias=1)], limit=300, before=looked_at)
     run_ranks(2, ep_cases.packed, [(case, "none"), (case, "fp8")], limit=300, before=looked_at)
+    # Of every other kernel and of what becomes of choices that there is no room for.
+    expanded = replace(case, expand=True, alignment=4, bias=2)
+    cases = [expanded, replace(case, fp8="fp8", hidden=128), replace(case, room=4, overflow="drop")]
+    run_ranks(2, ep_cases.normal, cases, limit=300, before=looked_at)
+    casts = [(replace(case, hidden=128), cast) for cast in ("fp8_pow2", "fp8_ue8m0")]
+    run_ranks(2, ep_cases.packed, casts, limit=300, before=looked_at)
     with pytest.raises(AssertionError, match=r"ep_await_all: .* a flag that was not released: ep_announce: "):
         run_ranks(2, ep_cases.normal, [case], limit=300, before=flags_without_release)

@@ -217,7 +217,7 @@ class DirectKernels(EpKernels):
         """See ``ep_drop``."""
         words = words_of(self.here, self.ranks, ways.most, ways.topk, ways.bins.local)
         reads = (met, ways.all_routes, ways.routes, queue.read(accepted))
-        self._start(queue, "count", "ep_drop", self._groups(self.ranks**2), self._wide(ways.most), *reads, words)
+        self._start(queue, "count", "ep_drop", self._groups(self.ranks), self._wide(ways.most), *reads, words)
 
     def places(
         self,

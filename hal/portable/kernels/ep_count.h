@@ -78,36 +78,39 @@ void ep_count(HAL_GLOBAL const hal_long *met, HAL_GLOBAL const int *routes, HAL_
 }
 
 /* Forget the choices by which tokens go to a rank that has no room for them: of rank s the first `accepted[s, d]` get in.
- * Group (s, d). */
+ * A group has a rank's tokens for all ranks, one after the other: what one forgets the next one looks at. */
 HAL_KERNEL(THREADS)
 void ep_drop(HAL_GLOBAL const hal_long *met, HAL_GLOBAL int *routes, HAL_GLOBAL int *own, HAL_GLOBAL const int *accepted,
              int here, int ranks, int most, int topk, int local) {
   HAL_SHARED(int, sums, THREADS);
   int thread = HAL_THREAD;
-  for (int pair = HAL_GROUP; pair < ranks * ranks; pair += HAL_GROUPS) {
-    int source = pair / ranks, rank = pair % ranks, tokens = (int)met[source * EP_PEER + 2], before = 0;
+  for (int source = HAL_GROUP; source < ranks; source += HAL_GROUPS) {
+    int tokens = (int)met[source * EP_PEER + 2];
     HAL_GLOBAL int *chosen = routes + source * (ep_up16((hal_long)most * topk * 4) / 4);
-    for (int from = 0; from < tokens; from += THREADS) {
-      int token = from + thread, hit = 0;
-      hal_long at = (hal_long)token * topk;
-      if (token < tokens)
-        for (int k = 0; k < topk; k++) hit |= ep_within(chosen[at + k], rank * local, local);
-      sums[thread] = hit;
-      HAL_BARRIER();
-      for (int reach = 1; reach < THREADS; reach *= 2) {
-        int earlier = thread >= reach ? sums[thread - reach] : 0;
+    for (int rank = 0; rank < ranks; rank++) {
+      int before = 0;
+      for (int from = 0; from < tokens; from += THREADS) {
+        int token = from + thread, hit = 0;
+        hal_long at = (hal_long)token * topk;
+        if (token < tokens)
+          for (int k = 0; k < topk; k++) hit |= ep_within(chosen[at + k], rank * local, local);
+        sums[thread] = hit;
         HAL_BARRIER();
-        sums[thread] += earlier;
+        for (int reach = 1; reach < THREADS; reach *= 2) {
+          int earlier = thread >= reach ? sums[thread - reach] : 0;
+          HAL_BARRIER();
+          sums[thread] += earlier;
+          HAL_BARRIER();
+        }
+        if (hit && before + sums[thread] > accepted[source * ranks + rank])
+          for (int k = 0; k < topk; k++)
+            if (ep_within(chosen[at + k], rank * local, local)) {
+              chosen[at + k] = -1;
+              if (source == here) own[at + k] = -1;
+            }
+        before += sums[THREADS - 1];
         HAL_BARRIER();
       }
-      if (hit && before + sums[thread] > accepted[pair])
-        for (int k = 0; k < topk; k++)
-          if (ep_within(chosen[at + k], rank * local, local)) {
-            chosen[at + k] = -1;
-            if (source == here) own[at + k] = -1;
-          }
-      before += sums[THREADS - 1];
-      HAL_BARRIER();
     }
   }
 }
