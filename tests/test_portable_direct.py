@@ -490,6 +490,53 @@ def closing(rank: int) -> None:
     dist.barrier()
 
 
+def test_a_hook_may_run_on_another_stream(before: partial[None]) -> None:
+    run_ranks(2, elsewhere, limit=60, before=before)
+
+
+def elsewhere(rank: int) -> None:
+    """It is waited for then, as memory is freed in the order of the call's stream; at the end all streams are."""
+    mine = FIBRES.inputs()[rank]
+    device: Any = plugins.select(FIBRES.backend).backend.device  # type: ignore[attr-defined]
+    current, waited, launch = [1], [], device.launch
+
+    class Event:
+        def __init__(self) -> None:
+            self.stream = current[0]
+
+        def wait(self) -> None:
+            waited.append(self.stream)
+
+    def launched(*given: Any) -> Event:
+        launch(*given)
+        return Event()
+
+    buffer = FIBRES.buffer()
+    device.launch = launched
+    got = buffer.low_latency_dispatch(mine.x, mine.topk_idx, use_fp8=False, return_recv_hook=True)
+    assert got.hook is not None
+    dist.barrier()
+    waited.clear()
+    current[0] = 2
+    got.hook()
+    assert waited[:2] == [2, 1]
+    waited.clear()
+    dist.barrier()
+    back = buffer.low_latency_combine(got.recv_x, mine.topk_idx, mine.topk_weights, got.handle, return_recv_hook=True)
+    dist.barrier()
+    assert back.hook is not None
+    back.hook()
+    assert not waited, "on one stream nothing is waited for"
+    current[0] = 3
+    del back
+    buffer.dispatch(mine.x, mine.topk_idx)
+    waited.clear()
+    dist.barrier()
+    buffer.close()
+    assert set(waited) == {2, 3}
+    dist.barrier()
+
+
 def test_several_threads_finish_and_let_go(before: partial[None]) -> None:
     run_ranks(2, threaded, limit=60, before=before)
 

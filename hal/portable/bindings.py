@@ -285,6 +285,11 @@ class BoundEvent(StreamEvent):
         self._runtime, self._stream = runtime, stream
         super().__init__(timed, f"{runtime.bindings.prefix}EventElapsedTime")
 
+    @property
+    def stream(self) -> object:
+        """See `runtime.Event`."""
+        return self._stream
+
     def wait(self) -> None:
         """See `runtime.StreamEvent`."""
         self._runtime("StreamSynchronize", self._stream)

@@ -62,6 +62,8 @@ class HostProgram:
 class HostEvent:
     """See `runtime.Event`: over before it is there."""
 
+    stream: Final = None
+
     def wait(self) -> None:
         """Nothing to wait for."""
 

@@ -136,6 +136,11 @@ class OpenClEvent:
 
     handle: Any
 
+    @property
+    def stream(self) -> object:
+        """The queue of its device, or of the call."""
+        return self.handle.command_queue
+
     def wait(self) -> None:
         """Return when it is done."""
         checked("clWaitForEvents", self.handle.wait)

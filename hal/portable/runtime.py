@@ -165,6 +165,10 @@ class Program(Protocol):
 class Event(Protocol):
     """The end of something that was queued."""
 
+    @property
+    def stream(self) -> object:
+        """Where it was queued: one waits in order for what is behind it in the same, and not for what is elsewhere."""
+
     def wait(self) -> None:
         """Return when it is done.
 
@@ -432,6 +436,11 @@ class StreamEvent(ABC):
     def __del__(self) -> None:
         for mark in self._marks:
             self._destroy(mark)
+
+    @property
+    @abstractmethod
+    def stream(self) -> object:
+        """By the driver's own name."""
 
     @abstractmethod
     def wait(self) -> None:

@@ -143,6 +143,11 @@ class MusaEvent(StreamEvent):
         self._library, self._stream = library, stream
         super().__init__(timed, "muEventElapsedTime")
 
+    @property
+    def stream(self) -> object:
+        """See `runtime.Event`."""
+        return self._stream.value
+
     def wait(self) -> None:
         """See `runtime.StreamEvent`."""
         self._library("muStreamSynchronize", self._stream)

@@ -13,7 +13,7 @@ from torch import Tensor
 from hal.portable.direct.ways import Ways
 from hal.portable.ep_kernels import WIDE, EpKernels, casts
 from hal.portable.mla import ELEMENTS
-from hal.portable.runtime import MeetingDevice, Memory, Program, Queue, Source, Words
+from hal.portable.runtime import Event, MeetingDevice, Memory, Program, Queue, Source, Words
 from hal.spec.ep import SCALE_GROUP
 
 RING: Final = 64
@@ -110,6 +110,18 @@ class DirectKernels(EpKernels):
         self._built: dict[tuple[str, int], Program] = {}
         self._gathers: dict[tuple[torch.dtype, int], Program] = {}
         self._casts: dict[tuple[torch.dtype, str], Program] = {}
+        self._elsewhere: dict[object, Event] = {}
+
+    @property
+    def stream(self) -> object:
+        """Where something was launched last."""
+        return None if self._last is None else self._last.stream
+
+    def settle(self) -> None:
+        """Wait for all that was launched, wherever."""
+        super().settle()
+        while self._elsewhere:
+            self._elsewhere.popitem()[1].wait()
 
     def carved(self, *words: int) -> tuple[Memory, list[int]]:
         """Memory for kernels alone, and where pieces of so many words begin in it, at multiples of 16 bytes."""
@@ -172,7 +184,7 @@ class DirectKernels(EpKernels):
         parts = staging.count * groups
         reads = (to, scales, scales, queue.read(x), words_of(x.shape[1], groups, width))
         given = (*reads, parts, x.stride(0))
-        self._last = queue.launch(program, "ep_cast", self._groups(parts), SCALE_GROUP, given)
+        self._launched(queue.launch(program, "ep_cast", self._groups(parts), SCALE_GROUP, given))
 
     def compare(self, queue: Queue, idx: Tensor, routes: int) -> None:
         """See that no choice is another than the dispatch had."""
@@ -301,7 +313,7 @@ class DirectKernels(EpKernels):
             bias[1][1],
         )
         groups = self._groups(min(tokens * parts, _MOST_GROUPS))
-        self._last = queue.launch(program, "ep_gather", groups, WIDE, reads)
+        self._launched(queue.launch(program, "ep_gather", groups, WIDE, reads))
 
     def _wide(self, count: int) -> int:
         """Threads of a group that goes through so many things: few where there are few."""
@@ -311,7 +323,12 @@ class DirectKernels(EpKernels):
         program = self._built.get((source, threads))
         if program is None:
             program = self._built[source, threads] = self._program(_BY_THREADS[threads][source])
-        self._last = queue.launch(program, kernel, groups, threads, arguments)
+        self._launched(queue.launch(program, kernel, groups, threads, arguments))
+
+    def _launched(self, event: Event) -> None:
+        last, self._last = self._last, event
+        if last is not None and last.stream != event.stream:
+            self._elsewhere[last.stream] = last
 
 
 def signed(call: int) -> int:

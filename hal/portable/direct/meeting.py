@@ -335,10 +335,14 @@ class MeetingCalls(SlotCalls):
 
     def _later(self, op: Operation, body: Callable[[], None]) -> Finish:
         """What completes a call; if it is let go of instead, `_let_go` does what the other ranks need."""
+        begun = self._kernels.stream
 
         def whole() -> None:
             self._pending.pop(op.number, None)
             body()
+            if self._kernels.stream != begun:
+                # The call's memory is freed in the order of the stream that was current then.
+                self._kernels.settle()
 
         finish = self._finish(op, whole)
         self._pending[op.number] = weakref.ref(finish)
