@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from distributions import Interpreter, bare_site
@@ -23,6 +24,15 @@ def pytest_report_header() -> str:
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Interpreter:
     """An interpreter with the HAL and what it needs, and nothing that extends it."""
     return Interpreter((bare_site(tmp_path_factory.mktemp("bare") / "site"),))
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Where ranks keep compiled kernels: compiled in this run, but once for all of its processes."""
+    mine = tmp_path_factory.getbasetemp()
+    folder: Path = (mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine) / "kernels"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

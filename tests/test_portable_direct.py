@@ -38,8 +38,8 @@ def registered(folder: str, rank: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def before(tmp_path_factory: pytest.TempPathFactory) -> partial[None]:
-    return partial(registered, str(tmp_path_factory.mktemp("kernels")))
+def before(kernels: str) -> partial[None]:
+    return partial(registered, kernels)
 
 
 def returned(mine: RankInput, case: Case) -> torch.Tensor:
@@ -65,6 +65,7 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
     torch.testing.assert_close(got.float(), want, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.long(5)
 def test_the_ring_goes_round(before: partial[None]) -> None:
     run_ranks(3, round_and_round, limit=90, before=before)
 
@@ -228,6 +229,7 @@ CASES = [
 
 
 @pytest.mark.sampled
+@pytest.mark.long(3)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 def test_the_oracle_agrees(ranks: int, before: partial[None]) -> None:
     tokens = {1: (6,), 2: (5, 7), 3: (5, 0, 9), 5: (2, 0, 9, 1, 4)}[ranks]
@@ -383,7 +385,6 @@ DAMAGED = {
 }
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("overflow", ["error", "grow"])
 def test_a_header_that_cannot_be_is_its_ranks_fault(overflow: str, before: partial[None]) -> None:
     for packed in (False, True):

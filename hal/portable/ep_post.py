@@ -31,6 +31,8 @@ from hal.spec.errors import RankFailure, SpecError
 FLAG: Final = 16
 """Words from one flag to the next."""
 _NAPS: Final = (0.0002, 0.002)
+_DOZE: Final = 0.1
+"""Seconds after which a wait for letters looks up: the handler of a signal may have closed the buffer meanwhile."""
 _SHARE: Final = 0.85
 """Of the timeout, after which a rank is given up: it is to be named within it."""
 _RECORDS: Final = 64
@@ -187,7 +189,7 @@ class Posting(EpEngine):
         """Letters of a round, once all neighbours (or those) have written."""
         there = self._letters.setdefault((op.number, kind), {})
         wanted = range(self._near.ranks) if of is None else of
-        self._wait(op, "post", lambda: [peer for peer in wanted if peer not in there], waits, self._args.timeout)
+        self._wait(op, "post", lambda: [peer for peer in wanted if peer not in there], waits, _DOZE)
         return there
 
     def _agreed(self, op: Operation, letters: Mapping[int, Message], fields: Fields) -> None:
