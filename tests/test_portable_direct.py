@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from ep_cases import Case
 from ep_ranks import run_ranks
+from portable_backends import DEVICES, SOCKETS
 from seeds import SEED
 
 from hal import RankFailure, SpecError, plugins
@@ -31,10 +32,10 @@ from hal.reference.ep import RankInput
 FIBRES = Case(backend=portable_backends.name(32), hidden=16)
 
 
-def registered(folder: str, rank: int) -> None:
+def registered(folder: str, rank: int, meeting: str = DEVICES) -> None:
     """The backends of `portable_backends` in this process."""
     os.environ["HAL_KERNEL_CACHE"] = folder
-    plugins._registry = portable_backends.registry(portable_backends.DEVICES)
+    plugins._registry = portable_backends.registry(meeting)
 
 
 @pytest.fixture(scope="module")
@@ -275,8 +276,9 @@ def cached(rank: int) -> None:
     dist.barrier()
 
 
-def test_a_low_latency_combine_leaves_choices_out(before: partial[None]) -> None:
-    run_ranks(2, leaving_out, limit=60, before=before)
+@pytest.mark.parametrize("meeting", [SOCKETS, DEVICES])
+def test_a_low_latency_combine_leaves_choices_out(meeting: str, before: partial[None]) -> None:
+    run_ranks(2, leaving_out, limit=60, before=partial(before, meeting=meeting))
 
 
 def leaving_out(rank: int) -> None:

@@ -214,15 +214,15 @@ class PackedCalls(Rooms, SlotCalls):
         queue.finish()
         self._post(op, {"fields": [state.routes.number], "stage": [lease.number, lease.size, rows]})
         state.released = True
+        if args.zero_copy:
+            state.lent = None
         return op
 
     def _wrong(self, args: EpLowLatencyCombineArgs, state: PackedState) -> SpecError | None:
         if state.selected is None:
             return SpecError("handle", "one whose dispatch is not finished", "one whose hook or event was waited for")
-        if args.zero_copy:
-            lent, state.lent = state.lent, None
-            if lent is None or lent.data_ptr() != args.x.data_ptr():
-                return SpecError("x", "other memory", "with zero_copy, the tensor low_latency_combine_buffer returned")
+        if args.zero_copy and (state.lent is None or state.lent.data_ptr() != args.x.data_ptr()):
+            return SpecError("x", "other memory", "with zero_copy, the tensor low_latency_combine_buffer returned")
         if bool(((args.topk_idx != state.routes.idx) & (args.topk_idx >= 0)).any()):
             got = f"other routes on rank {self._args.rank}"
             return SpecError("topk_idx", got, "what the dispatch of this handle was given, or -1")
@@ -232,7 +232,14 @@ class PackedCalls(Rooms, SlotCalls):
         """Once all neighbours have staged theirs, what `_fetched` brings."""
         x, waits = args.x, args.combine_wait_recv_cost_stats
         letters = self._await_letters(op, waits=waits)
-        self._agreed(op, letters, PACKED_COMBINE_FIELDS)
+        try:
+            self._agreed(op, letters, PACKED_COMBINE_FIELDS)
+        except SpecError:
+            # Refused, it has used nothing up.
+            state_of(args.handle).released = False
+            if args.zero_copy:
+                state_of(args.handle).lent = x
+            raise
         self._await_flags(op, waits)
         starts = [[e * x.shape[1] for e in range(x.shape[0])]] * self._near.ranks
         rank, row = state_of(args.handle).routes.places(starts)

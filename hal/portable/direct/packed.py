@@ -114,9 +114,10 @@ class DirectPackedCalls(DirectNormalCalls):
                 valid = (ways.totals, self._near.here * x.shape[0], x.shape[1])
                 kernels.stage(queue, to, staging, x.flatten(0, 1), valid=valid)
 
-            lent = state.lent
             self._publish(op, staging, [ways.number], stage).finish()
-            state.released, state.lent = True, None if args.zero_copy else lent
+            state.released = True
+            if args.zero_copy:
+                state.lent = None
 
         def gather(queue: Queue, met: int) -> None:
             kernels.gather(queue, met, ways, args.out, None, 0, (), args.topk_idx, args.topk_weights)
@@ -127,7 +128,9 @@ class DirectPackedCalls(DirectNormalCalls):
                 self._meet(op, staging, MAX_INT32, gather, waits=args.combine_wait_recv_cost_stats).queue.finish()
             except SpecError:
                 # Refused, it has used nothing up.
-                state.released, state.lent = False, lent
+                state.released = False
+                if args.zero_copy:
+                    state.lent = x
                 raise
 
         return EpLowLatencyCombined(args.out, self._later(op, finish))
