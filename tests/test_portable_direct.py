@@ -574,3 +574,86 @@ def threaded(rank: int) -> None:
         assert not wrong, wrong
         assert torch.equal(buffer.combine(got.recv_x, got.handle).combined_x, returned(mine, FIBRES))
     dist.barrier()
+
+
+def test_captured_calls_are_the_same_without_the_host(before: partial[None]) -> None:
+    run_ranks(3, captured, limit=90, before=before)
+
+
+def captured(rank: int) -> None:
+    """Rounds of both kinds, in two ways of overlapping, among calls that are not captured; ranks late at random."""
+    case = replace(FIBRES, ranks=3, experts=10, tokens=(5, 0, 9))
+    mine = case.inputs()[rank]
+    device: Any = plugins.select(case.backend).backend.device  # type: ignore[attr-defined]
+    draw = random.Random(f"{SEED} {rank}")
+    with case.buffer(modes=("low_latency", "normal"), timeout=20.0) as buffer:
+
+        def dispatch(turn: int, hook: bool = False) -> Any:
+            time.sleep(draw.random() * 0.003)
+            return buffer.low_latency_dispatch(mine.x * turn, mine.topk_idx, use_fp8=False, return_recv_hook=hook)
+
+        def combined(got: Any) -> torch.Tensor:
+            weights = mine.topk_weights
+            return buffer.low_latency_combine(got.recv_x, mine.topk_idx, weights, got.handle).combined_x
+
+        # Which puts aside what captured calls need.
+        close(combined(dispatch(1)), weighted(mine))
+        for turn in range(2, 30):
+            device.in_capture = turn % 5 != 0
+            if turn % 3:
+                close(combined(dispatch(turn)), weighted(mine) * turn)
+            else:
+                first, second = dispatch(turn, hook=True), dispatch(1, hook=True)
+                first.hook()
+                second.hook()
+                close(combined(first), weighted(mine) * turn)
+                close(combined(second), weighted(mine))
+        device.in_capture = True
+        with pytest.raises(SpecError, match="dispatch: got a stream that is being captured; legal: low-latency calls"):
+            buffer.dispatch(mine.x, mine.topk_idx)
+        device.in_capture = False
+        assert torch.equal(buffer.dispatch(mine.x, mine.topk_idx).handle.topk_idx, mine.topk_idx)
+    dist.barrier()
+
+
+def test_a_captured_call_wants_another_before_it(before: partial[None]) -> None:
+    run_ranks(1, at_once, limit=30, before=before)
+
+
+def at_once(rank: int) -> None:
+    case = replace(FIBRES, ranks=1, tokens=(5,))
+    mine = case.inputs()[rank]
+    device: Any = plugins.select(case.backend).backend.device  # type: ignore[attr-defined]
+    with case.buffer() as buffer:
+        device.in_capture = True
+        with pytest.raises(
+            SpecError, match="a captured call before any other; legal: low_latency_dispatch once before"
+        ):
+            buffer.low_latency_dispatch(mine.x, mine.topk_idx, use_fp8=False)
+        device.in_capture = False
+        got = buffer.low_latency_dispatch(mine.x, mine.topk_idx, use_fp8=False)
+        device.in_capture = True
+        with pytest.raises(SpecError, match="call before any other; legal: low_latency_combine once before"):
+            buffer.low_latency_combine(got.recv_x, mine.topk_idx, mine.topk_weights, got.handle)
+
+
+def test_a_rank_that_is_not_there_when_a_graph_is_replayed_is_named_afterwards(before: partial[None]) -> None:
+    run_ranks(2, absent, limit=60, before=before)
+
+
+def absent(rank: int) -> None:
+    """Rank 1 does not make a call that rank 0 replays."""
+    mine = FIBRES.inputs()[rank]
+    device: Any = plugins.select(FIBRES.backend).backend.device  # type: ignore[attr-defined]
+    with FIBRES.buffer(timeout=1.0) as buffer:
+        buffer.low_latency_dispatch(mine.x, mine.topk_idx, use_fp8=False)
+        dist.barrier()
+        if rank == 0:
+            device.in_capture = True
+            begin = time.monotonic()
+            buffer.low_latency_dispatch(mine.x, mine.topk_idx, use_fp8=False)
+            assert time.monotonic() - begin < 10
+            device.in_capture = False
+            with pytest.raises(RankFailure, match=r"rank 1 failed in .*nothing from it .*in a replayed graph"):
+                buffer.low_latency_dispatch(mine.x, mine.topk_idx, use_fp8=False)
+        dist.barrier()

@@ -366,6 +366,12 @@ class BoundDevice(InPlace):
     def _ipc(self) -> BoundIpc:
         return BoundIpc(self.runtime, self.index)
 
+    looks = 0
+
+    def capturing(self) -> bool:
+        """See `runtime.MeetingDevice`: not written for these."""
+        return False
+
     def mailbox(self, words: int) -> Tensor:
         """See `runtime.MeetingDevice`: memory of the host that the device addresses too."""
         return torch.zeros(words, dtype=torch.int32, pin_memory=True)

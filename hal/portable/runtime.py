@@ -303,6 +303,13 @@ class SharingDevice(Device, Protocol):
 class MeetingDevice(SharingDevice, Protocol):
     """One whose windows are addresses, so that kernels find their way to those of all processes by themselves."""
 
+    @property
+    def looks(self) -> int:
+        """How often a second a kernel can look whether another rank has written; 0 where launches are not captured."""
+
+    def capturing(self) -> bool:
+        """Whether it is now."""
+
     def mailbox(self, words: int) -> Tensor:
         """So many 32-bit words, all zero, that kernels write and the host reads.
 

@@ -3,7 +3,7 @@
 #
 #   scripts/gpu/ep.sh [--backend NAME] [--ranks N] [--wheels DIR] [--limit SECONDS] [--quick] OUT [STAGE...]
 #
-# Stages, all of them where none is named: install doctor link conform groups bench stress lose. Each has a time limit of
+# Stages, all of them where none is named: install doctor link conform groups bench graph stress lose. Each has a time limit of
 # its own, under ten minutes and at most --limit, and writes OUT/STAGE*.log; one that fails does not stop the next.
 # OUT/verdict.txt has a line for each.
 # N ranks, one a device (default: all devices there are). The suite has groups of one to four in "conform", of N in "groups".
@@ -13,7 +13,7 @@ set -uo pipefail
 . "$(dirname "$0")/stages.sh"
 
 ranks=""
-stages=(install doctor link conform groups bench stress lose)
+stages=(install doctor link conform groups bench graph stress lose)
 while [[ ${1:-} == --* ]]; do
   case $1 in
     --quick) quick=--quick; shift; continue ;;
@@ -54,6 +54,11 @@ stage_bench() {
   # What was measured is written at the end, which is to be before its limit.
   limited 570 "bench-$ranks" "$PYTHON" -m hal bench ep --backend "$backend" --ranks "$ranks" --published \
     --seconds $seconds --budget $((budget * 2 / 3)) --json "$OUT/bench-$ranks.json"
+}
+
+stage_graph() {
+  if [[ $backend == cpu ]]; then say "graph: not applicable to the cpu"; return; fi
+  limited 300 "graph-$ranks" "$PYTHON" "$ROOT/scripts/gpu/ep_graph.py" --ranks "$ranks"
 }
 
 stage_stress() {

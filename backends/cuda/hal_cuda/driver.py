@@ -111,6 +111,12 @@ class CudaDevice(InPlace):
     def _ipc(self) -> CudaIpc:
         return CudaIpc(self.index)
 
+    looks = 750_000
+
+    def capturing(self) -> bool:
+        """See `runtime.MeetingDevice`."""
+        return torch.cuda.is_current_stream_capturing()
+
     def mailbox(self, words: int) -> Tensor:
         """See `runtime.MeetingDevice`: memory of the host that the device addresses too."""
         return torch.zeros(words, dtype=torch.int32, pin_memory=True)

@@ -295,6 +295,12 @@ class MusaDevice(InPlace):
     def _ipc(self) -> MusaIpc:
         return MusaIpc(self)
 
+    looks = 0
+
+    def capturing(self) -> bool:
+        """See `runtime.MeetingDevice`: not written for these."""
+        return False
+
     def mailbox(self, words: int) -> Tensor:
         """See `runtime.MeetingDevice`: memory of the host that the device addresses too."""
         return torch.zeros(words, dtype=torch.int32, pin_memory=self._memory != "cpu")

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hal.portable.direct.kernels import HEAD, RING, signed
+from hal.portable.direct.kernels import CHANNELS, HEAD, RING, signed
 
 LATE, DIFFERS, UNKNOWN, OUTSIDE, MET = range(1, 6)
 """What became of a header, as ``ep_meet.h`` numbers it: it has not come; it is another call; its window is not known
@@ -19,18 +19,24 @@ here; its rows do not lie in their window, or are more than there is room for; a
 KIND, WRONG, WINDOW, COUNT, FIELDS = range(1, 6)
 """Words of a header after the first, which is the call's number."""
 
+_SLOTS: Final = RING + CHANNELS
 _FEW_WINDOWS: Final = 16
 _MOST_WINDOWS: Final = 1 << 16
 
 
 def board_bytes(ranks: int) -> int:
-    """Headers and words of who has read what, for all calls that may be under way; behind them, what `wrong` names."""
-    return 4 * RING * (ranks * (HEAD + 1) + 1)
+    """Headers, and words of who has read what, for all places; behind them what `wrong` and `epoch` name."""
+    return epoch(0, ranks, CHANNELS)
 
 
-def wrong(board: int, ranks: int, call: int) -> int:
+def wrong(board: int, ranks: int, slot: int) -> int:
     """Address of the word in which kernels note what is wrong with this rank's own call."""
-    return board + 4 * (RING * ranks * (HEAD + 1) + call % RING)
+    return board + 4 * (_SLOTS * ranks * (HEAD + 1) + slot)
+
+
+def epoch(board: int, ranks: int, channel: int) -> int:
+    """Address of the word that counts the rounds of a place of captured calls."""
+    return wrong(board, ranks, _SLOTS) + 4 * channel
 
 
 class Told:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +20,12 @@ RING: Final = 64
 """Calls that may be under way."""
 HEAD: Final = 16
 """Words of a header."""
+CHANNELS: Final = 4
+"""Places besides, that calls of captured graphs share: two for dispatch, two for combine."""
 AGREE: Final = 9
 """Those of them that all ranks must agree on."""
 
+_PLACES: Final = (("RING", RING), ("CHANNELS", CHANNELS))
 _LANES: Final = 64
 _NARROW: Final = 64
 _TURNS: Final = 2000
@@ -31,7 +34,7 @@ _LEAST_CHOICES: Final = 8
 
 
 def _sources(threads: int) -> dict[str, Source]:
-    sizes = (("THREADS", threads), ("RING", RING), ("LANES", _LANES))
+    sizes = (("THREADS", threads), *_PLACES, ("LANES", _LANES))
     files = ("announce", "await_all", "stage", "count", "places", "fetch")
     return {name: Source(("ep.h", "ep_meet.h", f"ep_{name}.h"), sizes) for name in files}
 
@@ -42,7 +45,12 @@ _BY_THREADS: Final = {threads: _sources(threads) for threads in (_NARROW, WIDE)}
 def gathers(dtype: torch.dtype, topk: int) -> Source:
     """``ep_gather`` of rows of a dtype, for tokens of at most so many choices."""
     choices = max(_LEAST_CHOICES, 1 << (topk - 1).bit_length())
-    sizes = (("ELEMENT", ELEMENTS[dtype]), ("THREADS", WIDE), ("RING", RING), ("MOST_CHOICES", choices))
+    sizes = (
+        ("ELEMENT", ELEMENTS[dtype]),
+        ("THREADS", WIDE),
+        *_PLACES,
+        ("MOST_CHOICES", choices),
+    )
     return Source(("ep.h", "elements.h", "ep_meet.h", "ep_gather.h"), sizes)
 
 
@@ -52,6 +60,26 @@ def every(*dtypes: torch.dtype) -> list[Source]:
         *(source for sources in _BY_THREADS.values() for source in sources.values()),
         *(gathers(dtype, _LEAST_CHOICES) for dtype in dtypes or ELEMENTS),
     ]
+
+
+class Turn(NamedTuple):
+    """Which place on the boards a call has, and its number there.
+
+    Attributes
+    ----------
+    slot, call : int
+    epoch : int
+        Address of the word that has the number instead, where the call is captured; 0 where it is not.
+    """
+
+    slot: int
+    call: int
+    epoch: int = 0
+
+    @staticmethod
+    def of(call: int) -> Turn:
+        """Of a call that the host makes."""
+        return Turn(call % RING, signed(call))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +181,14 @@ class DirectKernels(EpKernels):
         row_strides = (0, 0) if scales is None else scales.stride()
         counts, begin, slots = valid or (0, 0, 0)
         threads = self._wide(staging.count)
+        # Most slots have no row: groups that look at several are sooner through than as many groups.
+        most = 16 * self.device.facts.processors if valid else _MOST_GROUPS
         words = (staging.count, 0 if x is None else staging.row // 16, staging.row, staging.scale, staging.topk)
         self._start(
             queue,
             "stage",
             "ep_stage",
-            self._groups(min(-(-staging.count * _LANES // threads), _MOST_GROUPS)),
+            self._groups(min(-(-staging.count * _LANES // threads), most)),
             threads,
             to,
             0 if rows is None else rows.memory,
@@ -193,26 +223,39 @@ class DirectKernels(EpKernels):
             reads = (queue.read(idx), routes, self.wrong, words_of(idx.numel()))
             self._start(queue, "stage", "ep_compare", self._groups(min(groups, 256)), _NARROW, *reads)
 
-    def announce(self, queue: Queue, call: int, kind: int, window: int, count: int, fields: Sequence[int]) -> None:
+    def announce(self, queue: Queue, turn: Turn, kind: int, window: int, count: int, fields: Sequence[int]) -> None:
         """Tell all ranks of a call, once the queue has come so far."""
-        words = (call % RING, self.here, self.ranks, signed(call), kind, window, count, *fields)
-        reads = (queue.read(self.boards), self.wrong, words_of(*words, *(0,) * (AGREE - len(fields))))
+        words = (turn.slot, self.here, self.ranks, turn.call, kind, window, count, *fields)
+        reads = (queue.read(self.boards), self.wrong, turn.epoch, words_of(*words, *(0,) * (AGREE - len(fields))))
         self._start(queue, "announce", "ep_announce", 1, _NARROW, *reads)
 
     def await_all(
-        self, queue: Queue, call: int, met: Memory, routes: int, told: Memory, most: int, staging: Staging
+        self,
+        queue: Queue,
+        turn: Turn,
+        met: Memory,
+        routes: int,
+        told: Memory,
+        most: int,
+        staging: Staging,
+        turns: int = _TURNS,
     ) -> None:
         """Wait a while for all ranks; see ``ep_await_all``."""
-        places = (call % RING, self.here, self.ranks, signed(call), _TURNS, self.windows.shape[1], most)
+        places = (turn.slot, self.here, self.ranks, turn.call, turns, self.windows.shape[1], most)
         sizes = (staging.row, staging.scale, staging.topk, staging.weight)
-        reads = (queue.read(self.boards), queue.read(self.windows), met, routes, told)
+        reads = (queue.read(self.boards), queue.read(self.windows), met, routes, told, turn.epoch)
         groups, threads = self._groups(self.ranks), self._wide(most * staging.topk)
         self._start(queue, "await_all", "ep_await_all", groups, threads, *reads, words_of(*places, *sizes))
 
-    def done(self, queue: Queue, call: int, met: int, whatever: bool) -> None:
+    def begin(self, queue: Queue, turn: Turn, turns: int) -> None:
+        """Begin the next round of a captured call's place; see ``ep_turn``."""
+        reads = (queue.read(self.boards), turn.epoch, words_of(turn.slot, self.here, self.ranks, turns))
+        self._start(queue, "announce", "ep_turn", 1, _NARROW, *reads)
+
+    def done(self, queue: Queue, turn: Turn, met: int, whatever: bool) -> None:
         """Tell all ranks that this one has read what they staged for a call."""
-        words = (call % RING, self.here, self.ranks, signed(call), whatever)
-        reads = (queue.read(self.boards), met, words_of(*words))
+        words = (turn.slot, self.here, self.ranks, turn.call, whatever)
+        reads = (queue.read(self.boards), met, turn.epoch, words_of(*words))
         self._start(queue, "announce", "ep_done", 1, _NARROW, *reads)
 
     def count(self, queue: Queue, met: int, ways: Ways) -> None:

@@ -32,20 +32,22 @@ from hal.portable.direct.board import (
     board_bytes,
     wrong,
 )
-from hal.portable.direct.kernels import AGREE, RING, DirectKernels, Staging, address_of, signed
+from hal.portable.direct.kernels import AGREE, CHANNELS, RING, DirectKernels, Staging, Turn, address_of, signed
 from hal.portable.ep_post import MAIN, Operation
 from hal.portable.ep_slots import SlotCalls
 from hal.portable.ep_windows import Lease
 from hal.portable.runtime import MeetingDevice, Memory, Queue, SharingDevice
 from hal.spec.errors import DeviceError, RankFailure, SpecError
 
-_KINDS: Final = ("open", "refuse", "dispatch", "combine", "low_latency_dispatch", "low_latency_combine")
+KINDS: Final = ("open", "refuse", "dispatch", "combine", "low_latency_dispatch", "low_latency_combine")
+"""What headers say that a call is, by number."""
 _FIELDS: Final[Mapping[str, Fields]] = {
     "dispatch": DISPATCH_FIELDS,
     "combine": COMBINE_FIELDS,
     "low_latency_dispatch": PACKED_FIELDS,
     "low_latency_combine": PACKED_COMBINE_FIELDS,
 }
+_SLOTS: Final = RING + CHANNELS
 _DAMAGED: Final = "its header is damaged"
 _SOON: Final = 0.001
 """Seconds for which the host does nothing but look whether all ranks have met."""
@@ -90,7 +92,7 @@ class MeetingCalls(SlotCalls):
     def _made(self) -> Message:
         near, device = self._near, self._args.device
         self._board = self._windows.take(board_bytes(near.ranks))
-        mail = self._kernels.device.mailbox(RING * Told.size(near.ranks)).view(RING, -1)
+        mail = self._kernels.device.mailbox(_SLOTS * Told.size(near.ranks)).view(_SLOTS, -1)
         self._told = [Told(words, near.ranks) for words in mail]
         self._reads = np.zeros((RING, near.ranks), np.int32)
         self._addresses = Addresses(near.ranks, device)
@@ -116,6 +118,7 @@ class MeetingCalls(SlotCalls):
         argument: str = "x",
     ) -> Queue:
         """Stage what ``stage`` writes to the address it is given, and tell everybody."""
+        self._look_at_replays()
         self._let_go()
         oldest = next(iter(self._pending), op.number)
         if op.number - oldest >= _MOST_UNFINISHED:
@@ -128,7 +131,7 @@ class MeetingCalls(SlotCalls):
         if lease is not None:
             stage(queue, address_of(lease.window.memory))
         number = 0 if lease is None else lease.number
-        self._kernels.announce(queue, op.number, _KINDS.index(op.kind), number, staging.count, fields)
+        self._kernels.announce(queue, Turn.of(op.number), KINDS.index(op.kind), number, staging.count, fields)
         return queue
 
     def _lease(self, op: Operation, staging: Staging, argument: str) -> Lease | None:
@@ -140,14 +143,21 @@ class MeetingCalls(SlotCalls):
             got = f"{staging.size} bytes to stage on rank {self._args.rank} ({error})"
             raise self._refused(op, SpecError(argument, got, "what fits in memory")) from None
         self._staged[op.number] = (lease, set(range(self._near.ranks)))
+        self._know(lease)
+        self._show(op)
+        return lease
+
+    def _know(self, lease: Lease) -> None:
         here = self._near.here
         if self._addresses.size(here, lease.number) is None:
             self._learn(here, lease.number, address_of(lease.window.memory), lease.size)
+
+    def _show(self, op: Operation, **more: str) -> None:
+        """Tell all others of windows that were made since."""
         told, files = self._windows.announcement()
-        if told:
+        if told or more:
             for peer in self._peers:
-                self._tell(op.kind, peer, {"shown": told}, files)
-        return lease
+                self._tell(op.kind, peer, {"shown": told, **more}, files)
 
     def _learn(self, peer: int, number: int, address: int, size: int) -> None:
         self._addresses.learn(peer, number, address, size)
@@ -194,7 +204,7 @@ class MeetingCalls(SlotCalls):
             to = routes(most) if callable(routes) else routes or met
             seen = queue.write(told.words, partly=True)[0]
             # The memory itself, so that the queue keeps it until kernels are through with it.
-            kernels.await_all(queue, op.number, memory, to, seen, most, staging)
+            kernels.await_all(queue, Turn.of(op.number), memory, to, seen, most, staging)
             follow(queue, met)
 
         def missing() -> list[int]:
@@ -261,13 +271,13 @@ class MeetingCalls(SlotCalls):
         if DIFFERS not in outcomes:
             return
         heads = [told.head(peer) for peer in range(self._near.ranks)]
-        silent = [peer for peer, head in enumerate(heads) if head[KIND] == _KINDS.index("refuse")]
+        silent = [peer for peer, head in enumerate(heads) if head[KIND] == KINDS.index("refuse")]
         letters = dict(self._await_letters(op, MAIN, silent)) if silent else {}
         for peer, head in enumerate(heads):
             if peer not in letters:
                 letters[peer] = self._letter_of(op, peer, head)
         error = self._disagreement(letters, _FIELDS.get(op.kind, ()))
-        self._kernels.done(queue, op.number, met, True)
+        self._kernels.done(queue, Turn.of(op.number), met, True)
         queue.finish()
         self._done(op)
         assert error is not None, "headers differ in what they do not say"
@@ -281,7 +291,7 @@ class MeetingCalls(SlotCalls):
         RankFailure
             No rank says so.
         """
-        kind = _KINDS[head[KIND]] if 0 <= head[KIND] < len(_KINDS) else ""
+        kind = KINDS[head[KIND]] if 0 <= head[KIND] < len(KINDS) else ""
         try:
             shown = [show for _, show in _FIELDS[kind]]
             fields, more = head[FIELDS : FIELDS + len(shown)], head[FIELDS + len(shown) : FIELDS + AGREE]
@@ -311,10 +321,10 @@ class MeetingCalls(SlotCalls):
         self._post(op, {"refused": [error.argument, str(error.got), str(error.legal)]})
         # No two of these agree, so that nobody takes a call that all refuse for one that all make.
         mine = (self._near.here + 1,)
-        self._kernels.announce(self._kernels.device.queue(), op.number, _KINDS.index("refuse"), 0, 0, mine)
+        self._kernels.announce(self._kernels.device.queue(), Turn.of(op.number), KINDS.index("refuse"), 0, 0, mine)
 
         def alone(queue: Queue, met: int) -> None:
-            self._kernels.done(queue, op.number, met, False)
+            self._kernels.done(queue, Turn.of(op.number), met, False)
 
         try:
             self._meet(op, Staging(0, 0), 0, alone).queue.finish()
@@ -366,13 +376,16 @@ class MeetingCalls(SlotCalls):
             self._kernels.settle()
         super()._end()
 
+    def _look_at_replays(self) -> None:
+        """Raise what went wrong where no host looked."""
+
     def _let_go(self) -> None:
         """Of calls that nobody will finish: what was staged for them is not read."""
         for number, finish in list(self._pending.items()):
             if finish() is None:
                 del self._pending[number]
                 queue = self._kernels.device.queue()
-                self._kernels.done(queue, number, 0, True)
+                self._kernels.done(queue, Turn.of(number), 0, True)
                 queue.finish()
 
     def _take_place(self, op: Operation) -> None:
@@ -392,7 +405,7 @@ class MeetingCalls(SlotCalls):
             self._wait(op, "post", lambda: self._unfinished_by(before), None, _NAP)
         self._places[op.number % RING] = op.number
         board = address_of(self._board.window.memory)
-        self._kernels.wrong = wrong(board, self._near.ranks, op.number)
+        self._kernels.wrong = wrong(board, self._near.ranks, op.number % RING)
 
     def _unfinished_by(self, before: int) -> list[int]:
         """Ranks that have not read a call, as the board says now."""
@@ -401,7 +414,7 @@ class MeetingCalls(SlotCalls):
         memory, (met,) = self._kernels.carved(2 * 3 * self._near.ranks)
         told.clear(before)
         seen = queue.write(told.words, partly=True)[0]
-        self._kernels.await_all(queue, before, memory, met, seen, 0, Staging(0, 0))
+        self._kernels.await_all(queue, Turn.of(before), memory, met, seen, 0, Staging(0, 0))
         self._kernels.finish(queue)
         self._note_reads(told)
         later = signed(before + RING)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from hal.ep.engine import EpCombined, EpDispatched
 from hal.portable.direct.bins import Bins
-from hal.portable.direct.kernels import Staging, signed
-from hal.portable.direct.meeting import MeetingCalls, Met
+from hal.portable.direct.captured import CapturedCalls
+from hal.portable.direct.kernels import Staging, Turn, signed
+from hal.portable.direct.meeting import Met
 from hal.portable.direct.ways import Ways
 from hal.portable.ep_post import Operation
 from hal.portable.runtime import Queue
@@ -36,11 +37,12 @@ class _Received:
     choice: Tensor
 
 
-class DirectNormalCalls(MeetingCalls):
+class DirectNormalCalls(CapturedCalls):
     """Dispatch and combine."""
 
     def dispatch(self, args: EpDispatchArgs) -> EpDispatched:
         """Stage rows, count where those of all ranks go, and fetch what is for this one."""
+        self._require_not_captured("dispatch")
         with self._calling("dispatch"):
             op = self._begin("dispatch")
             op.record["tokens"] = len(args.x)
@@ -120,7 +122,7 @@ class DirectNormalCalls(MeetingCalls):
             self._fit(op, met.at, args, ways[0], counter)
         except SpecError:
             # What was staged stays: ranks that have not met yet still have to count these routes to refuse likewise.
-            self._kernels.done(met.queue, op.number, met.at, True)
+            self._kernels.done(met.queue, Turn.of(op.number), met.at, True)
             met.queue.finish()
             self._done(op)
             raise
@@ -224,7 +226,7 @@ class DirectNormalCalls(MeetingCalls):
         to = [0 if one is None else queue.write(one, partly=True)[0] for one in wanted]
         width = 0 if received.scales is None else received.scales.shape[1]
         self._kernels.fetch(queue, met, ways, to, staging, True, (0, width, 1))
-        self._kernels.done(queue, op.number, met, False)
+        self._kernels.done(queue, Turn.of(op.number), met, False)
 
     def _handle(self, args: EpDispatchArgs, ways: Ways, rows: int) -> EpHandle:
         align = args.expert_alignment
@@ -238,6 +240,7 @@ class DirectNormalCalls(MeetingCalls):
         """Stage rows; the finish fetches those of this rank's tokens and sums them."""
         handle, weights, sums, x = args.handle, args.topk_weights, None, args.x
         ways = ways_of(handle)
+        self._require_not_captured("combine")
         with self._calling("combine"):
             out = torch.empty(handle.num_tokens, self._args.hidden, dtype=x.dtype, device=x.device)
             if weights is not None:
@@ -256,7 +259,7 @@ class DirectNormalCalls(MeetingCalls):
         def gather(queue: Queue, met: int) -> None:
             biases = [one if one.stride(1) == 1 else one.contiguous() for one in args.bias]
             self._kernels.gather(queue, met, ways, out, sums, weight, biases)
-            self._kernels.done(queue, op.number, met, False)
+            self._kernels.done(queue, Turn.of(op.number), met, False)
 
         return EpCombined(out, sums, self._later(op, lambda: self._meet(op, staging, MAX_INT32, gather).queue.finish()))
 

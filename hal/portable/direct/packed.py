@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hal.ep.engine import EpLowLatencyCombined, EpLowLatencyDispatched, Finish
 from hal.portable.direct.bins import Bins
-from hal.portable.direct.kernels import Staging
+from hal.portable.direct.captured import Channel
+from hal.portable.direct.kernels import Staging, Turn
+from hal.portable.direct.meeting import Follow
 from hal.portable.direct.normal import DirectNormalCalls
 from hal.portable.direct.ways import Ways
 from hal.portable.ep_post import Operation
@@ -30,7 +34,7 @@ class DirectPackedCalls(DirectNormalCalls):
             op.record["tokens"] = len(args.x)
             error = self._third()
             if error is not None:
-                raise self._refused(op, error)
+                raise error if self._capturing else self._refused(op, error)
             made = self._slots(args)
             try:
                 # A result of its own: what completes it holds the tensors, which are not to hold that.
@@ -56,7 +60,9 @@ class DirectPackedCalls(DirectNormalCalls):
                 kernels.cast_into(queue, to, staging, x if x.stride(1) == 1 else x.contiguous(), groups, args.cast)
             kernels.stage(queue, to, staging, rows, None, args.topk_idx, None, ways.routes, self._args.num_experts)
 
-        self._publish(op, staging, [topk, CASTS.index(args.cast)], stage).finish()
+        fields = [topk, CASTS.index(args.cast)]
+        channel = self._sent(op, staging, fields, stage, Staging(most, x.shape[1] * x.itemsize, 4 * groups, topk).size)
+        turn = channel.turn if channel else Turn.of(op.number)
         state, waits = state_of(made.handle), args.dispatch_wait_recv_cost_stats
         stats = args.cumulative_local_expert_recv_stats
 
@@ -64,11 +70,11 @@ class DirectPackedCalls(DirectNormalCalls):
             ranges, received = (queue.write(one)[0] for one in (made.handle.layout_range, made.recv_count))
             kernels.count(queue, met, ways)
             kernels.places(queue, met, ways, ranges, received, 0, 1, made.recv_x.shape[1], op.number)
-            self._fetch_packed(queue, op, met, made, staging, ways)
+            self._fetch_packed(queue, turn, met, made, staging, ways)
 
         def finish() -> None:
             try:
-                self._meet(op, staging, most, unpack, ways.all_routes, waits).queue.finish()
+                self._pulled(op, channel, staging, most, unpack, ways.all_routes, waits)
             except SpecError:
                 state.released = True
                 raise
@@ -76,12 +82,43 @@ class DirectPackedCalls(DirectNormalCalls):
             if stats is not None:
                 stats.add_(made.recv_count)
 
-        return self._later(op, finish)
+        return self._finish(op, finish) if channel else self._later(op, finish)
+
+    def _sent(
+        self, op: Operation, staging: Staging, fields: list[int], stage: Callable[[Queue, int], None], most: int
+    ) -> Channel | None:
+        """Publish a call of which there are at most so many bytes; by which channel, where it is captured."""
+        if self._capturing:
+            channel = self._begin_captured(op, staging)
+            self._publish_captured(op, channel, staging, fields, stage)
+            return channel
+        self._put_aside(op, most)
+        self._publish(op, staging, fields, stage).finish()
+        return None
+
+    def _pulled(
+        self,
+        op: Operation,
+        channel: Channel | None,
+        staging: Staging,
+        most: int,
+        follow: Follow,
+        routes: int = 0,
+        waits: Tensor | None = None,
+    ) -> None:
+        """Meet the others, and do what follows."""
+        if channel is not None:
+            if waits is not None:
+                raise SpecError(f"{op.kind}: wait_recv_cost_stats", "a tensor", "None while a graph is captured")
+            self._meet_captured(channel, staging, most, follow, routes)
+            return
+        self._meet(op, staging, most, follow, routes, waits).queue.finish()
+        self._see_all_aside(op)
 
     def _fetch_packed(
         self,
         queue: Queue,
-        op: Operation,
+        turn: Turn,
         met: int,
         made: EpLowLatencyDispatched,
         staging: Staging,
@@ -94,7 +131,7 @@ class DirectPackedCalls(DirectNormalCalls):
         words = 0 if scales is None else scales.shape[2]
         to = [rows, turned, 0, 0, queue.write(made.handle.src_info, partly=True)[0], 0]
         self._kernels.fetch(queue, met, ways, to, staging, False, (words * slots, 1, slots))
-        self._kernels.done(queue, op.number, met, False)
+        self._kernels.done(queue, turn, met, False)
 
     def low_latency_combine(self, args: EpLowLatencyCombineArgs) -> EpLowLatencyCombined:
         """Stage the rows that came; the finish fetches those of this rank's tokens and sums them, weighted."""
@@ -104,7 +141,7 @@ class DirectPackedCalls(DirectNormalCalls):
             state = state_of(args.handle)
             error = _wrong(args, state)
             if error is not None:
-                raise self._refused(op, error)
+                raise error if self._capturing else self._refused(op, error)
             ways = state.routes
             assert isinstance(ways, Ways)
             staging = Staging(x.shape[0] * x.shape[1], x.shape[2] * x.itemsize)
@@ -114,18 +151,20 @@ class DirectPackedCalls(DirectNormalCalls):
                 valid = (ways.totals, self._near.here * x.shape[0], x.shape[1])
                 kernels.stage(queue, to, staging, x.flatten(0, 1), valid=valid)
 
-            self._publish(op, staging, [ways.number], stage).finish()
+            # A captured dispatch has a number of its own on every rank, and in no replay.
+            channel = self._sent(op, staging, [0 if self._capturing else ways.number], stage, staging.size)
+            turn = channel.turn if channel else Turn.of(op.number)
             state.released = True
             if args.zero_copy:
                 state.lent = None
 
         def gather(queue: Queue, met: int) -> None:
             kernels.gather(queue, met, ways, args.out, None, 0, (), args.topk_idx, args.topk_weights)
-            kernels.done(queue, op.number, met, False)
+            kernels.done(queue, turn, met, False)
 
         def finish() -> None:
             try:
-                self._meet(op, staging, MAX_INT32, gather, waits=args.combine_wait_recv_cost_stats).queue.finish()
+                self._pulled(op, channel, staging, MAX_INT32, gather, waits=args.combine_wait_recv_cost_stats)
             except SpecError:
                 # Refused, it has used nothing up.
                 state.released = False
@@ -133,7 +172,7 @@ class DirectPackedCalls(DirectNormalCalls):
                     state.lent = x
                 raise
 
-        return EpLowLatencyCombined(args.out, self._later(op, finish))
+        return EpLowLatencyCombined(args.out, self._finish(op, finish) if channel else self._later(op, finish))
 
 
 def _wrong(args: EpLowLatencyCombineArgs, state: PackedState) -> SpecError | None:

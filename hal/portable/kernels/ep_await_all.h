@@ -5,10 +5,11 @@
  */
 HAL_KERNEL(THREADS)
 void ep_await_all(HAL_GLOBAL const hal_long *boards, HAL_GLOBAL const hal_long *windows, HAL_GLOBAL hal_long *met,
-                  HAL_GLOBAL int *routes, HAL_GLOBAL hal_u32 *told, int slot, int here, int ranks, int call, int turns,
-                  int known, int most, int row, int scale, int topk, int weight) {
+                  HAL_GLOBAL int *routes, HAL_GLOBAL hal_u32 *told, HAL_GLOBAL const hal_u32 *epoch, int slot,
+                  int here, int ranks, int call, int turns, int known, int most, int row, int scale, int topk, int weight) {
   HAL_SHARED(int, outcome, 1);
   int thread = HAL_THREAD;
+  call = ep_round(epoch, call);
   HAL_GLOBAL hal_u32 *board = HAL_AT(HAL_GLOBAL hal_u32, boards[here]), *mine = board + ep_head(slot, ranks, here);
   for (int peer = HAL_GROUP; peer < ranks; peer += HAL_GROUPS) {
     HAL_GLOBAL hal_u32 *head = board + ep_head(slot, ranks, peer);

@@ -1,6 +1,7 @@
 /* Ranks meet on their devices. Every rank has a board that all of its node can write: for each call a header from every
  * rank, whose first word is its flag, and a word by which that rank says that it has read what was staged for the call.
- * RING calls may be under way.
+ * RING calls may be under way. CHANNELS places more are shared by calls of captured graphs: which round is on there only the
+ * device knows, by a word of its own (`epoch`) that stands for the call's number.
  *
  * A header has the call's number, its kind, what is wrong with it, the window its rows are staged in, how many there are,
  * and EP_AGREE words that all ranks must agree on.
@@ -24,7 +25,8 @@
 #define EP_PEER 3
 
 HAL_INLINE hal_long ep_head(int slot, int ranks, int peer) { return ((hal_long)slot * ranks + peer) * EP_HEAD; }
-HAL_INLINE hal_long ep_read(int slot, int ranks, int peer) { return ((hal_long)RING * EP_HEAD + slot) * ranks + peer; }
+HAL_INLINE hal_long ep_read(int slot, int ranks, int peer) { return ((hal_long)(RING + CHANNELS) * EP_HEAD + slot) * ranks + peer; }
+HAL_INLINE int ep_round(HAL_GLOBAL const hal_u32 *epoch, int call) { return epoch == 0 ? call : (int)epoch[0]; }
 HAL_INLINE hal_long ep_up16(hal_long size) { return (size + 15) / 16 * 16; }
 
 /* What a rank stages: rows, their scales, their routes, their weights, each part from a multiple of 16 bytes on. */

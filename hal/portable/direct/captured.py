@@ -1,0 +1,158 @@
+"""Low-latency calls while a graph is captured: nothing that the host would have to look at when it is replayed.
+
+Which round it is only the device counts. Two places on the boards and two windows serve all dispatches that are
+captured, two all combines, in turns; before a window is written again all ranks have read what was in it, which the
+device waits for. So graphs may be replayed in any order, the same on all ranks, on one stream. A rank that does not
+come is waited for within the timeout; then the rows are not there, and the next call that is not captured raises.
+
+Windows are put aside by the first call that is not captured, since a captured one cannot make any.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from hal.ep.lines import Message
+from hal.portable.direct.board import DIFFERS, LATE, MET, epoch, wrong
+from hal.portable.direct.kernels import RING, Staging, Turn, address_of
+from hal.portable.direct.meeting import KINDS, Follow, MeetingCalls
+from hal.portable.ep_post import Operation
+from hal.portable.ep_windows import Lease
+from hal.portable.runtime import Queue
+from hal.spec.errors import DeviceError, RankFailure, SpecError
+
+_KINDS: Final = ("low_latency_dispatch", "low_latency_combine")
+_EACH: Final = 2
+_NAP: Final = 0.0002
+
+
+@dataclass(slots=True)
+class Channel:
+    """What captured calls of one kind share.
+
+    Attributes
+    ----------
+    turn : Turn
+    lease : Lease
+    used : bool
+        Whether any was captured.
+    """
+
+    turn: Turn
+    lease: Lease
+    used: bool = False
+
+
+class CapturedCalls(MeetingCalls):
+    """Publishing and pulling without the host."""
+
+    def _made(self) -> Message:
+        self._channels: dict[str, list[Channel]] = {}
+        self._aside: dict[str, set[int]] = {kind: set() for kind in _KINDS}
+        self._captured: Counter[str] = Counter()
+        return super()._made()
+
+    @property
+    def _capturing(self) -> bool:
+        return self._kernels.device.capturing()
+
+    def _put_aside(self, op: Operation, size: int) -> None:
+        """Make what captured calls of this kind will need, once, and show it to the others."""
+        kind = op.kind
+        if kind in self._channels or not self._kernels.device.looks:
+            return
+        self._channels[kind] = []
+        with contextlib.suppress(DeviceError):
+            for one in range(_EACH):
+                number = _KINDS.index(kind) * _EACH + one
+                word = epoch(address_of(self._board.window.memory), self._near.ranks, number)
+                lease = self._windows.take(size)
+                self._know(lease)
+                self._channels[kind].append(Channel(Turn(RING + number, 0, word), lease))
+        self._show(op, aside=kind)
+
+    def _heard(self, peer: int, message: Message, files: list[int]) -> None:
+        super()._heard(peer, message, files)
+        if message.get("aside"):
+            self._aside[message["aside"]].add(peer)
+
+    def _see_all_aside(self, op: Operation) -> None:
+        """Until all others have shown theirs, as each does before it makes the call."""
+        if len(self._aside[op.kind]) < self._near.ranks - 1 and self._kernels.device.looks:
+            there = self._aside[op.kind]
+            self._wait(op, "post", lambda: [peer for peer in self._peers if peer not in there], None, _NAP)
+
+    def _require_not_captured(self, call: str) -> None:
+        """Refuse what a graph cannot do, on this rank alone: a call that is captured tells nobody anything."""
+        if self._capturing:
+            legal = "low-latency calls alone: the host looks at what comes of others"
+            raise SpecError(call, "a stream that is being captured", legal)
+
+    def _begin_captured(self, op: Operation, staging: Staging) -> Channel:
+        """The channel whose turn it is.
+
+        Raises
+        ------
+        SpecError
+            There is none: no call has put windows aside.
+        """
+        channels = self._channels.get(op.kind, [])
+        if len(channels) < _EACH:
+            legal = f"{op.kind} once before, not captured: it puts aside the memory that captured calls share"
+            raise SpecError(op.kind, "a captured call before any other", legal)
+        channel = channels[self._captured[op.kind] % _EACH]
+        self._captured[op.kind] += 1
+        if staging.size > channel.lease.size:
+            raise SpecError(op.kind, f"{staging.size} bytes of rows", f"at most {channel.lease.size}")
+        channel.used = True
+        return channel
+
+    def _publish_captured(
+        self,
+        op: Operation,
+        channel: Channel,
+        staging: Staging,
+        fields: Sequence[int],
+        stage: Callable[[Queue, int], None],
+    ) -> None:
+        """Wait for the window, stage, and tell everybody, all on the device."""
+        kernels, queue = self._kernels, self._kernels.device.queue()
+        kernels.wrong = wrong(address_of(self._board.window.memory), self._near.ranks, channel.turn.slot)
+        kernels.begin(queue, channel.turn, self._turns)
+        if staging.size:
+            stage(queue, address_of(channel.lease.window.memory))
+        kernels.announce(queue, channel.turn, KINDS.index(op.kind), channel.lease.number, staging.count, fields)
+        queue.finish()
+
+    def _meet_captured(self, channel: Channel, staging: Staging, most: int, follow: Follow, routes: int = 0) -> None:
+        """Wait for all ranks and do what follows, all on the device."""
+        kernels, queue = self._kernels, self._kernels.device.queue()
+        memory, (met,) = kernels.carved(2 * 3 * self._near.ranks)
+        seen = queue.write(self._told[channel.turn.slot].words, partly=True)[0]
+        kernels.await_all(queue, channel.turn, memory, routes or met, seen, most, staging, self._turns)
+        follow(queue, met)
+        queue.finish()
+
+    @property
+    def _turns(self) -> int:
+        return min(2**31 - 1, int(self._args.timeout * self._kernels.device.looks))
+
+    def _look_at_replays(self) -> None:
+        """Raise what went wrong when a graph was replayed.
+
+        Raises
+        ------
+        RankFailure
+        """
+        for kind, channels in self._channels.items():
+            for channel in channels:
+                outcomes = self._told[channel.turn.slot].outcomes() if channel.used else []
+                for peer, outcome in enumerate(outcomes):
+                    if outcome not in (0, MET):
+                        said = {LATE: f"nothing from it within {self._args.timeout:g} s", DIFFERS: "another call"}
+                        reason = f"{said.get(outcome, 'rows outside its window')}, in a replayed graph"
+                        raise self._fail(RankFailure(self._near.first + peer, kind, reason))
