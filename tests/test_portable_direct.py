@@ -7,6 +7,7 @@ import os
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -26,6 +27,8 @@ from hal import RankFailure, SpecError, plugins
 from hal.portable.direct.board import COUNT, FIELDS, KIND, WINDOW, Told
 from hal.portable.direct.kernels import AGREE, HEAD, RING, signed
 from hal.portable.ep_windows import Windows
+from hal.portable.host import HostEvent
+from hal.portable.runtime import HoldingQueue, Queue
 from hal.reference import ep as oracle
 from hal.reference.ep import RankInput
 
@@ -657,3 +660,62 @@ def absent(rank: int) -> None:
             with pytest.raises(RankFailure, match=r"rank 1 failed in .*nothing from it .*in a replayed graph"):
                 buffer.low_latency_dispatch(mine.x, mine.topk_idx, use_fp8=False)
         dist.barrier()
+
+
+class LateHost(portable_backends.MeetingHost):
+    """Runs kernels when somebody waits, and fills memory with ones as soon as nobody has it any more."""
+
+    def __init__(self) -> None:
+        super().__init__(32)
+        self._later: list[tuple[Any, ...]] = []
+        self._memory: list[torch.Tensor] = []
+
+    def queue(self) -> Queue:
+        return HoldingQueue(self)
+
+    def empty(self, size: int) -> torch.Tensor:
+        self._memory.append(super().empty(size))  # stays, so that who comes late harms nobody
+        given = self._memory[-1].view(torch.uint8)
+        weakref.finalize(given, self._memory[-1].view(torch.uint8).fill_, 255)
+        return given
+
+    def launch(self, *given: Any) -> Any:
+        self._later.append(given)
+        return HostEvent()
+
+    def finish(self) -> None:
+        later, self._later = self._later, []
+        for given in later:
+            super().launch(*given)
+
+
+def test_what_kernels_use_is_there_when_they_run(before: partial[None]) -> None:
+    run_ranks(2, late, limit=60, before=before)
+
+
+def late(rank: int) -> None:
+    """Results of a dispatch are waited for when all else of it was let go."""
+    case = replace(FIBRES, tokens=(5, 9))
+    mine = case.inputs()[rank]
+    backend: Any = plugins.select(case.backend).backend
+    backend.device = LateHost()
+    with case.buffer() as buffer:
+        for expand in (False, True):
+            got = buffer.dispatch(mine.x, mine.topk_idx, mine.topk_weights, expand=expand, return_recv_hook=True)
+            gc.collect()
+            assert got.hook is not None
+            got.hook()
+            assert isinstance(got.recv_x, torch.Tensor)
+            rows = oracle.dispatch(case.inputs(), case.experts, expand=expand)[rank]
+            ep_cases.same("recv_x", got.recv_x, rows.x)
+            back = buffer.combine(got.recv_x, got.handle, topk_weights=got.recv_topk_weights, async_finish=True)
+            gc.collect()
+            back.event.wait()
+            if not expand:
+                assert torch.equal(back.combined_x, returned(mine, case))
+        packed = buffer.low_latency_dispatch(mine.x, mine.topk_idx, use_fp8=False, return_recv_hook=True)
+        gc.collect()
+        packed.hook()
+        sums = buffer.low_latency_combine(packed.recv_x, mine.topk_idx, mine.topk_weights, packed.handle)
+        close(sums.combined_x, weighted(mine))
+    dist.barrier()

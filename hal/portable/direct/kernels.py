@@ -252,13 +252,13 @@ class DirectKernels(EpKernels):
         reads = (queue.read(self.boards), turn.epoch, words_of(turn.slot, self.here, self.ranks, turns))
         self._start(queue, "announce", "ep_turn", 1, _NARROW, *reads)
 
-    def done(self, queue: Queue, turn: Turn, met: int, whatever: bool) -> None:
+    def done(self, queue: Queue, turn: Turn, met: Memory | int, whatever: bool) -> None:
         """Tell all ranks that this one has read what they staged for a call."""
         words = (turn.slot, self.here, self.ranks, turn.call, whatever)
         reads = (queue.read(self.boards), met, turn.epoch, words_of(*words))
         self._start(queue, "announce", "ep_done", 1, _NARROW, *reads)
 
-    def count(self, queue: Queue, met: int, ways: Ways) -> None:
+    def count(self, queue: Queue, met: Memory | int, ways: Ways) -> None:
         """See ``ep_count``."""
         bins = ways.bins
         words = (self.here, self.ranks, ways.most, ways.topk, bins.local, bins.by_rank, bins.first, bins.experts)
@@ -268,16 +268,16 @@ class DirectKernels(EpKernels):
         threads = self._wide(ways.most)
         self._start(queue, "count", "ep_count", groups, threads, met, *to, words_of(*words, bins.expanded, bins.repeat))
 
-    def drop(self, queue: Queue, met: int, ways: Ways, accepted: Tensor) -> None:
+    def drop(self, queue: Queue, met: Memory | int, ways: Ways, accepted: Tensor) -> None:
         """See ``ep_drop``."""
         words = words_of(self.here, self.ranks, ways.most, ways.topk, ways.bins.local)
-        reads = (met, ways.all_routes, ways.routes, queue.read(accepted))
+        reads = (met, ways.memory, ways.routes, queue.read(accepted))
         self._start(queue, "count", "ep_drop", self._groups(self.ranks), self._wide(ways.most), *reads, words)
 
     def places(
         self,
         queue: Queue,
-        met: int,
+        met: Memory | int,
         ways: Ways,
         ranges: Memory | int,
         received: Memory | int,
@@ -295,7 +295,7 @@ class DirectKernels(EpKernels):
     def fetch(
         self,
         queue: Queue,
-        met: int,
+        met: Memory | int,
         ways: Ways,
         to: Sequence[Memory | int],
         staging: Staging,
@@ -309,14 +309,14 @@ class DirectKernels(EpKernels):
         slices = max(1, min(-(-8 * self.device.facts.processors // pairs), -(-most * _LANES // threads)))
         words = (self.here, self.ranks, most, ways.topk, bins.local, bins.by_rank, bins.first, bins.experts)
         sizes = (bins.expanded, slices, staging.row, staging.scale, staging.topk, staging.weight, wants_routes)
-        counted = (ways.all_routes, ways.counted, ways.begins, ways.listed)
+        counted = (ways.memory, ways.counted, ways.begins, ways.listed)
         reads = (met, *counted, *to, words_of(*words, *sizes), *scales)
         self._start(queue, "fetch", "ep_fetch", self._groups(pairs * slices), threads, *reads)
 
     def gather(
         self,
         queue: Queue,
-        met: int,
+        met: Memory | int,
         ways: Ways,
         out: Tensor,
         sums: Tensor | None,

@@ -69,16 +69,16 @@ class Met:
 
     Attributes
     ----------
-    at : int
-        Where kernels are told of the peers.
+    memory : Memory
+        Where kernels are told of the peers; given to them as it is, so that their queue keeps it.
     queue : Queue
         On which everything was launched.
     """
 
-    __slots__ = ("_memory", "at", "queue")
+    __slots__ = ("memory", "queue")
 
-    def __init__(self, memory: Memory, at: int, queue: Queue) -> None:
-        self._memory, self.at, self.queue = memory, at, queue
+    def __init__(self, memory: Memory, queue: Queue) -> None:
+        self.memory, self.queue = memory, queue
 
 
 class MeetingCalls(SlotCalls):
@@ -237,7 +237,7 @@ class MeetingCalls(SlotCalls):
         elif self._failure is not None:
             raise self._failure
         self._note_reads(told)
-        return Met(memory, met, launched[0])
+        return Met(memory, launched[0])
 
     def _promised(self, op: Operation, peer: int, head: list[int], staging: Staging, most: int | None) -> int:
         """How many rows a rank has, whose window is not known to kernels yet or which has more than there is room for.

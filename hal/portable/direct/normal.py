@@ -15,7 +15,7 @@ from hal.portable.direct.kernels import Staging, Turn, signed
 from hal.portable.direct.meeting import Met
 from hal.portable.direct.ways import Ways
 from hal.portable.ep_post import Operation
-from hal.portable.runtime import Queue
+from hal.portable.runtime import Memory, Queue
 from hal.spec.ep import FP8, PLAIN_DTYPES, EpCombineArgs, EpDispatchArgs, EpHandle
 from hal.spec.ep.terms import MAX_INT32
 from hal.spec.errors import SpecError
@@ -50,7 +50,7 @@ class DirectNormalCalls(CapturedCalls):
                 ways, met, staging = self._counted(op, args)
                 received = self._room_for(args, ways)
                 queue = self._kernels.device.queue()
-                self._fetch(queue, op, met.at, args, staging, ways, received)
+                self._fetch(queue, op, met.memory, args, staging, ways, received)
             else:
                 staging = self._offer(op, args, 0)
                 ways = ways_of(args.handle).again()
@@ -119,10 +119,10 @@ class DirectNormalCalls(CapturedCalls):
         met = self._meet(op, staging, ways[0].most, count, room if grows else ways[0].all_routes)
         self._learn_counts(op, met.queue, counter, ways[0])
         try:
-            self._fit(op, met.at, args, ways[0], counter)
+            self._fit(op, met.memory, args, ways[0], counter)
         except SpecError:
             # What was staged stays: ranks that have not met yet still have to count these routes to refuse likewise.
-            self._kernels.done(met.queue, Turn.of(op.number), met.at, True)
+            self._kernels.done(met.queue, Turn.of(op.number), met.memory, True)
             met.queue.finish()
             self._done(op)
             raise
@@ -140,7 +140,9 @@ class DirectNormalCalls(CapturedCalls):
         own = (everybody, counted, begins, listed, totals, routes, order, bases)
         return Ways(op.number, self._near.here, most, bins, topk, memory, *own)
 
-    def _count(self, queue: Queue, op: Operation, met: int, ways: Ways, alignment: int, counter: Tensor) -> None:
+    def _count(
+        self, queue: Queue, op: Operation, met: Memory | int, ways: Ways, alignment: int, counter: Tensor
+    ) -> None:
         """Count, and find places."""
         counter[0] = signed(op.number - 1)
         told = queue.write(counter, partly=True)[0]
@@ -153,7 +155,7 @@ class DirectNormalCalls(CapturedCalls):
         ranks, bins = self._near.ranks, ways.bins.all
         ways.counts = counter[1 : 1 + ranks * bins].view(ranks, bins).numpy().copy()
 
-    def _fit(self, op: Operation, met: int, args: EpDispatchArgs, ways: Ways, counter: Tensor) -> None:
+    def _fit(self, op: Operation, met: Memory | int, args: EpDispatchArgs, ways: Ways, counter: Tensor) -> None:
         """Make them the ways of what there is room for.
 
         Raises
@@ -214,7 +216,7 @@ class DirectNormalCalls(CapturedCalls):
         self,
         queue: Queue,
         op: Operation,
-        met: int,
+        met: Memory | int,
         args: EpDispatchArgs,
         staging: Staging,
         ways: Ways,

@@ -30,7 +30,8 @@ class Ways:
     bins : Bins
     topk : int
     memory : Memory
-        In which the following are, by address.
+        In which the following are, by address, the first where it begins: given to kernels in its place it is kept by
+        their queue.
     all_routes, counted, begins, listed, totals : int
         What `ep_count` and `ep_places` leave for `ep_fetch`.
     routes, order : int
