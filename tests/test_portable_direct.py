@@ -662,6 +662,70 @@ def absent(rank: int) -> None:
         dist.barrier()
 
 
+def test_a_graph_is_refused_what_would_come_out_wrong_in_it(before: partial[None]) -> None:
+    run_ranks(2, refused_in_graphs, limit=60, before=before)
+
+
+def refused_in_graphs(rank: int) -> None:
+    mine = FIBRES.inputs()[rank]
+    device: Any = plugins.select(FIBRES.backend).backend.device  # type: ignore[attr-defined]
+    with FIBRES.buffer(timeout=10.0) as buffer:
+
+        def dispatch(**more: Any) -> Any:
+            return buffer.low_latency_dispatch(mine.x, mine.topk_idx, use_fp8=False, **more)
+
+        def combine(got: Any, times: int = 1, **more: Any) -> Any:
+            return buffer.low_latency_combine(got.recv_x * times, mine.topk_idx, mine.topk_weights, got.handle, **more)
+
+        if rank == 0:
+            # This rank alone: the others do not hear of it, and it has made no call.
+            device.in_capture = True
+            with pytest.raises(SpecError, match="a captured call before any other"):
+                dispatch()
+            device.in_capture = False
+        got = dispatch()
+        close(combine(got).combined_x, weighted(mine))
+        late = dispatch(return_recv_hook=True)
+        device.in_capture = True
+        with pytest.raises(SpecError, match="hook or event: got run while a graph is captured"):
+            late.hook()
+        with pytest.raises(SpecError, match="wait_recv_cost_stats: got a tensor; legal: None while"):
+            combine(got, combine_wait_recv_cost_stats=torch.zeros(2, dtype=torch.int64))
+        results = [combine(got, times, return_recv_hook=True) for times in (1, 2)]
+        with pytest.raises(SpecError, match="captured call while the one 2 before it is not finished"):
+            combine(got, 3, return_recv_hook=True)
+        for times, result in enumerate(results, 1):
+            result.hook()
+            close(result.combined_x, weighted(mine) * times)
+        outside = combine(got, 3, return_recv_hook=True)
+        device.in_capture = False
+        with pytest.raises(SpecError, match="hook or event: got run after the capture of its call"):
+            outside.hook()
+    dist.barrier()
+
+
+def test_the_table_in_a_graph_stays_when_windows_come(before: partial[None]) -> None:
+    run_ranks(2, more_windows, limit=60, before=before)
+
+
+def more_windows(rank: int) -> None:
+    mine = FIBRES.inputs()[rank]
+    device: Any = plugins.select(FIBRES.backend).backend.device  # type: ignore[attr-defined]
+    with FIBRES.buffer(timeout=10.0, modes=("low_latency", "normal")) as buffer:
+        buffer.low_latency_dispatch(mine.x, mine.topk_idx, use_fp8=False)
+        kernels = buffer._engine._kernels  # type: ignore[attr-defined]
+        device.in_capture = True
+        buffer.low_latency_dispatch(mine.x, mine.topk_idx, use_fp8=False)
+        device.in_capture = False
+        table = weakref.ref(kernels.windows)
+        got = buffer.dispatch(mine.x, mine.topk_idx)
+        for back in [buffer.combine(got.recv_x, got.handle, return_recv_hook=True) for _ in range(6)]:
+            back.hook()
+        gc.collect()
+        assert kernels.windows is not table() and table() is not None
+    dist.barrier()
+
+
 class LateHost(portable_backends.MeetingHost):
     """Runs kernels when somebody waits, and fills memory with ones as soon as nobody has it any more."""
 

@@ -3,7 +3,11 @@
 Which round it is only the device counts. Two places on the boards and two windows serve all dispatches that are
 captured, two all combines, in turns; before a window is written again all ranks have read what was in it, which the
 device waits for. So graphs may be replayed in any order, the same on all ranks, on one stream. A rank that does not
-come is waited for within the timeout; then the rows are not there, and the next call that is not captured raises.
+come is waited for within the timeout; then the rows are not there, and the next call that is not captured raises, but
+for what was replayed since with nothing wrong.
+
+A captured call tells nobody of itself, nor does its refusal: ranks that stay alike do so by making the same calls. What
+a rank counts of them it counts from the last call that was not captured, which all have made.
 
 Windows are put aside by the first call that is not captured, since a captured one cannot make any.
 """
@@ -13,9 +17,12 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
+from torch import Tensor
+
+from hal.ep.engine import Finish
 from hal.ep.lines import Message
 from hal.portable.direct.board import DIFFERS, LATE, MET, epoch, wrong
 from hal.portable.direct.kernels import RING, Staging, Turn, address_of
@@ -27,6 +34,7 @@ from hal.spec.errors import DeviceError, RankFailure, SpecError
 
 _KINDS: Final = ("low_latency_dispatch", "low_latency_combine")
 _EACH: Final = 2
+_NO_NUMBER: Final = -1
 _NAP: Final = 0.0002
 
 
@@ -40,11 +48,14 @@ class Channel:
     lease : Lease
     used : bool
         Whether any was captured.
+    open : bool
+        Whether one was captured whose rows nothing captured yet fetches.
     """
 
     turn: Turn
     lease: Lease
     used: bool = False
+    open: bool = False
 
 
 class CapturedCalls(MeetingCalls):
@@ -54,7 +65,33 @@ class CapturedCalls(MeetingCalls):
         self._channels: dict[str, list[Channel]] = {}
         self._aside: dict[str, set[int]] = {kind: set() for kind in _KINDS}
         self._captured: Counter[str] = Counter()
+        self._baked: list[Tensor] = []
         return super()._made()
+
+    def _begin(self, kind: str) -> Operation:
+        op = super()._begin(kind)
+        if self._capturing:
+            # Others may not make it: it is none of the calls that all count.
+            self._number = op.number
+            op.record["operation"] = _NO_NUMBER
+            return replace(op, number=_NO_NUMBER)
+        self._captured.clear()
+        for channels in self._channels.values():
+            for channel in channels:
+                channel.open = False
+        return op
+
+    def _finish(self, op: Operation, body: Callable[[], None]) -> Finish:
+        finish = super()._finish(op, body)
+
+        def run() -> None:
+            captured = op.number == _NO_NUMBER
+            if self._capturing != captured:
+                got = "run after the capture of its call" if captured else "run while a graph is captured"
+                raise SpecError(f"{op.kind}: hook or event", got, "within the capture that its call is in, or in none")
+            finish()
+
+        return run
 
     @property
     def _capturing(self) -> bool:
@@ -92,23 +129,33 @@ class CapturedCalls(MeetingCalls):
             legal = "low-latency calls alone: the host looks at what comes of others"
             raise SpecError(call, "a stream that is being captured", legal)
 
-    def _begin_captured(self, op: Operation, staging: Staging) -> Channel:
+    def _begin_captured(self, op: Operation, staging: Staging, waits: Tensor | None) -> Channel:
         """The channel whose turn it is.
 
         Raises
         ------
         SpecError
-            There is none: no call has put windows aside.
+            There is none: no call has put windows aside, or two are under way. It is too small. Or somebody wants to
+            know who is waited for, which only a host can tell.
         """
+        if waits is not None:
+            raise SpecError(f"{op.kind}: wait_recv_cost_stats", "a tensor", "None while a graph is captured")
         channels = self._channels.get(op.kind, [])
         if len(channels) < _EACH:
             legal = f"{op.kind} once before, not captured: it puts aside the memory that captured calls share"
-            raise SpecError(op.kind, "a captured call before any other", legal)
+            scarce = "a captured call where there is no memory to put aside"
+            raise SpecError(op.kind, scarce if op.kind in self._channels else "a captured call before any other", legal)
         channel = channels[self._captured[op.kind] % _EACH]
-        self._captured[op.kind] += 1
+        if channel.open:
+            got = f"a captured call while the one {_EACH} before it is not finished"
+            raise SpecError(op.kind, got, "the hook or event of that one first, within the capture")
         if staging.size > channel.lease.size:
             raise SpecError(op.kind, f"{staging.size} bytes of rows", f"at most {channel.lease.size}")
-        channel.used = True
+        self._captured[op.kind] += 1
+        channel.used = channel.open = True
+        # A graph has the table's address in it for good, whatever newer one is made for windows that come.
+        if not self._baked or self._baked[-1] is not self._kernels.windows:
+            self._baked.append(self._kernels.windows)
         return channel
 
     def _publish_captured(
@@ -130,6 +177,7 @@ class CapturedCalls(MeetingCalls):
 
     def _meet_captured(self, channel: Channel, staging: Staging, most: int, follow: Follow, routes: int = 0) -> None:
         """Wait for all ranks and do what follows, all on the device."""
+        channel.open = False
         kernels, queue = self._kernels, self._kernels.device.queue()
         memory, (met,) = kernels.carved(2 * 3 * self._near.ranks)
         seen = queue.write(self._told[channel.turn.slot].words, partly=True)[0]

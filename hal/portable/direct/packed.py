@@ -61,9 +61,10 @@ class DirectPackedCalls(DirectNormalCalls):
             kernels.stage(queue, to, staging, rows, None, args.topk_idx, None, ways.routes, self._args.num_experts)
 
         fields = [topk, CASTS.index(args.cast)]
-        channel = self._sent(op, staging, fields, stage, Staging(most, x.shape[1] * x.itemsize, 4 * groups, topk).size)
+        waits, room = args.dispatch_wait_recv_cost_stats, Staging(most, x.shape[1] * x.itemsize, 4 * groups, topk).size
+        channel = self._sent(op, staging, fields, stage, room, waits)
         turn = channel.turn if channel else Turn.of(op.number)
-        state, waits = state_of(made.handle), args.dispatch_wait_recv_cost_stats
+        state = state_of(made.handle)
         stats = args.cumulative_local_expert_recv_stats
 
         def unpack(queue: Queue, met: int) -> None:
@@ -85,11 +86,17 @@ class DirectPackedCalls(DirectNormalCalls):
         return self._finish(op, finish) if channel else self._later(op, finish)
 
     def _sent(
-        self, op: Operation, staging: Staging, fields: list[int], stage: Callable[[Queue, int], None], most: int
+        self,
+        op: Operation,
+        staging: Staging,
+        fields: list[int],
+        stage: Callable[[Queue, int], None],
+        most: int,
+        waits: Tensor | None,
     ) -> Channel | None:
         """Publish a call of which there are at most so many bytes; by which channel, where it is captured."""
         if self._capturing:
-            channel = self._begin_captured(op, staging)
+            channel = self._begin_captured(op, staging, waits)
             self._publish_captured(op, channel, staging, fields, stage)
             return channel
         self._put_aside(op, most)
@@ -108,8 +115,6 @@ class DirectPackedCalls(DirectNormalCalls):
     ) -> None:
         """Meet the others, and do what follows."""
         if channel is not None:
-            if waits is not None:
-                raise SpecError(f"{op.kind}: wait_recv_cost_stats", "a tensor", "None while a graph is captured")
             self._meet_captured(channel, staging, most, follow, routes)
             return
         self._meet(op, staging, most, follow, routes, waits).queue.finish()
@@ -152,7 +157,8 @@ class DirectPackedCalls(DirectNormalCalls):
                 kernels.stage(queue, to, staging, x.flatten(0, 1), valid=valid)
 
             # A captured dispatch has a number of its own on every rank, and in no replay.
-            channel = self._sent(op, staging, [0 if self._capturing else ways.number], stage, staging.size)
+            waits, number = args.combine_wait_recv_cost_stats, 0 if self._capturing else ways.number
+            channel = self._sent(op, staging, [number], stage, staging.size, waits)
             turn = channel.turn if channel else Turn.of(op.number)
             state.released = True
             if args.zero_copy:
@@ -164,7 +170,7 @@ class DirectPackedCalls(DirectNormalCalls):
 
         def finish() -> None:
             try:
-                self._pulled(op, channel, staging, MAX_INT32, gather, waits=args.combine_wait_recv_cost_stats)
+                self._pulled(op, channel, staging, MAX_INT32, gather, waits=waits)
             except SpecError:
                 # Refused, it has used nothing up.
                 state.released = False
