@@ -122,6 +122,50 @@ def leaving(rank: int, how: str) -> None:
             assert rank == 3 or time.monotonic() - begin < 6.5, time.monotonic() - begin
 
 
+class Connecting(Library):
+    """Its first exchange holds up the caller until all ranks have begun theirs, as NCCL's does."""
+
+    def __init__(self, store: Any, rank: int, ranks: int) -> None:
+        super().__init__(store, rank, ranks)
+        self._store, self._names, self._rank = store, [f"in{one}" for one in range(ranks)], rank
+
+    def alltoall_base(self, *given: Any) -> Any:
+        self._store.set(self._names[self._rank], "1")
+        while not all(self._store.check([name]) for name in self._names):
+            time.sleep(0.01)
+        return super().alltoall_base(*given)
+
+
+def connecting(rank: int) -> None:
+    over_gloo(rank)
+    carriers._maker = lambda args: Connecting  # type: ignore[assignment,return-value]
+
+
+@pytest.mark.long(7)
+def test_who_leaves_the_first_exchange_is_named_within_the_timeout() -> None:
+    run_ranks(2, ep_cases.normal, [Case(ranks=2, tokens=TOKENS[:2], per_node=1)], limit=60, before=connecting)
+    outcomes = run_ranks(2, leaving_at_once, limit=60, check=False, before=connecting)
+    error = outcomes[0].error
+    assert isinstance(error, RankFailure) and error.rank == 1, outcomes[0]
+    assert outcomes[0].seconds < 25
+
+
+def leaving_at_once(rank: int) -> None:
+    def left(*given: Any) -> bool:
+        raise MemoryError("no memory")
+
+    case = Case(ranks=2, tokens=TOKENS[:2], per_node=1)
+    mine = case.inputs()[rank]
+    if rank:
+        Carrier.trade = left  # type: ignore[method-assign]
+    with case.buffer(timeout=6.0) as buffer:
+        begin = time.monotonic()
+        try:
+            buffer.dispatch(mine.x, mine.topk_idx)
+        finally:
+            assert rank or time.monotonic() - begin < 6.5, time.monotonic() - begin
+
+
 def switched(rank: int, values: tuple[str, str]) -> str:
     """What opening a buffer says, where ranks have these in their environments."""
     os.environ[ENV] = values[rank % 2]

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as LateError
 from datetime import timedelta
 from typing import Any, Final
 
@@ -45,6 +48,7 @@ class Carrier:
 
     def __init__(self, library: Any, rank: int, ranks: int, device: torch.device) -> None:
         self._library, self._rank, self._ranks, self._device = library, rank, ranks, device
+        self._connected = False
 
     def trade(
         self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], timeout: float
@@ -64,7 +68,10 @@ class Carrier:
         landing = torch.empty(sum(into), dtype=torch.uint8, device=self._device)
         end, nap = time.monotonic() + timeout, _NAPS[0]
         try:
-            work = self._library.alltoall_base(landing, out, into, given, dist.AllToAllOptions())
+            work = self._exchanged(end, landing, out, into, given, dist.AllToAllOptions())
+            if work is None:
+                return False
+            self._connected = True
             while not work.is_completed():
                 if time.monotonic() > end:
                     return False
@@ -81,6 +88,29 @@ class Carrier:
             rows.view(torch.uint8).view(-1).copy_(pieces[peer][:size])
             pieces[peer] = pieces[peer][size:]
         return True
+
+    def _exchanged(self, end: float, *given: Any) -> Any:
+        """What comes of an exchange; None if the first, in which a library connects all ranks, is late."""
+        library = self._library
+        if self._connected:
+            return library.alltoall_base(*given)
+        module = torch.get_device_module(self._device.type)
+        stream, came = module.current_stream(), Future[Any]()
+
+        def first() -> None:
+            # A thread has a stream, and with it a device, of its own.
+            try:
+                with module.stream(stream):
+                    came.set_result(library.alltoall_base(*given))
+            except BaseException as error:
+                came.set_exception(error)
+
+        # Nobody waits for it when the process ends, as the pools of the standard library do.
+        threading.Thread(target=first, name="hal-ep-connect", daemon=True).start()
+        try:
+            return came.result(max(0.0, end - time.monotonic()))
+        except LateError:
+            return None
 
     def _flat(self, sends: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, list[int]]:
         """All bytes by the rank they go to, and how many for each: one for itself, since nothing is no exchange."""
