@@ -19,7 +19,8 @@ here; its rows do not lie in their window, or are more than there is room for; a
 KIND, WRONG, WINDOW, COUNT, FIELDS = range(1, 6)
 """Words of a header after the first, which is the call's number."""
 
-_SLOTS: Final = RING + CHANNELS
+SLOTS: Final = RING + CHANNELS
+"""Places on a board."""
 _FEW_WINDOWS: Final = 16
 _MOST_WINDOWS: Final = 1 << 16
 
@@ -31,12 +32,12 @@ def board_bytes(ranks: int) -> int:
 
 def wrong(board: int, ranks: int, slot: int) -> int:
     """Address of the word in which kernels note what is wrong with this rank's own call."""
-    return board + 4 * (_SLOTS * ranks * (HEAD + 1) + slot)
+    return board + 4 * (SLOTS * ranks * (HEAD + 1) + slot)
 
 
 def epoch(board: int, ranks: int, channel: int) -> int:
     """Address of the word that counts the rounds of a place of captured calls."""
-    return wrong(board, ranks, _SLOTS) + 4 * channel
+    return wrong(board, ranks, SLOTS) + 4 * channel
 
 
 class Told:

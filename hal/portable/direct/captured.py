@@ -26,7 +26,7 @@ from hal.ep.engine import Finish
 from hal.ep.lines import Message
 from hal.portable.direct.board import DIFFERS, LATE, MET, epoch, wrong
 from hal.portable.direct.kernels import RING, Staging, Turn, address_of
-from hal.portable.direct.meeting import KINDS, Follow, MeetingCalls
+from hal.portable.direct.meeting import KINDS, NAP, Follow, MeetingCalls
 from hal.portable.ep_post import Operation
 from hal.portable.ep_windows import Lease
 from hal.portable.runtime import Queue
@@ -35,7 +35,6 @@ from hal.spec.errors import DeviceError, RankFailure, SpecError
 _KINDS: Final = ("low_latency_dispatch", "low_latency_combine")
 _EACH: Final = 2
 _NO_NUMBER: Final = -1
-_NAP: Final = 0.0002
 
 
 @dataclass(slots=True)
@@ -121,7 +120,7 @@ class CapturedCalls(MeetingCalls):
         """Until all others have shown theirs, as each does before it makes the call."""
         if len(self._aside[op.kind]) < self._near.ranks - 1 and self._kernels.device.looks:
             there = self._aside[op.kind]
-            self._wait(op, "post", lambda: [peer for peer in self._peers if peer not in there], None, _NAP)
+            self._wait(op, "post", lambda: [peer for peer in self._peers if peer not in there], None, NAP)
 
     def _require_not_captured(self, call: str) -> None:
         """Refuse what a graph cannot do, on this rank alone: a call that is captured tells nobody anything."""
@@ -153,9 +152,6 @@ class CapturedCalls(MeetingCalls):
             raise SpecError(op.kind, f"{staging.size} bytes of rows", f"at most {channel.lease.size}")
         self._captured[op.kind] += 1
         channel.used = channel.open = True
-        # A graph has the table's address in it for good, whatever newer one is made for windows that come.
-        if not self._baked or self._baked[-1] is not self._kernels.windows:
-            self._baked.append(self._kernels.windows)
         return channel
 
     def _publish_captured(
@@ -179,6 +175,9 @@ class CapturedCalls(MeetingCalls):
         """Wait for all ranks and do what follows, all on the device."""
         channel.open = False
         kernels, queue = self._kernels, self._kernels.device.queue()
+        # A graph has the table's address in it for good, whatever newer one is made for windows that come.
+        if not self._baked or self._baked[-1] is not kernels.windows:
+            self._baked.append(kernels.windows)
         memory, (met,) = kernels.carved(2 * 3 * self._near.ranks)
         seen = queue.write(self._told[channel.turn.slot].words, partly=True)[0]
         kernels.await_all(queue, channel.turn, memory, routes or met, seen, most, staging, self._turns)

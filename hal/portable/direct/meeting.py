@@ -24,6 +24,7 @@ from hal.portable.direct.board import (
     LATE,
     MET,
     OUTSIDE,
+    SLOTS,
     UNKNOWN,
     WINDOW,
     WRONG,
@@ -32,7 +33,7 @@ from hal.portable.direct.board import (
     board_bytes,
     wrong,
 )
-from hal.portable.direct.kernels import AGREE, CHANNELS, RING, DirectKernels, Staging, Turn, address_of, signed
+from hal.portable.direct.kernels import AGREE, RING, DirectKernels, Staging, Turn, address_of, signed
 from hal.portable.ep_post import MAIN, Operation
 from hal.portable.ep_slots import SlotCalls
 from hal.portable.ep_windows import Lease
@@ -47,13 +48,12 @@ _FIELDS: Final[Mapping[str, Fields]] = {
     "low_latency_dispatch": PACKED_FIELDS,
     "low_latency_combine": PACKED_COMBINE_FIELDS,
 }
-_SLOTS: Final = RING + CHANNELS
 _DAMAGED: Final = "its header is damaged"
 _SOON: Final = 0.001
 """Seconds for which the host does nothing but look whether all ranks have met."""
 _LONG: Final = 0.1
 """Seconds after which it waits for the kernels themselves."""
-_NAP: Final = 0.0002
+NAP: Final = 0.0002
 _MOST_UNFINISHED: Final = RING - 8
 """Calls after one that this rank has not finished. That so many were made is said as calls say what is wrong, for which
 there must be places in the ring."""
@@ -92,7 +92,7 @@ class MeetingCalls(SlotCalls):
     def _made(self) -> Message:
         near, device = self._near, self._args.device
         self._board = self._windows.take(board_bytes(near.ranks))
-        mail = self._kernels.device.mailbox(_SLOTS * Told.size(near.ranks)).view(_SLOTS, -1)
+        mail = self._kernels.device.mailbox(SLOTS * Told.size(near.ranks)).view(SLOTS, -1)
         self._told = [Told(words, near.ranks) for words in mail]
         self._reads = np.zeros((RING, near.ranks), np.int32)
         self._addresses = Addresses(near.ranks, device)
@@ -232,7 +232,7 @@ class MeetingCalls(SlotCalls):
         while waits is None and not told.complete(op.number) and time.monotonic() < end:
             launched[0].finish()
         if waits is not None or not told.complete(op.number) or any(one != MET for one in told.outcomes()):
-            self._wait(op, "receive", missing, waits, _NAP)
+            self._wait(op, "receive", missing, waits, NAP)
             self._look_closer(op, told, met, launched[0])
         elif self._failure is not None:
             raise self._failure
@@ -402,7 +402,7 @@ class MeetingCalls(SlotCalls):
             if unfinished is not None and unfinished() is not None:
                 reason = f"it has made {op.number - before} calls after one that it has not finished"
                 raise self._fail(RankFailure(self._args.rank, op.kind, reason))
-            self._wait(op, "post", lambda: self._unfinished_by(before), None, _NAP)
+            self._wait(op, "post", lambda: self._unfinished_by(before), None, NAP)
         self._places[op.number % RING] = op.number
         board = address_of(self._board.window.memory)
         self._kernels.wrong = wrong(board, self._near.ranks, op.number % RING)
