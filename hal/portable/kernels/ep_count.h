@@ -45,12 +45,7 @@ void ep_count(HAL_GLOBAL const hal_long *met, HAL_GLOBAL const int *routes, HAL_
       for (int i = 0; i < EP_EACH; i++) count += place[thread * EP_EACH + i];
       sums[thread] = count;
       HAL_BARRIER();
-      for (int reach = 1; reach < THREADS; reach *= 2) {
-        int earlier = thread >= reach ? sums[thread - reach] : 0;
-        HAL_BARRIER();
-        sums[thread] += earlier;
-        HAL_BARRIER();
-      }
+      ep_scan(sums, thread, THREADS);
       int next = before + sums[thread] - count;
       for (int i = 0; i < EP_EACH; i++) {
         int hit = place[thread * EP_EACH + i];
@@ -96,12 +91,7 @@ void ep_drop(HAL_GLOBAL const hal_long *met, HAL_GLOBAL int *routes, HAL_GLOBAL 
           for (int k = 0; k < topk; k++) hit |= ep_within(chosen[at + k], rank * local, local);
         sums[thread] = hit;
         HAL_BARRIER();
-        for (int reach = 1; reach < THREADS; reach *= 2) {
-          int earlier = thread >= reach ? sums[thread - reach] : 0;
-          HAL_BARRIER();
-          sums[thread] += earlier;
-          HAL_BARRIER();
-        }
+        ep_scan(sums, thread, THREADS);
         if (hit && before + sums[thread] > accepted[source * ranks + rank])
           for (int k = 0; k < topk; k++)
             if (ep_within(chosen[at + k], rank * local, local)) {

@@ -22,12 +22,7 @@ void ep_layout(HAL_GLOBAL const int *idx, HAL_GLOBAL const int *starts, HAL_GLOB
         }
       sums[thread] = first >= 0;
       HAL_BARRIER();
-      for (int reach = 1; reach < THREADS; reach *= 2) {
-        int earlier = thread >= reach ? sums[thread - reach] : 0;
-        HAL_BARRIER();
-        sums[thread] += earlier;
-        HAL_BARRIER();
-      }
+      ep_scan(sums, thread, THREADS);
       int place = before + sums[thread] - 1;
       if (first >= 0) {
         for (int k = 0; k < topk; k++)
