@@ -123,14 +123,14 @@ def letting_go(rank: int) -> None:
 
 
 def test_a_call_that_is_not_finished_for_long_is_refused_in_time(before: partial[None]) -> None:
-    run_ranks(2, unfinished, limit=60, before=before)
+    run_ranks(2, unfinished, limit=180, before=before)
 
 
 def unfinished(rank: int) -> None:
     """Nobody waits for itself: all ranks are told before the ring is full, and all is well once it is finished."""
     mine = FIBRES.inputs()[rank]
     for obstinate in (False, True):
-        with FIBRES.buffer(timeout=20.0) as buffer:
+        with FIBRES.buffer(timeout=80.0) as buffer:
             begin = time.monotonic()
             got = buffer.dispatch(mine.x, mine.topk_idx)
             kept = [buffer.combine(got.recv_x, got.handle, async_finish=True)]
@@ -155,7 +155,7 @@ def unfinished(rank: int) -> None:
                 for _ in range(RING):
                     back = buffer.combine(got.recv_x, got.handle)
                 assert torch.equal(back.combined_x, returned(mine, FIBRES))
-            assert time.monotonic() - begin < 10
+            assert time.monotonic() - begin < 60
         dist.barrier()
 
 

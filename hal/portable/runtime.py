@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from hal.portable.cache import key
@@ -300,6 +301,23 @@ class SharingDevice(Device, Protocol):
         """
 
 
+class Fork(Protocol):
+    """A stream beside the one that was current when it was made, and behind what that had been given by then.
+
+    ``with`` it, that other stream is current.
+    """
+
+    def __enter__(self) -> object: ...
+
+    def __exit__(self, *raised: object) -> object: ...
+
+    def join(self) -> None:
+        """What was launched within comes before what two streams are given from now on.
+
+        They are the one that is current now and the one it was made beside.
+        """
+
+
 class MeetingDevice(SharingDevice, Protocol):
     """One whose windows are addresses, so that kernels find their way to those of all processes by themselves."""
 
@@ -309,6 +327,12 @@ class MeetingDevice(SharingDevice, Protocol):
 
     def capturing(self) -> bool:
         """Whether it is now."""
+
+    def fork(self) -> Fork | None:
+        """A stream beside the current one, captured where that is; None where there are none."""
+
+    def used_here(self, memory: Memory) -> None:
+        """Keep memory, which was given while another stream was current, until this one is through with it too."""
 
     def mailbox(self, words: int) -> Tensor:
         """So many 32-bit words, all zero, that kernels write and the host reads.
@@ -355,6 +379,15 @@ class InPlace(ABC):
     def write(self, tensor: Tensor, partly: bool = False) -> tuple[Tensor, tuple[int, ...]]:
         """See `Queue`."""
         return tensor, tensor.stride()
+
+    def fork(self) -> Fork | None:
+        """See `MeetingDevice`: not written for most."""
+        return None
+
+    def used_here(self, memory: Memory) -> None:
+        """See `MeetingDevice`."""
+        if isinstance(memory, Tensor) and memory.device.type != "cpu":
+            memory.record_stream(torch.get_device_module(memory.device).current_stream(memory.device))
 
     @abstractmethod
     def launch(self, program: Program, kernel: str, groups: int, threads: int, arguments: Sequence[Argument]) -> Event:

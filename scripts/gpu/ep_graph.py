@@ -5,7 +5,7 @@
 Every rank captures one graph with a dispatch, a hook between, and a combine, and replays it over inputs that change.
 After each replay the packed rows, their scales and counts, and the sums are compared with those of calls that are not
 captured, bit for bit. Then graphs of dispatches alone and of combines alone are timed: microseconds for one, from when
-all ranks begin, of the slowest rank, median of the replays.
+all ranks begin, of the slowest rank, median of the replays; then what a call adds to compute between it and its hook.
 
 The backend is HAL_BACKEND's, on devices whose launches can be captured. Exit codes: 0 as it must be, 1 not, 2 a wrong
 request.
@@ -31,6 +31,8 @@ import hal
 EACH: Final = 8
 """Calls in a graph that is timed."""
 REPLAYS: Final = 50
+COMPUTE: Final = 4096
+"""Rows and columns of the bf16 product that is computed between a call and its hook."""
 
 
 def routes(tokens: int, experts: int, topk: int, seed: int) -> Tensor:
@@ -104,28 +106,55 @@ def times(buffer: hal.EpBuffer, given: argparse.Namespace, rank: int) -> dict[st
         "dispatch": lambda: buffer.low_latency_dispatch(x, idx),
         "combine": lambda: buffer.low_latency_combine(outputs, idx, weights, got.handle),
     }
-    found = {}
-    for name, call in calls.items():
-        call()
+    return {name: replayed(call) for name, call in calls.items()}
+
+
+def overlaps(buffer: hal.EpBuffer, given: argparse.Namespace, rank: int) -> dict[str, float]:
+    """Microseconds of compute alone, and with a dispatch or a combine whose hook comes behind it."""
+    x = torch.randn(given.tokens, given.hidden, device=buffer.args.device).bfloat16()
+    idx = routes(given.tokens, given.experts, given.topk, rank).to(x.device)
+    weights = torch.rand(given.tokens, given.topk, device=x.device)
+    got = buffer.low_latency_dispatch(x, idx, use_fp8=False)
+    outputs = torch.randn(got.recv_x.shape, device=x.device).bfloat16()
+    factor = torch.randn(2, COMPUTE, COMPUTE, device=x.device).bfloat16()
+    product = torch.empty_like(factor[0])
+
+    def compute() -> None:
+        torch.mm(factor[0], factor[1], out=product)
+
+    def hooked(call: Any, *args: Any, **more: Any) -> None:
+        hook = call(*args, return_recv_hook=True, **more).hook
+        compute()
+        hook()
+
+    return {
+        "compute": replayed(compute),
+        "compute in a dispatch": replayed(lambda: hooked(buffer.low_latency_dispatch, x, idx)),
+        "compute in a combine": replayed(lambda: hooked(buffer.low_latency_combine, outputs, idx, weights, got.handle)),
+    }
+
+
+def replayed(call: Any) -> float:
+    """Microseconds of one of several calls in a graph, of the slowest rank."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(EACH):
+            call()
+    taken = []
+    for _ in range(REPLAYS):
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(EACH):
-                call()
-        taken = []
-        for _ in range(REPLAYS):
-            torch.cuda.synchronize()
-            dist.barrier()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            taken.append(begin.elapsed_time(end) * 1e3 / EACH)
-        slowest = torch.tensor(taken)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        found[name] = float(slowest.median())
-    return found
+        dist.barrier()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        taken.append(begin.elapsed_time(end) * 1e3 / EACH)
+    slowest = torch.tensor(taken)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return float(slowest.median())
 
 
 def rank_main(given: argparse.Namespace) -> int:
@@ -145,9 +174,11 @@ def rank_main(given: argparse.Namespace) -> int:
         wrong = torch.tensor(agrees(buffer, given, rank))
         dist.all_reduce(wrong, dist.ReduceOp.MAX)
         found = times(buffer, given, rank)
+        beside = overlaps(buffer, given, rank)
     if rank == 0:
         print(f"{given.ranks} ranks: {given.rounds} replays, {int(wrong)} of them not as called")
         said = ", ".join(f"{name} {value:.1f} µs" for name, value in found.items())
+        print(", ".join(f"{name} {value:.1f} µs" for name, value in beside.items()))
         print(f"replayed, {given.tokens} tokens, top-{given.topk}, FP8 there and bf16 back: {said}")
     dist.barrier()
     return int(bool(wrong))

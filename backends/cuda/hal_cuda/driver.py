@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -70,6 +70,38 @@ class CudaEvent:
         return float(checked("cuEventElapsedTime", self.started.elapsed_time, self.ended)) * 1e-3
 
 
+class CudaFork:
+    """See `runtime.Fork`.
+
+    Parameters
+    ----------
+    index : int
+    side : Stream
+        Of this device's alone: what others give it would be waited for.
+    """
+
+    __slots__ = ("_done", "_index", "_origin", "_side", "_within")
+
+    def __init__(self, index: int, side: torch.cuda.Stream) -> None:
+        self._index, self._side, self._origin = index, side, torch.cuda.current_stream(index)
+        self._within = torch.cuda.stream(side)
+        side.wait_stream(self._origin)
+
+    def __enter__(self) -> None:
+        self._within.__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *raised: Any) -> None:
+        self._done = self._side.record_event()
+        self._within.__exit__(*raised)
+
+    def join(self) -> None:
+        """See `runtime.Fork`."""
+        here = torch.cuda.current_stream(self._index)
+        here.wait_event(self._done)
+        if here != self._origin:
+            self._origin.wait_event(self._done)
+
+
 class CudaDevice(InPlace):
     """See `runtime.SharingDevice`; its queue is torch's current stream, so that nothing here waits.
 
@@ -116,6 +148,16 @@ class CudaDevice(InPlace):
     def capturing(self) -> bool:
         """See `runtime.MeetingDevice`."""
         return torch.cuda.is_current_stream_capturing()
+
+    @cached_property
+    def _sides(self) -> list[torch.cuda.Stream]:
+        # Before what the caller computes, of which there may be enough for all processors; and one for captures, which
+        # are not to catch what is launched beside them.
+        return [torch.cuda.Stream(self.index, priority=-1) for _ in range(2)]  # type: ignore[no-untyped-call]
+
+    def fork(self) -> CudaFork:
+        """See `runtime.MeetingDevice`."""
+        return CudaFork(self.index, self._sides[self.capturing()])
 
     def mailbox(self, words: int) -> Tensor:
         """See `runtime.MeetingDevice`: memory of the host that the device addresses too."""

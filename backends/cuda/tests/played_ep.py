@@ -11,7 +11,7 @@ import mmap
 import os
 import struct
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -88,6 +88,26 @@ class Runtime:
         self._opened.remove(address)
 
 
+class Stream:
+    """What kernels are launched on is done at once: of streams only the current one counts, and who waits for what."""
+
+    cuda_stream = 0
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.waited: list[Any] = []
+
+    def synchronize(self) -> None:
+        pass
+
+    def record_event(self) -> Any:
+        return self
+
+    def wait_event(self, event: Any) -> None:
+        self.waited.append(event)
+
+    wait_stream = wait_event
+
+
 class _Module:
     """`launching.Module` for kernels compiled for the host; windows come as plain addresses, as cupy wants them."""
 
@@ -108,8 +128,17 @@ def put_in(patch: Any) -> Runtime:
     host, runtime = HostDevice(subgroup=32), Runtime()
     patch(cupy.cuda, "runtime", runtime)
     patch(torch.cuda, "device", lambda index: contextlib.nullcontext())
-    stream = types.SimpleNamespace(cuda_stream=0, synchronize=lambda: None)
-    patch(torch.cuda, "current_stream", lambda index=None: stream)
+    current = [Stream()]
+
+    @contextlib.contextmanager
+    def within(stream: Stream) -> Iterator[None]:
+        current.append(stream)
+        yield
+        current.pop()
+
+    patch(torch.cuda, "Stream", Stream)
+    patch(torch.cuda, "stream", within)
+    patch(torch.cuda, "current_stream", lambda index=None: current[-1])
     patch(torch.cuda, "get_device_capability", lambda index: (9, 0))
     properties = types.SimpleNamespace(multi_processor_count=2)
     patch(torch.cuda, "get_device_properties", lambda index: properties)

@@ -3,8 +3,8 @@
 Which round it is only the device counts. Two places on the boards and two windows serve all dispatches that are
 captured, two all combines, in turns; before a window is written again all ranks have read what was in it, which the
 device waits for. So graphs may be replayed in any order, the same on all ranks, on one stream. A rank that does not
-come is waited for within the timeout; then the rows are not there, and the next call that is not captured raises, but
-for what was replayed since with nothing wrong.
+come is waited for within the timeout; then the rows are not there, and the next call that is not captured raises,
+whatever was replayed since.
 
 A captured call tells nobody of itself, nor does its refusal: ranks that stay alike do so by making the same calls. What
 a rank counts of them it counts from the last call that was not captured, which all have made.
@@ -26,7 +26,8 @@ from hal.ep.engine import Finish
 from hal.ep.lines import Message
 from hal.portable.direct.board import DIFFERS, LATE, MET, epoch, wrong
 from hal.portable.direct.kernels import RING, Staging, Turn, address_of
-from hal.portable.direct.meeting import KINDS, NAP, Follow, MeetingCalls
+from hal.portable.direct.meeting import KINDS, NAP, MeetingCalls
+from hal.portable.direct.receive import Follow, Receive
 from hal.portable.ep_post import Operation
 from hal.portable.ep_windows import Lease
 from hal.portable.runtime import Queue
@@ -171,17 +172,20 @@ class CapturedCalls(MeetingCalls):
         kernels.announce(queue, channel.turn, KINDS.index(op.kind), channel.lease.number, staging.count, fields)
         queue.finish()
 
-    def _meet_captured(self, channel: Channel, staging: Staging, most: int, follow: Follow, routes: int = 0) -> None:
+    def _receive_captured(
+        self, channel: Channel, staging: Staging, most: int, follow: Follow, routes: int = 0
+    ) -> Receive:
+        """What is to be launched for a call, all of it on the device."""
+        # A graph has the table's address in it for good, whatever newer one is made for windows that come.
+        if not self._baked or self._baked[-1] is not self._kernels.windows:
+            self._baked.append(self._kernels.windows)
+        told = self._told[channel.turn.slot]
+        return Receive(self._kernels, channel.turn, told, staging, most, follow, routes)
+
+    def _meet_captured(self, channel: Channel, receive: Receive) -> None:
         """Wait for all ranks and do what follows, all on the device."""
         channel.open = False
-        kernels, queue = self._kernels, self._kernels.device.queue()
-        # A graph has the table's address in it for good, whatever newer one is made for windows that come.
-        if not self._baked or self._baked[-1] is not kernels.windows:
-            self._baked.append(kernels.windows)
-        memory, (met,) = kernels.carved(2 * 3 * self._near.ranks)
-        seen = queue.write(self._told[channel.turn.slot].words, partly=True)[0]
-        kernels.await_all(queue, channel.turn, memory, routes or met, seen, most, staging, self._turns)
-        follow(queue, met)
+        queue = receive.launch(self._turns) if receive.queue is None else receive.join()
         queue.finish()
 
     @property

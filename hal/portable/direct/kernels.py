@@ -141,9 +141,21 @@ class DirectKernels(EpKernels):
         self._elsewhere: dict[object, Event] = {}
 
     @property
+    def last(self) -> Event | None:
+        """The end of what was launched last."""
+        return self._last
+
+    @property
     def stream(self) -> object:
         """Where something was launched last."""
         return None if self._last is None else self._last.stream
+
+    def lend(self, ways: Ways) -> None:
+        """Keep ways that were counted on another stream than that of the last launch until it is done with them."""
+        one: Ways | None = ways if ways.stream != self.stream else None
+        while one is not None:
+            self.device.used_here(one.memory)
+            one = one.before
 
     def settle(self) -> None:
         """Wait for all that was launched, wherever."""
@@ -238,9 +250,10 @@ class DirectKernels(EpKernels):
         told: Memory,
         most: int,
         staging: Staging,
-        turns: int = _TURNS,
+        turns: int | None = None,
     ) -> None:
         """Wait a while for all ranks; see ``ep_await_all``."""
+        turns = _TURNS if turns is None else turns
         places = (turn.slot, self.here, self.ranks, turn.call, turns, self.windows.shape[1], most)
         sizes = (staging.row, staging.scale, staging.topk, staging.weight)
         reads = (queue.read(self.boards), queue.read(self.windows), met, routes, told, turn.epoch)

@@ -34,6 +34,7 @@ from hal.portable.direct.board import (
     wrong,
 )
 from hal.portable.direct.kernels import AGREE, RING, DirectKernels, Staging, Turn, address_of, signed
+from hal.portable.direct.receive import Beside, Follow, Receive, Routes
 from hal.portable.ep_post import MAIN, Operation
 from hal.portable.ep_slots import SlotCalls
 from hal.portable.ep_windows import Lease
@@ -58,28 +59,6 @@ _MOST_UNFINISHED: Final = RING - 8
 """Calls after one that this rank has not finished. That so many were made is said as calls say what is wrong, for which
 there must be places in the ring."""
 
-Follow = Callable[[Queue, int], None]
-"""Launches what comes behind a meeting, on its queue; given where kernels are told of the peers."""
-Routes = Callable[[int], int] | int
-"""Where the routes of all ranks are to be written, or what makes room there for so many tokens of each."""
-
-
-class Met:
-    """A call whose ranks have met.
-
-    Attributes
-    ----------
-    memory : Memory
-        Where kernels are told of the peers; given to them as it is, so that their queue keeps it.
-    queue : Queue
-        On which everything was launched.
-    """
-
-    __slots__ = ("memory", "queue")
-
-    def __init__(self, memory: Memory, queue: Queue) -> None:
-        self.memory, self.queue = memory, queue
-
 
 class MeetingCalls(SlotCalls):
     """Publishing a call, and meeting the others."""
@@ -98,6 +77,7 @@ class MeetingCalls(SlotCalls):
         self._addresses = Addresses(near.ranks, device)
         self._counter = self._kernels.device.mailbox(1)
         self._pending: dict[int, weakref.ref[Finish]] = {}
+        self._besides: list[tuple[weakref.ref[Finish], Beside]] = []
         self._places: list[int | None] = [None] * RING
         return {"board": self._board.number}
 
@@ -174,15 +154,12 @@ class MeetingCalls(SlotCalls):
             assert window is not None
             self._learn(peer, number, address_of(window.memory), size)
 
-    def _meet(
-        self,
-        op: Operation,
-        staging: Staging,
-        most: int,
-        follow: Follow,
-        routes: Routes = 0,
-        waits: Tensor | None = None,
-    ) -> Met:
+    def _receive(self, op: Operation, staging: Staging, most: int, follow: Follow, routes: Routes = 0) -> Receive:
+        """What is to be launched for a call."""
+        told = self._told[op.number % RING]
+        return Receive(self._kernels, Turn.of(op.number), told, staging, most, follow, routes)
+
+    def _meet(self, op: Operation, receive: Receive, staging: Staging, waits: Tensor | None = None) -> Queue:
         """Launch the wait for all ranks and what follows it, again while some are late, until all agree.
 
         Raises
@@ -192,52 +169,40 @@ class MeetingCalls(SlotCalls):
         RankFailure
             A rank does not come, or what it says cannot be.
         """
-        told, kernels, ranks = self._told[op.number % RING], self._kernels, self._near.ranks
-        grows = callable(routes)
-        memory, (met,) = kernels.carved(2 * 3 * ranks)
-        launched: list[Queue] = []
-
-        def launch() -> None:
-            told.clear(op.number)
-            queue = kernels.device.queue()
-            launched[:] = [queue]
-            to = routes(most) if callable(routes) else routes or met
-            seen = queue.write(told.words, partly=True)[0]
-            # The memory itself, so that the queue keeps it until kernels are through with it.
-            kernels.await_all(queue, Turn.of(op.number), memory, to, seen, most, staging)
-            follow(queue, met)
+        told, kernels = self._told[op.number % RING], self._kernels
+        queue = receive.launch() if receive.queue is None else receive.join()
 
         def missing() -> list[int]:
-            nonlocal most
-            launched[0].finish()
+            nonlocal queue
+            queue.finish()
             untold = told.missing(op.number)
             # Of a rank that is gone nothing more will come: what the kernels see now is what there is.
             if untold and time.monotonic() < patience and not self._lines.gone:
                 return untold
             if untold:
                 # They have had time to end, or have failed, which this would say.
-                kernels.finish(launched[0])
+                kernels.finish(queue)
             left = [peer for peer, outcome in enumerate(told.outcomes()) if outcome in (LATE, UNKNOWN, OUTSIDE)]
             for peer in left:
                 if told.outcomes()[peer] != LATE:
-                    most = max(most, self._promised(op, peer, told.head(peer), staging, most if not grows else None))
+                    most = None if receive.grows else receive.most
+                    receive.most = max(receive.most, self._promised(op, peer, told.head(peer), staging, most))
             if left:
-                launched[0].finish()
-                launch()
+                queue.finish()
+                queue = receive.launch()
             return left
 
-        launch()
         end = time.monotonic() + _SOON
         patience = end + _LONG
         while waits is None and not told.complete(op.number) and time.monotonic() < end:
-            launched[0].finish()
+            queue.finish()
         if waits is not None or not told.complete(op.number) or any(one != MET for one in told.outcomes()):
             self._wait(op, "receive", missing, waits, NAP)
-            self._look_closer(op, told, met, launched[0])
+            self._look_closer(op, told, receive.met, queue)
         elif self._failure is not None:
             raise self._failure
         self._note_reads(told)
-        return Met(memory, launched[0])
+        return queue
 
     def _promised(self, op: Operation, peer: int, head: list[int], staging: Staging, most: int | None) -> int:
         """How many rows a rank has, whose window is not known to kernels yet or which has more than there is room for.
@@ -323,11 +288,12 @@ class MeetingCalls(SlotCalls):
         mine = (self._near.here + 1,)
         self._kernels.announce(self._kernels.device.queue(), Turn.of(op.number), KINDS.index("refuse"), 0, 0, mine)
 
-        def alone(queue: Queue, met: int) -> None:
+        def alone(queue: Queue, met: Memory | int) -> None:
             self._kernels.done(queue, Turn.of(op.number), met, False)
 
+        nothing = Staging(0, 0)
         try:
-            self._meet(op, Staging(0, 0), 0, alone).queue.finish()
+            self._meet(op, self._receive(op, nothing, 0, alone), nothing).finish()
         except SpecError as agreed:
             return agreed
         self._done(op)
@@ -343,20 +309,32 @@ class MeetingCalls(SlotCalls):
                 if there[0] != signed(call):
                     raise DeviceError(f"ep_places: the device has not told what it counted for call {call}")
 
-    def _later(self, op: Operation, body: Callable[[], None]) -> Finish:
-        """What completes a call; if it is let go of instead, `_let_go` does what the other ranks need."""
+    def _later(self, op: Operation, body: Callable[[], None], ahead: Receive | None = None) -> Finish:
+        """What completes a call; if it is let go of instead, `_let_go` does what the other ranks need.
+
+        What is to be received ahead of it is launched now, beside the caller's stream.
+        """
         begun = self._kernels.stream
 
         def whole() -> None:
             self._pending.pop(op.number, None)
+            last = self._kernels.last
             body()
-            if self._kernels.stream != begun:
+            if self._kernels.last is not last and self._kernels.stream != begun:
                 # The call's memory is freed in the order of the stream that was current then.
                 self._kernels.settle()
 
         finish = self._finish(op, whole)
         self._pending[op.number] = weakref.ref(finish)
+        if ahead is not None:
+            ahead.launch_beside()
+            self._keep(finish, ahead.beside)
         return finish
+
+    def _keep(self, finish: Finish, beside: Beside | None) -> None:
+        """Keep what is under way beside the caller's stream until it was waited for, if only by `_let_go`."""
+        if beside is not None:
+            self._besides.append((weakref.ref(finish), beside))
 
     def _note_reads(self, told: Told) -> None:
         # As it is from now on: later calls that end so tell more.
@@ -374,13 +352,18 @@ class MeetingCalls(SlotCalls):
         # What this rank has announced is to be seen by those who hear next that it is gone.
         with contextlib.suppress(DeviceError):
             self._kernels.settle()
+        self._besides.clear()
         super()._end()
 
     def _look_at_replays(self) -> None:
         """Raise what went wrong where no host looked."""
 
     def _let_go(self) -> None:
-        """Of calls that nobody will finish: what was staged for them is not read."""
+        """Of calls that nobody will finish: what was staged for them is not read, and what is under way is let end."""
+        for finish, beside in self._besides:
+            if finish() is None:
+                beside.join()
+        self._besides = [one for one in self._besides if not one[1].joined]
         for number, finish in list(self._pending.items()):
             if finish() is None:
                 del self._pending[number]

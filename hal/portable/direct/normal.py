@@ -8,11 +8,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from hal.ep.engine import EpCombined, EpDispatched
+from hal.ep.engine import EpCombined, EpDispatched, Finish
 from hal.portable.direct.bins import Bins
 from hal.portable.direct.captured import CapturedCalls
 from hal.portable.direct.kernels import Staging, Turn, signed
-from hal.portable.direct.meeting import Met
+from hal.portable.direct.receive import Beside, Follow, Receive
 from hal.portable.direct.ways import Ways
 from hal.portable.ep_post import Operation
 from hal.portable.runtime import Memory, Queue
@@ -46,31 +46,42 @@ class DirectNormalCalls(CapturedCalls):
         with self._calling("dispatch"):
             op = self._begin("dispatch")
             op.record["tokens"] = len(args.x)
+            deferred = args.async_finish or args.return_recv_hook
             if args.handle is None:
                 ways, met, staging = self._counted(op, args)
                 received = self._room_for(args, ways)
-                queue = self._kernels.device.queue()
-                self._fetch(queue, op, met.memory, args, staging, ways, received)
+                finish = self._fetched(op, met, ways, received, self._fetches(op, staging, ways, received), deferred)
             else:
                 staging = self._offer(op, args, 0)
                 ways = ways_of(args.handle).again()
+                self._kernels.lend(ways)
                 received = self._room_for(args, ways)
-                met = self._meet(
-                    op,
-                    staging,
-                    MAX_INT32,
-                    lambda queue, at: self._fetch(queue, op, at, args, staging, ways, received),
-                )
-                queue = met.queue
+                receive = self._receive(op, staging, MAX_INT32, self._fetches(op, staging, ways, received))
+                finish = self._met_later(op, receive, staging, deferred)
             ways.number, ways.position, ways.choice = op.number, received.position, received.choice
-            return EpDispatched(
-                received.x,
-                received.scales,
-                received.idx,
-                received.weights,
-                self._handle(args, ways, len(received.x)),
-                self._finish(op, queue.finish),
-            )
+            handle = self._handle(args, ways, len(received.x))
+            return EpDispatched(received.x, received.scales, received.idx, received.weights, handle, finish)
+
+    def _fetched(
+        self, op: Operation, met: Memory, ways: Ways, received: _Received, fetch: Follow, deferred: bool
+    ) -> Finish:
+        """Fetch rows of a call whose ranks have met; beside what the caller computes where that puts the finish off."""
+        device = self._kernels.device
+        fork = device.fork() if deferred else None
+        if fork is None:
+            queue = device.queue()
+            fetch(queue, met)
+            return self._finish(op, queue.finish)
+        beside = Beside(fork, met, ways, received)
+        with fork:
+            fetch(device.queue(), met)
+        finish = self._finish(op, beside.join)
+        self._keep(finish, beside)
+        return finish
+
+    def _met_later(self, op: Operation, receive: Receive, staging: Staging, deferred: bool) -> Finish:
+        """Meet the others, and do what follows, once the call is finished."""
+        return self._later(op, lambda: self._meet(op, receive, staging).finish(), receive if deferred else None)
 
     def _offer(self, op: Operation, args: EpDispatchArgs, routes: int) -> Staging:
         """Stage rows and, unless all ranks know them, their routes; the device leaves these at ``routes``, checked."""
@@ -97,7 +108,7 @@ class DirectNormalCalls(CapturedCalls):
         self._publish(op, staging, [int(one) for one in fields], stage).finish()
         return staging
 
-    def _counted(self, op: Operation, args: EpDispatchArgs) -> tuple[Ways, Met, Staging]:
+    def _counted(self, op: Operation, args: EpDispatchArgs) -> tuple[Ways, Memory, Staging]:
         """Stage rows, meet the other ranks, and count who sends what to whom."""
         here, ranks, local, (n, topk) = self._near.here, self._near.ranks, self._args.local_experts, args.topk_idx.shape
         # By rank, what comes for this rank's own experts is counted besides; the others' are nobody's concern.
@@ -106,27 +117,30 @@ class DirectNormalCalls(CapturedCalls):
         counter = self._counter_for(ranks * bins.all)
         ways = [self._ways(op, bins, max(self._args.max_tokens_per_rank, n), topk, n)]
         staging = self._offer(op, args, ways[0].routes)
+        stream = ways[0].stream = self._kernels.stream
 
         def room(most: int) -> int:
             if most > ways[0].most:
-                ways[0] = replace(self._ways(op, bins, most, topk, n), routes=ways[0].routes, before=ways[0])
+                larger = self._ways(op, bins, most, topk, n)
+                ways[0] = replace(larger, routes=ways[0].routes, before=ways[0], stream=stream)
             return ways[0].all_routes
 
-        def count(queue: Queue, at: int) -> None:
+        def count(queue: Queue, at: Memory | int) -> None:
             self._count(queue, op, at, ways[0], args.expert_alignment, counter)
 
         grows = self._args.overflow == "grow"
-        met = self._meet(op, staging, ways[0].most, count, room if grows else ways[0].all_routes)
-        self._learn_counts(op, met.queue, counter, ways[0])
+        receive = self._receive(op, staging, ways[0].most, count, room if grows else ways[0].all_routes)
+        queue = self._meet(op, receive, staging)
+        self._learn_counts(op, queue, counter, ways[0])
         try:
-            self._fit(op, met.memory, args, ways[0], counter)
+            self._fit(op, receive.memory, args, ways[0], counter)
         except SpecError:
             # What was staged stays: ranks that have not met yet still have to count these routes to refuse likewise.
-            self._kernels.done(met.queue, Turn.of(op.number), met.memory, True)
-            met.queue.finish()
+            self._kernels.done(queue, Turn.of(op.number), receive.memory, True)
+            queue.finish()
             self._done(op)
             raise
-        return ways[0], met, staging
+        return ways[0], receive.memory, staging
 
     def _counter_for(self, words: int) -> Tensor:
         if len(self._counter) < 1 + words:
@@ -212,23 +226,25 @@ class DirectNormalCalls(CapturedCalls):
             made((rows,), torch.int32, -1),
         )
 
-    def _fetch(
-        self,
-        queue: Queue,
-        op: Operation,
-        met: Memory | int,
-        args: EpDispatchArgs,
-        staging: Staging,
-        ways: Ways,
-        received: _Received,
-    ) -> None:
-        """Fill the tensors of a dispatch, and tell the others that their rows are read."""
-        bytes_ = received.x.view(torch.uint8)
-        wanted = (bytes_, received.scales, received.idx, received.weights, received.position, received.choice)
-        to = [0 if one is None else queue.write(one, partly=True)[0] for one in wanted]
+    def _fetches(self, op: Operation, staging: Staging, ways: Ways, received: _Received) -> Follow:
+        """What fills the tensors of a dispatch, and tells the others that their rows are read."""
+        kernels, turn = self._kernels, Turn.of(op.number)
+        wanted = (
+            received.x.view(torch.uint8),
+            received.scales,
+            received.idx,
+            received.weights,
+            received.position,
+            received.choice,
+        )
         width = 0 if received.scales is None else received.scales.shape[1]
-        self._kernels.fetch(queue, met, ways, to, staging, True, (0, width, 1))
-        self._kernels.done(queue, Turn.of(op.number), met, False)
+
+        def fetch(queue: Queue, met: Memory | int) -> None:
+            to = [0 if one is None else queue.write(one, partly=True)[0] for one in wanted]
+            kernels.fetch(queue, met, ways, to, staging, True, (0, width, 1))
+            kernels.done(queue, turn, met, False)
+
+        return fetch
 
     def _handle(self, args: EpDispatchArgs, ways: Ways, rows: int) -> EpHandle:
         align = args.expert_alignment
@@ -257,13 +273,16 @@ class DirectNormalCalls(CapturedCalls):
 
             fields = [_PLAIN if weights is None else _WEIGHTED, ways.number]
             self._publish(op, staging, fields, stage).finish()
+            self._kernels.lend(ways)
 
-        def gather(queue: Queue, met: int) -> None:
+        def gather(queue: Queue, met: Memory | int) -> None:
             biases = [one if one.stride(1) == 1 else one.contiguous() for one in args.bias]
             self._kernels.gather(queue, met, ways, out, sums, weight, biases)
             self._kernels.done(queue, Turn.of(op.number), met, False)
 
-        return EpCombined(out, sums, self._later(op, lambda: self._meet(op, staging, MAX_INT32, gather).queue.finish()))
+        receive = self._receive(op, staging, MAX_INT32, gather)
+        deferred = args.async_finish or args.return_recv_hook
+        return EpCombined(out, sums, self._met_later(op, receive, staging, deferred))
 
 
 def ways_of(handle: EpHandle) -> Ways:

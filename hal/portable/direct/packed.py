@@ -12,13 +12,13 @@ from torch import Tensor
 from hal.ep.engine import EpLowLatencyCombined, EpLowLatencyDispatched, Finish
 from hal.portable.direct.bins import Bins
 from hal.portable.direct.captured import Channel
-from hal.portable.direct.kernels import Staging, Turn
-from hal.portable.direct.meeting import Follow
+from hal.portable.direct.kernels import DirectKernels, Staging, Turn
 from hal.portable.direct.normal import DirectNormalCalls
+from hal.portable.direct.receive import Follow, Receive
 from hal.portable.direct.ways import Ways
 from hal.portable.ep_post import Operation
 from hal.portable.ep_slots import PackedState, state_of
-from hal.portable.runtime import Queue
+from hal.portable.runtime import Memory, Queue
 from hal.spec.ep import CASTS, SCALE_GROUP, EpLowLatencyCombineArgs, EpLowLatencyDispatchArgs
 from hal.spec.ep.terms import MAX_INT32
 from hal.spec.errors import SpecError
@@ -33,6 +33,10 @@ class DirectPackedCalls(DirectNormalCalls):
             op = self._begin("low_latency_dispatch")
             op.record["tokens"] = len(args.x)
             error = self._third()
+            if error is not None and not self._capturing:
+                # What is under way for a result that was let go of keeps its memory.
+                self._let_go()
+                error = self._third()
             if error is not None:
                 raise error if self._capturing else self._refused(op, error)
             made = self._slots(args)
@@ -63,19 +67,15 @@ class DirectPackedCalls(DirectNormalCalls):
         fields = [topk, CASTS.index(args.cast)]
         waits, room = args.dispatch_wait_recv_cost_stats, Staging(most, x.shape[1] * x.itemsize, 4 * groups, topk).size
         channel = self._sent(op, staging, fields, stage, room, waits)
+        ways.stream = kernels.stream
         turn = channel.turn if channel else Turn.of(op.number)
-        state = state_of(made.handle)
-        stats = args.cumulative_local_expert_recv_stats
-
-        def unpack(queue: Queue, met: int) -> None:
-            ranges, received = (queue.write(one)[0] for one in (made.handle.layout_range, made.recv_count))
-            kernels.count(queue, met, ways)
-            kernels.places(queue, met, ways, ranges, received, 0, 1, made.recv_x.shape[1], op.number)
-            self._fetch_packed(queue, turn, met, made, staging, ways)
+        state, stats = state_of(made.handle), args.cumulative_local_expert_recv_stats
+        unpack = _unpacks(kernels, turn, op.number, made, staging, ways)
+        receive = self._received_by(op, channel, staging, most, unpack, ways.all_routes)
 
         def finish() -> None:
             try:
-                self._pulled(op, channel, staging, most, unpack, ways.all_routes, waits)
+                self._pulled(op, channel, receive, staging, waits)
             except SpecError:
                 state.released = True
                 raise
@@ -83,7 +83,7 @@ class DirectPackedCalls(DirectNormalCalls):
             if stats is not None:
                 stats.add_(made.recv_count)
 
-        return self._finish(op, finish) if channel else self._later(op, finish)
+        return self._finished_by(op, channel, finish, receive, args, waits)
 
     def _sent(
         self,
@@ -103,40 +103,40 @@ class DirectPackedCalls(DirectNormalCalls):
         self._publish(op, staging, fields, stage).finish()
         return None
 
-    def _pulled(
+    def _received_by(
+        self, op: Operation, channel: Channel | None, staging: Staging, most: int, follow: Follow, routes: int = 0
+    ) -> Receive:
+        """What is to be launched to pull the rows of a call that was `_sent`."""
+        if channel is None:
+            return self._receive(op, staging, most, follow, routes)
+        return self._receive_captured(channel, staging, most, follow, routes)
+
+    def _finished_by(
         self,
         op: Operation,
         channel: Channel | None,
-        staging: Staging,
-        most: int,
-        follow: Follow,
-        routes: int = 0,
-        waits: Tensor | None = None,
+        body: Callable[[], None],
+        receive: Receive,
+        args: EpLowLatencyDispatchArgs | EpLowLatencyCombineArgs,
+        waits: Tensor | None,
+    ) -> Finish:
+        """What completes a call. Where that is put off, rows are pulled meanwhile, unless the host is to see when."""
+        ahead = (args.return_recv_hook or args.async_finish) and waits is None
+        if channel is None:
+            return self._later(op, body, receive if ahead else None)
+        if ahead:
+            receive.launch_beside(self._turns)
+        return self._finish(op, body)
+
+    def _pulled(
+        self, op: Operation, channel: Channel | None, receive: Receive, staging: Staging, waits: Tensor | None
     ) -> None:
         """Meet the others, and do what follows."""
         if channel is not None:
-            self._meet_captured(channel, staging, most, follow, routes)
+            self._meet_captured(channel, receive)
             return
-        self._meet(op, staging, most, follow, routes, waits).queue.finish()
+        self._meet(op, receive, staging, waits).finish()
         self._see_all_aside(op)
-
-    def _fetch_packed(
-        self,
-        queue: Queue,
-        turn: Turn,
-        met: int,
-        made: EpLowLatencyDispatched,
-        staging: Staging,
-        ways: Ways,
-    ) -> None:
-        scales, slots = made.recv_scales, made.recv_x.shape[1]
-        rows = queue.write(made.recv_x.view(torch.uint8).flatten(0, 1), partly=True)[0]
-        # [L, words, slots] in memory: the kernel counts rows from the first slot of their expert on.
-        turned: Any = 0 if scales is None else queue.write(scales.transpose(1, 2), partly=True)[0]
-        words = 0 if scales is None else scales.shape[2]
-        to = [rows, turned, 0, 0, queue.write(made.handle.src_info, partly=True)[0], 0]
-        self._kernels.fetch(queue, met, ways, to, staging, False, (words * slots, 1, slots))
-        self._kernels.done(queue, turn, met, False)
 
     def low_latency_combine(self, args: EpLowLatencyCombineArgs) -> EpLowLatencyCombined:
         """Stage the rows that came; the finish fetches those of this rank's tokens and sums them, weighted."""
@@ -163,14 +163,17 @@ class DirectPackedCalls(DirectNormalCalls):
             state.released = True
             if args.zero_copy:
                 state.lent = None
+            self._kernels.lend(ways)
 
-        def gather(queue: Queue, met: int) -> None:
+        def gather(queue: Queue, met: Memory | int) -> None:
             kernels.gather(queue, met, ways, args.out, None, 0, (), args.topk_idx, args.topk_weights)
             kernels.done(queue, turn, met, False)
 
+        receive = self._received_by(op, channel, staging, MAX_INT32, gather)
+
         def finish() -> None:
             try:
-                self._pulled(op, channel, staging, MAX_INT32, gather, waits=waits)
+                self._pulled(op, channel, receive, staging, waits)
             except SpecError:
                 # Refused, it has used nothing up.
                 state.released = False
@@ -178,7 +181,37 @@ class DirectPackedCalls(DirectNormalCalls):
                     state.lent = x
                 raise
 
-        return EpLowLatencyCombined(args.out, self._finish(op, finish) if channel else self._later(op, finish))
+        return EpLowLatencyCombined(args.out, self._finished_by(op, channel, finish, receive, args, waits))
+
+
+def _unpacks(
+    kernels: DirectKernels, turn: Turn, number: int, made: EpLowLatencyDispatched, staging: Staging, ways: Ways
+) -> Follow:
+    """What counts the rows of a dispatch and fetches those for this rank's experts into their slots.
+
+    It holds the tensors of the result alone: what is under way is not to keep the result itself.
+    """
+    x, scales, count, sources, ranges = (
+        made.recv_x,
+        made.recv_scales,
+        made.recv_count,
+        made.handle.src_info,
+        made.handle.layout_range,
+    )
+    slots, words = x.shape[1], 0 if scales is None else scales.shape[2]
+
+    def unpack(queue: Queue, met: Memory | int) -> None:
+        kernels.count(queue, met, ways)
+        ranges_at, count_at = (queue.write(one)[0] for one in (ranges, count))
+        kernels.places(queue, met, ways, ranges_at, count_at, 0, 1, slots, number)
+        rows = queue.write(x.view(torch.uint8).flatten(0, 1), partly=True)[0]
+        # [L, words, slots] in memory: the kernel counts rows from the first slot of their expert on.
+        turned: Any = 0 if scales is None else queue.write(scales.transpose(1, 2), partly=True)[0]
+        to = [rows, turned, 0, 0, queue.write(sources, partly=True)[0], 0]
+        kernels.fetch(queue, met, ways, to, staging, False, (words * slots, 1, slots))
+        kernels.done(queue, turn, met, False)
+
+    return unpack
 
 
 def _wrong(args: EpLowLatencyCombineArgs, state: PackedState) -> SpecError | None:

@@ -46,6 +46,8 @@ class Ways:
         Whose memory has some of it: a larger one took its place.
     dropped : int
         Rows that this rank has no room for.
+    stream : object
+        Current when the memory was given, which is freed in its order.
     position, choice : Tensor
         [rows] int32: where each received row came from.
     """
@@ -68,6 +70,7 @@ class Ways:
     sent: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros((0, 0), np.int32))
     before: Ways | None = None
     dropped: int = 0
+    stream: object = None
     position: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
     choice: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
 

@@ -1,6 +1,7 @@
 /* A group waits for a rank, or one after the other, but no more than `turns` looks, so that it ends whatever becomes of the rank.
  *
  * What it finds is written to `told`, where the host looks: at last the call's number, so that it is complete by then.
+ * In a graph only what is wrong is written, since the host looks for it after any number of replays.
  * With `topk` it fetches the rank's routes, since everybody counts them.
  */
 HAL_KERNEL(THREADS)
@@ -9,6 +10,7 @@ void ep_await_all(HAL_GLOBAL const hal_long *boards, HAL_GLOBAL const hal_long *
                   int here, int ranks, int call, int turns, int known, int most, int row, int scale, int topk, int weight) {
   HAL_SHARED(int, outcome, 1);
   int thread = HAL_THREAD;
+  int sticks = epoch != 0;
   call = ep_round(epoch, call);
   HAL_GLOBAL hal_u32 *board = HAL_AT(HAL_GLOBAL hal_u32, boards[here]), *mine = board + ep_head(slot, ranks, here);
   for (int peer = HAL_GROUP; peer < ranks; peer += HAL_GROUPS) {
@@ -33,12 +35,12 @@ void ep_await_all(HAL_GLOBAL const hal_long *boards, HAL_GLOBAL const hal_long *
           found = EP_OUTSIDE;
         else if (count)
           at = windows[entry];
-        for (int i = 0; i < EP_HEAD; i++) told[ranks * 2 + peer * EP_HEAD + i] = head[i];
+        for (int i = 0; i < EP_HEAD && !sticks; i++) told[ranks * 2 + peer * EP_HEAD + i] = head[i];
       }
       met[peer * EP_PEER] = found;
       met[peer * EP_PEER + 1] = at;
       met[peer * EP_PEER + 2] = count;
-      told[ranks + peer] = (hal_u32)found;
+      if (!sticks || found != EP_MET) told[ranks + peer] = (hal_u32)found;
       outcome[0] = found;
     }
     HAL_BARRIER();
