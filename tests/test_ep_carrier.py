@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from typing import Any
 
 import ep_cases
 import pytest
+import torch
 import torch.distributed as dist
 from ep_cases import Case
 from ep_ranks import run_ranks
@@ -201,3 +203,36 @@ def test_a_library_wants_a_device_for_every_rank() -> None:
 
 def test_rows_of_the_host_need_no_library() -> None:
     assert {outcome.value for outcome in run_ranks(2, switched, ("", ""))} == {"by the host"}
+
+
+@pytest.mark.parametrize("before", [None, "1"])
+def test_a_lost_rank_ends_no_process(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL's watchdog is asked to leave errors to the buffer, and everybody else's to what they were left to."""
+    names, seen = carriers._LEFT_TO_US, {}
+    for name in names:
+        if before is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, before)
+
+    class Nccl:
+        Options = SimpleNamespace
+
+        def __init__(self, *given: Any) -> None:
+            seen.update({name: os.environ.get(name) for name in names})
+
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", Nccl, raising=False)
+    carriers._nccl(None, 0, 1)
+    assert seen == dict.fromkeys(names, "0")
+    assert [os.environ.get(name) for name in names] == [before, before]
+
+
+def test_a_library_that_does_not_give_up_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = threading.Event()
+    monkeypatch.setattr(carriers, "_PATIENCE", 0.1)
+    carrier = Carrier(SimpleNamespace(abort=held.wait), 0, 1, torch.device("cpu"))
+    begin = time.monotonic()
+    carrier.close()
+    carrier.close()
+    assert time.monotonic() - begin < 20
+    held.set()

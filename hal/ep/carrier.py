@@ -12,7 +12,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as LateError
 from datetime import timedelta
@@ -31,6 +31,12 @@ ENV: Final = "HAL_EP_ROWS"
 
 _FOREVER: Final = timedelta(days=1000)
 _NAPS: Final = (0.00002, 0.002)
+_PATIENCE: Final = 2.0
+"""Seconds for a library to be given up in."""
+
+_LEFT_TO_US: Final = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_DUMP_ON_TIMEOUT")
+_handling: Final = threading.Lock()
+"""Held by whoever has changed it."""
 
 Maker = Callable[[Any, int, int], Any]
 
@@ -124,9 +130,17 @@ class Carrier:
     def close(self) -> None:
         """Give the library up, whatever it still waits for. Idempotent."""
         library, self._library = self._library, None
-        if library is not None:
+        if library is None:
+            return
+
+        def abort() -> None:
             with contextlib.suppress(RuntimeError, AttributeError):
                 library.abort()
+
+        # It may wait for a thread of its own that has noticed what is lost; nobody is to wait for that.
+        giving_up = threading.Thread(target=abort, name="hal-ep-abort", daemon=True)
+        giving_up.start()
+        giving_up.join(_PATIENCE)
 
 
 def carrier(args: EpBufferArgs) -> Carrier | None:
@@ -183,10 +197,29 @@ def _maker(args: EpBufferArgs) -> Maker | None:
 
 
 def _nccl(store: Any, rank: int, ranks: int) -> Any:
-    """NCCL, or RCCL under the same name. Its own timeout would end the process."""
+    """NCCL, or RCCL under the same name; neither its timeout nor a lost connection is to end the process."""
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = _FOREVER
-    return dist.ProcessGroupNCCL(store, rank, ranks, options)
+    with _handling, _errors_left_to_us():
+        return dist.ProcessGroupNCCL(store, rank, ranks, options)
+
+
+@contextlib.contextmanager
+def _errors_left_to_us() -> Iterator[None]:
+    """What is made within asks the environment once what to do where a rank is lost.
+
+    It is not to take the process down, nor to keep it for the minute in which others would write down what they know.
+    """
+    before = {name: os.environ.get(name) for name in _LEFT_TO_US}
+    os.environ.update(dict.fromkeys(_LEFT_TO_US, "0"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _device_of(args: EpBufferArgs) -> tuple[str, str]:

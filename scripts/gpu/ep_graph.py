@@ -32,7 +32,9 @@ EACH: Final = 8
 """Calls in a graph that is timed."""
 REPLAYS: Final = 50
 COMPUTE: Final = 4096
-"""Rows and columns of the bf16 product that is computed between a call and its hook."""
+"""Rows and columns of a bf16 product that is computed between a call and its hook, and takes every processor."""
+PASSED: Final = 1 << 28
+"""bf16 elements that are read and written instead, which waits for memory."""
 
 
 def routes(tokens: int, experts: int, topk: int, seed: int) -> Tensor:
@@ -117,21 +119,23 @@ def overlaps(buffer: hal.EpBuffer, given: argparse.Namespace, rank: int) -> dict
     got = buffer.low_latency_dispatch(x, idx, use_fp8=False)
     outputs = torch.randn(got.recv_x.shape, device=x.device).bfloat16()
     factor = torch.randn(2, COMPUTE, COMPUTE, device=x.device).bfloat16()
-    product = torch.empty_like(factor[0])
+    product, rows = torch.empty_like(factor[0]), torch.randn(PASSED, device=x.device).bfloat16()
+    computes = {"a product": lambda: torch.mm(factor[0], factor[1], out=product), "a pass": lambda: rows.mul_(1.0)}
 
-    def compute() -> None:
-        torch.mm(factor[0], factor[1], out=product)
-
-    def hooked(call: Any, *args: Any, **more: Any) -> None:
-        hook = call(*args, return_recv_hook=True, **more).hook
+    def hooked(compute: Any, call: Any, *args: Any) -> None:
+        hook = call(*args, return_recv_hook=True).hook
         compute()
         hook()
 
-    return {
-        "compute": replayed(compute),
-        "compute in a dispatch": replayed(lambda: hooked(buffer.low_latency_dispatch, x, idx)),
-        "compute in a combine": replayed(lambda: hooked(buffer.low_latency_combine, outputs, idx, weights, got.handle)),
-    }
+    back = (buffer.low_latency_combine, outputs, idx, weights, got.handle)
+    found = {}
+    for name, compute in computes.items():
+        found[name] = replayed(compute)
+        found[f"{name} in a dispatch"] = replayed(
+            lambda compute=compute: hooked(compute, buffer.low_latency_dispatch, x, idx)
+        )
+        found[f"{name} in a combine"] = replayed(lambda compute=compute: hooked(compute, *back))
+    return found
 
 
 def replayed(call: Any) -> float:
