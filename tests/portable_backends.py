@@ -6,16 +6,13 @@ from collections.abc import Mapping
 from importlib.metadata import EntryPoint
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from hal import plugins
 from hal.backend import Backend, Probe
 from hal.plugins import hookimpl
 from hal.portable import ep
 from hal.portable.host import HostDevice
 from hal.portable.mla import PortableMla
-from hal.portable.runtime import SharingDevice
+from hal.portable.runtime import Mailboxes, SharingDevice
 from hal.spec.capability import Capabilities, plain_dense
 
 WIDTHS = (1, 32, 64, 128)
@@ -23,17 +20,15 @@ SOCKETS, DEVICES = "sockets", "devices"
 """Where ranks meet: each is an engine of its own."""
 
 
-class MeetingHost(HostDevice):
+class MeetingHost(Mailboxes, HostDevice):
     """A device whose ranks meet on it: what its kernels write the host sees at once, as it is the host that writes."""
 
     looks = 10**9
+    pinned = False
     in_capture = False
 
     def capturing(self) -> bool:
         return self.in_capture
-
-    def mailbox(self, words: int) -> Tensor:
-        return torch.zeros(words, dtype=torch.int32)
 
 
 class OnFibres(Backend):

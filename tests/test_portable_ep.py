@@ -183,7 +183,7 @@ def lacking(rank: int) -> None:
 
 @pytest.mark.parametrize("foreign", [False, True], ids=["lacks", "foreign"])
 def test_a_window_that_cannot_be_opened_is_the_fault_of_whose_it_is(foreign: bool, before: partial[None]) -> None:
-    run_ranks(2, unopened, foreign, limit=60, before=before)
+    run_ranks(2, unopened, foreign, limit=90, before=before)
 
 
 def unopened(rank: int, foreign: bool) -> None:
@@ -196,13 +196,15 @@ def unopened(rank: int, foreign: bool) -> None:
     def refused(handle: Handle) -> None:
         raise (ForeignWindow if foreign else DeviceError)(f"no window of {handle.size} bytes")
 
-    with case.buffer(modes=("normal",), timeout=20.0) as buffer, pytest.MonkeyPatch.context() as patch:
+    with case.buffer(modes=("normal",), timeout=60.0) as buffer, pytest.MonkeyPatch.context() as patch:
         if rank:
             patch.setattr(device, "peer", refused)
         begin = time.monotonic()
+        # Ranks that meet on their devices fetch: rank 0 may have all its rows before rank 1 opens its window in vain.
+        calls = 2 if rank == 0 and meets_on_devices() else 1
         with pytest.raises(DeviceError if rank == culprit == 1 else RankFailure, match="no window of"):
-            buffer.dispatch(mine.x, mine.topk_idx)
-        assert time.monotonic() - begin < 10
+            _ = [buffer.dispatch(mine.x, mine.topk_idx) for _ in range(calls)]
+        assert time.monotonic() - begin < 30  # kernels may have to be compiled
         with pytest.raises(RankFailure, match="no window of") as caught:
             buffer.dispatch(mine.x, mine.topk_idx)
         assert caught.value.rank == culprit

@@ -16,6 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import hal
+from hal.spec import forms
+from hal.spec import mla as spec_mla
 from hal.spec.validation import Level, set_validation, validation_level
 
 B, S_Q, H_Q, H_KV, D, D_V, PAGE, BLOCKS, MAX_BLOCKS = 3, 2, 4, 2, 48, 32, 8, 10, 3
@@ -388,6 +390,15 @@ def test_what_was_good_once_is_looked_at_again_where_it_differs() -> None:
     over = call["q"].view(-1)[-size:].view(shape)
     with pytest.raises(hal.SpecError, match="out: got memory that q also covers"):
         decode(call | {"out": over})
+
+
+def test_only_so_many_forms_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forms, "_LIMIT", 2)
+    call, most = good_call(), 0
+    for scale in (0.1, 0.2, 0.3, 0.4):
+        decode(call | {"softmax_scale": scale})
+        most = max(most, len(spec_mla._admitted))
+    assert most == 2
 
 
 def test_a_storage_need_only_hold_what_strides_and_offset_span() -> None:

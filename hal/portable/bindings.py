@@ -20,12 +20,22 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor
 
 from hal.portable import cache, compiling, sim
 from hal.portable.bound_ipc import BoundIpc
 from hal.portable.ipc import IpcWindow
-from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source, StreamEvent, out_of_memory, packed
+from hal.portable.runtime import (
+    Argument,
+    Facts,
+    Handle,
+    InPlace,
+    Mailboxes,
+    Program,
+    Source,
+    StreamEvent,
+    out_of_memory,
+    packed,
+)
 from hal.spec.errors import BackendUnavailable, DeviceError
 
 CALLS: Final = (
@@ -307,7 +317,7 @@ class BoundEvent(StreamEvent):
         self._runtime("EventDestroy", mark)
 
 
-class BoundDevice(InPlace):
+class BoundDevice(Mailboxes, InPlace):
     """See `runtime.Device`; its queue is torch's current stream, so that nothing here waits.
 
     Parameters
@@ -365,16 +375,6 @@ class BoundDevice(InPlace):
     @cached_property
     def _ipc(self) -> BoundIpc:
         return BoundIpc(self.runtime, self.index)
-
-    looks = 0
-
-    def capturing(self) -> bool:
-        """See `runtime.MeetingDevice`: not written for these."""
-        return False
-
-    def mailbox(self, words: int) -> Tensor:
-        """See `runtime.MeetingDevice`: memory of the host that the device addresses too."""
-        return torch.zeros(words, dtype=torch.int32, pin_memory=True)
 
     def window(self, size: int) -> IpcWindow:
         """See `runtime.SharingDevice`."""

@@ -397,6 +397,29 @@ class InPlace(ABC):
         """Results are where torch looks for them: on its stream."""
 
 
+class Mailboxes:
+    """The half of a `MeetingDevice` that is the same wherever kernels address memory of the host that torch makes.
+
+    Attributes
+    ----------
+    looks : int
+        See `MeetingDevice`; a driver whose launches are captured has its own, and its own `capturing`.
+    pinned : bool
+        Whether that memory is to be made so that a device can address it, which that of a host playing one is anyway.
+    """
+
+    looks: int = 0
+    pinned: bool = True
+
+    def capturing(self) -> bool:
+        """See `MeetingDevice`."""
+        return False
+
+    def mailbox(self, words: int) -> Tensor:
+        """See `MeetingDevice`."""
+        return torch.zeros(words, dtype=torch.int32, pin_memory=self.pinned)
+
+
 class HoldingQueue:
     """A queue of a device that addresses the host's memory and runs behind the host, as a simulator does.
 

@@ -49,6 +49,8 @@ class Buffer(int):
 class StagedDevice(BoundDevice):
     """See `runtime.Device`, with a stream of its own."""
 
+    pinned = False  # brought back like other results
+
     @cached_property
     def _stream(self) -> Any:
         self.runtime("SetDevice", self.index)
@@ -62,10 +64,6 @@ class StagedDevice(BoundDevice):
         """See `runtime.Allocator`."""
         self.runtime("SetDevice", self.index)
         return Buffer.of(self.runtime, max(size, 16))
-
-    def mailbox(self, words: int) -> Tensor:
-        """See `runtime.MeetingDevice`; brought back like other results."""
-        return torch.zeros(words, dtype=torch.int32)
 
     def copy(self, to: int, source: int, size: int) -> None:
         """Queue a copy; neither side may go away before the stream was waited for."""

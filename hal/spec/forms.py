@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from torch import Tensor
 
 _SCALARS: Final = frozenset((bool, int, str, float, type(None)))
-LIMIT: Final = 4096
+_LIMIT: Final = 4096
 """Forms that are remembered; few calls of an engine differ in form, and memory is not to grow with those that do."""
+_Forms = TypeVar("_Forms", bound="set[object] | dict[object, Any]")
+
+
+def with_room(remembered: _Forms) -> _Forms:
+    """Forms that passed, to which one is to be added: all are forgotten where they are too many."""
+    if len(remembered) >= _LIMIT:
+        remembered.clear()
+    return remembered
 
 
 def form_of(tensors: tuple[Any, ...], scalars: tuple[Any, ...]) -> object:

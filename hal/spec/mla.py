@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hal.spec.capability import Capabilities, MlaCapabilities
 from hal.spec.errors import SpecError, UnsupportedError, shown
-from hal.spec.forms import LIMIT, form_of
+from hal.spec.forms import form_of, with_room
 from hal.spec.tensors import (
     dtype_name,
     require_bool,
@@ -195,9 +195,7 @@ def check_decode(
         if spans is None or (out is not None and not _apart(tensors, spans)):
             _check_call(*tensors, *scalars)
             if form is not None:
-                if len(_admitted) >= LIMIT:
-                    _admitted.clear()
-                _admitted[form] = [(i, span_bytes(one)) for i, one in enumerate(tensors) if one is not None]
+                with_room(_admitted)[form] = [(i, span_bytes(one)) for i, one in enumerate(tensors) if one is not None]
     if cu_seqlens_q is None:
         batch, s_q, h_q, head_dim = q.shape
         total_q = batch * s_q

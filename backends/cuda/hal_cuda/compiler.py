@@ -65,11 +65,12 @@ def _compile(text: str, source: Path, flags: tuple[str, ...], headers: dict[str,
     program = checked("nvrtcCreateProgram", nvrtc.createProgram, text, source.name, texts, names)
     try:
         nvrtc.compileProgram(program, flags)
+        cubin: bytes = checked("nvrtcGetCUBIN", nvrtc.getCUBIN, program)
     except nvrtc.NVRTCError as error:
         log = nvrtc.getProgramLog(program)
         message, fix = f"NVRTC: {error} for {' '.join(flags)}", "the compiler is the NVRTC that cupy loads"
         raise compiling.refusal(message, log, text, str(source), fix) from error
-    cubin: bytes = checked("nvrtcGetCUBIN", nvrtc.getCUBIN, program)
-    checked("nvrtcDestroyProgram", nvrtc.destroyProgram, program)
+    finally:
+        checked("nvrtcDestroyProgram", nvrtc.destroyProgram, program)
     # cupy leaves out the last byte, as it does with the zero that ends a text; here it is the last of a program header.
     return cubin + b"\0"

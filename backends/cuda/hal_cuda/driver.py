@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hal.portable.ipc import IpcWindow
-from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source
+from hal.portable.runtime import Argument, Facts, Handle, InPlace, Mailboxes, Program, Source
 from hal.spec.errors import DeviceError
 from hal_cuda.calls import checked, current, raw_stream
 from hal_cuda.compiler import compile_text, version
@@ -102,7 +102,7 @@ class CudaFork:
             self._origin.wait_event(self._done)
 
 
-class CudaDevice(InPlace):
+class CudaDevice(Mailboxes, InPlace):
     """See `runtime.SharingDevice`; its queue is torch's current stream, so that nothing here waits.
 
     Parameters
@@ -158,10 +158,6 @@ class CudaDevice(InPlace):
     def fork(self) -> CudaFork:
         """See `runtime.MeetingDevice`."""
         return CudaFork(self.index, self._sides[self.capturing()])
-
-    def mailbox(self, words: int) -> Tensor:
-        """See `runtime.MeetingDevice`: memory of the host that the device addresses too."""
-        return torch.zeros(words, dtype=torch.int32, pin_memory=True)
 
     def window(self, size: int) -> IpcWindow:
         """See `runtime.SharingDevice`."""

@@ -145,7 +145,7 @@ def put_in(patch: Any) -> Runtime:
     patch(driver.CudaDevice, "build", lambda device, source: driver.CudaProgram(source, _Module(host, source)))
     patch(driver.CudaDevice, "empty", lambda device, size: host.empty(size))
     patch(driver.CudaDevice, "capturing", lambda device: False)
-    patch(driver.CudaDevice, "mailbox", lambda device, words: torch.zeros(words, dtype=torch.int32))
+    patch(driver.CudaDevice, "pinned", False)
     return runtime
 
 

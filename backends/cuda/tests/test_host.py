@@ -267,6 +267,17 @@ def test_a_compile_error_carries_log_and_path(cache: Path, tmp_path: Path) -> No
     assert "wrong.cu(1)" in caught.value.log
 
 
+@pytest.mark.parametrize("word", ["value;", "valve;"], ids=["compiles", "does not"])
+def test_the_compilers_memory_is_given_back(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = []
+    create, destroy = cupy.cuda.nvrtc.createProgram, cupy.cuda.nvrtc.destroyProgram
+    monkeypatch.setattr(cupy.cuda.nvrtc, "createProgram", lambda *given: left.append(create(*given)) or left[-1])
+    monkeypatch.setattr(cupy.cuda.nvrtc, "destroyProgram", lambda one: left.remove(one) or destroy(one))
+    with pytest.raises(CompileError) if word == "valve;" else contextlib.nullcontext():
+        compiler._compile(KERNEL.replace("value;", word), Path("fill.cu"), ("-arch=sm_90a",), {})
+    assert not left
+
+
 def test_a_refused_call_is_named() -> None:
     if torch.cuda.is_available():
         pytest.skip("not applicable: this machine has a device")

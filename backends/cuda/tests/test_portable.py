@@ -55,27 +55,30 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def resources(cubin: bytes, folder: Path) -> dict[str, dict[str, int]]:
-    """Of each kernel, read by what Triton brings along."""
+def dumped(what: str, cubin: bytes, folder: Path) -> str:
+    """What machine code is, as the tools that Triton brings along tell it."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     (folder / "kernel.cubin").write_bytes(cubin)
-    command = [tools / "cuobjdump", "--dump-resource-usage", folder / "kernel.cubin"]
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}
+    command = [tools / "cuobjdump", f"--dump-{what}", folder / "kernel.cubin"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert not done.returncode, f"cuobjdump ended with {done.returncode}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def resources(cubin: bytes, folder: Path) -> dict[str, dict[str, int]]:
+    """Of each kernel."""
+    said = dumped("resource-usage", cubin, folder)
     found = re.findall(r"Function (\w+):\s*(.*)", said)
+    assert found, f"no kernels in {said!r}"
     return {name: {key: int(n) for key, n in re.findall(r"\b([A-Z]+):(\d+)", line)} for name, line in found}
 
 
 def instructions(source: Source, arch: str, folder: Path) -> str:
     """The machine code of a file's kernels."""
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    (folder / "kernel.cubin").write_bytes(compiler.compile_text(source.text("cuda"), Path(source.path), arch))
-    environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}
-    command = [tools / "cuobjdump", "--dump-sass", folder / "kernel.cubin"]
-    return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    return dumped("sass", compiler.compile_text(source.text("cuda"), Path(source.path), arch), folder)
 
 
 @pytest.mark.parametrize(("arch", "name"), BUILDS)

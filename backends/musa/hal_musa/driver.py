@@ -23,7 +23,18 @@ from torch import Tensor
 
 from hal.portable import cache, compiling, sim
 from hal.portable.ipc import IpcWindow
-from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source, StreamEvent, out_of_memory, packed
+from hal.portable.runtime import (
+    Argument,
+    Facts,
+    Handle,
+    InPlace,
+    Mailboxes,
+    Program,
+    Source,
+    StreamEvent,
+    out_of_memory,
+    packed,
+)
 from hal.spec.errors import BackendUnavailable, DeviceError, HalError
 
 LIBRARY_ENV: Final = "HAL_MUSA_LIBRARY"
@@ -219,7 +230,7 @@ class MusaIpc:
         self._device.library("muIpcCloseMemHandle", ctypes.c_void_p(address))
 
 
-class MusaDevice(InPlace):
+class MusaDevice(Mailboxes, InPlace):
     """See `runtime.Device`; its queue is torch_musa's current stream, so that nothing here waits.
 
     Parameters
@@ -237,6 +248,7 @@ class MusaDevice(InPlace):
         self.index = index
         self._timed = timed
         self._memory = f"musa:{index}" if memory == "musa" else memory
+        self.pinned = memory != "cpu"
         self._launches: Counter[str] = Counter()
 
     @cached_property
@@ -294,16 +306,6 @@ class MusaDevice(InPlace):
     @cached_property
     def _ipc(self) -> MusaIpc:
         return MusaIpc(self)
-
-    looks = 0
-
-    def capturing(self) -> bool:
-        """See `runtime.MeetingDevice`: not written for these."""
-        return False
-
-    def mailbox(self, words: int) -> Tensor:
-        """See `runtime.MeetingDevice`: memory of the host that the device addresses too."""
-        return torch.zeros(words, dtype=torch.int32, pin_memory=self._memory != "cpu")
 
     def window(self, size: int) -> IpcWindow:
         """See `runtime.SharingDevice`."""

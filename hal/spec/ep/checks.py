@@ -11,7 +11,7 @@ from hal.spec.ep.arguments import EpBufferArgs
 from hal.spec.ep.handles import EpHandle
 from hal.spec.ep.terms import FLOAT32, FP8, INT32, INT64, PLAIN_DTYPES, ROW_ALIGNMENT, SCALE_GROUP, EpEvent
 from hal.spec.errors import SpecError
-from hal.spec.forms import LIMIT
+from hal.spec.forms import with_room
 from hal.spec.tensors import dtype_name, require_bool, require_device, require_shape, require_tensor, require_values
 
 _ROWS: Final = (*PLAIN_DTYPES, FP8)
@@ -20,9 +20,7 @@ _ROWS: Final = (*PLAIN_DTYPES, FP8)
 def admit(buffer: EpBufferArgs, form: object) -> None:
     """Remember a form that passed."""
     if form is not None:
-        if len(buffer.admitted) >= LIMIT:
-            buffer.admitted.clear()
-        buffer.admitted.add(form)
+        with_room(buffer.admitted).add(form)
 
 
 def contiguous(tensor: Tensor) -> Tensor:
