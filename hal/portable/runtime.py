@@ -380,15 +380,6 @@ class InPlace(ABC):
         """See `Queue`."""
         return tensor, tensor.stride()
 
-    def fork(self) -> Fork | None:
-        """See `MeetingDevice`: not written for most."""
-        return None
-
-    def used_here(self, memory: Memory) -> None:
-        """See `MeetingDevice`."""
-        if isinstance(memory, Tensor) and memory.device.type != "cpu":
-            memory.record_stream(torch.get_device_module(memory.device).current_stream(memory.device))
-
     @abstractmethod
     def launch(self, program: Program, kernel: str, groups: int, threads: int, arguments: Sequence[Argument]) -> Event:
         """See `Queue`."""
@@ -414,6 +405,15 @@ class Mailboxes:
     def capturing(self) -> bool:
         """See `MeetingDevice`."""
         return False
+
+    def fork(self) -> Fork | None:
+        """See `MeetingDevice`: not written for most."""
+        return None
+
+    def used_here(self, memory: Memory) -> None:
+        """See `MeetingDevice`."""
+        if isinstance(memory, Tensor) and memory.device.type != "cpu":
+            memory.record_stream(torch.get_device_module(memory.device).current_stream(memory.device))
 
     def mailbox(self, words: int) -> Tensor:
         """See `MeetingDevice`."""
