@@ -17,11 +17,12 @@ import torch.distributed as dist
 from ep_ranks import run_ranks
 from portable_backends import MeetingHost
 from seeds import SEED
-from test_portable_direct import FIBRES, before, close, returned, weighted
+from test_portable_direct import FIBRES, again, before, close, returned, weighted
 
 from hal import RankFailure, plugins
 from hal.portable.host import HostEvent
 from hal.reference import ep as oracle
+from hal.spec.errors import DeviceError
 
 __all__ = ["before"]
 
@@ -269,3 +270,36 @@ def lent(rank: int) -> None:
         assert len(kept) == 3
         dist.barrier()
     dist.barrier()
+
+
+@pytest.mark.parametrize("kind", ["combine", "low_latency_combine"])
+def test_a_device_that_fails_there_is_its_ranks_fault(kind: str, before: partial[None]) -> None:
+    run_ranks(2, failing, kind, limit=60, before=before)
+
+
+def failing(rank: int, kind: str) -> None:
+    """The call itself raises what its device says, and all others hear of it at once."""
+    mine, device = CASE.inputs()[rank], on(TwoStreams())
+    x, idx, weights = mine.x, mine.topk_idx, mine.topk_weights
+    with CASE.buffer(modes=("low_latency", "normal"), timeout=60.0) as buffer:
+        got, packed = buffer.dispatch(x, idx), buffer.low_latency_dispatch(x, idx, use_fp8=False)
+        dist.barrier()
+        if rank == 1:
+
+            def broken() -> Any:
+                raise DeviceError("cudaStreamWaitEvent: gone")
+
+            device.fork = broken  # type: ignore[method-assign]
+
+        def call() -> Any:
+            if kind == "combine":
+                return buffer.combine(got.recv_x, got.handle, return_recv_hook=True)
+            return buffer.low_latency_combine(packed.recv_x, idx, weights, packed.handle, return_recv_hook=True)
+
+        if rank == 1:
+            with pytest.raises(DeviceError, match="gone"):
+                call()
+        else:
+            with pytest.raises(RankFailure, match=f"rank 1 failed in {kind}.*gone"):
+                again(2, lambda: call().hook())
+        dist.barrier()

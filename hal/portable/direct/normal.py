@@ -275,14 +275,14 @@ class DirectNormalCalls(CapturedCalls):
             self._publish(op, staging, fields, stage).finish()
             self._kernels.lend(ways)
 
-        def gather(queue: Queue, met: Memory | int) -> None:
-            biases = [one if one.stride(1) == 1 else one.contiguous() for one in args.bias]
-            self._kernels.gather(queue, met, ways, out, sums, weight, biases)
-            self._kernels.done(queue, Turn.of(op.number), met, False)
+            def gather(queue: Queue, met: Memory | int) -> None:
+                biases = [one if one.stride(1) == 1 else one.contiguous() for one in args.bias]
+                self._kernels.gather(queue, met, ways, out, sums, weight, biases)
+                self._kernels.done(queue, Turn.of(op.number), met, False)
 
-        receive = self._receive(op, staging, MAX_INT32, gather)
-        deferred = args.async_finish or args.return_recv_hook
-        return EpCombined(out, sums, self._met_later(op, receive, staging, deferred))
+            receive = self._receive(op, staging, MAX_INT32, gather)
+            deferred = args.async_finish or args.return_recv_hook
+            return EpCombined(out, sums, self._met_later(op, receive, staging, deferred))
 
 
 def ways_of(handle: EpHandle) -> Ways:

@@ -165,23 +165,23 @@ class DirectPackedCalls(DirectNormalCalls):
                 state.lent = None
             self._kernels.lend(ways)
 
-        def gather(queue: Queue, met: Memory | int) -> None:
-            kernels.gather(queue, met, ways, args.out, None, 0, (), args.topk_idx, args.topk_weights)
-            kernels.done(queue, turn, met, False)
+            def gather(queue: Queue, met: Memory | int) -> None:
+                kernels.gather(queue, met, ways, args.out, None, 0, (), args.topk_idx, args.topk_weights)
+                kernels.done(queue, turn, met, False)
 
-        receive = self._received_by(op, channel, staging, MAX_INT32, gather)
+            receive = self._received_by(op, channel, staging, MAX_INT32, gather)
 
-        def finish() -> None:
-            try:
-                self._pulled(op, channel, receive, staging, waits)
-            except SpecError:
-                # Refused, it has used nothing up.
-                state.released = False
-                if args.zero_copy:
-                    state.lent = x
-                raise
+            def finish() -> None:
+                try:
+                    self._pulled(op, channel, receive, staging, waits)
+                except SpecError:
+                    # Refused, it has used nothing up.
+                    state.released = False
+                    if args.zero_copy:
+                        state.lent = x
+                    raise
 
-        return EpLowLatencyCombined(args.out, self._finished_by(op, channel, finish, receive, args, waits))
+            return EpLowLatencyCombined(args.out, self._finished_by(op, channel, finish, receive, args, waits))
 
 
 def _unpacks(
