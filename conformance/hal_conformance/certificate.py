@@ -37,7 +37,7 @@ def obstacles(report: dict[str, Any]) -> list[str]:
     found = []
     run, backend = report["run"], report["backend"]
     if run["filtered"]:
-        found.append("quick mode or a filter was used")
+        found.append("quick mode or a filter was used, or the run was interrupted")
     if not run.get("fresh"):
         found.append("the seed was chosen: run without --seed")
     if run.get("host") != "hal conform":
