@@ -25,8 +25,10 @@ def play(session: Session, console: Console) -> bool:
         task = progress.add_task("", total=None)
 
         def step(name: str, done: int, planned: int) -> None:
-            where = f"{name}, {chosen.index(name) + 1} of {len(chosen)}"
-            progress.update(task, description=where, completed=done, total=planned)
+            # A bar that is full has ended, and its clock stands still.
+            if done < planned:
+                where = f"{name}, {chosen.index(name) + 1} of {len(chosen)}"
+                progress.update(task, description=where, completed=done, total=planned)
 
         try:
             for obligation in OBLIGATIONS:
