@@ -42,7 +42,7 @@ class DenormalsFlushed(Engine):
         row = message["x"][token]
         if not row.is_floating_point():
             return row
-        return torch.where(row.abs() < torch.finfo(torch.float32).tiny, torch.zeros_like(row), row)
+        return torch.where(row.abs() < torch.finfo(torch.float32).tiny, torch.copysign(torch.zeros_like(row), row), row)
 
 
 @engine("E1", "rows are added to memory that was cleared: -0 arrives as 0", "-0 arrives as 0")

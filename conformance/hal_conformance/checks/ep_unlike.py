@@ -20,12 +20,15 @@ def unlike_calls(context: Context) -> None:
     ep = context.ep
     case = draw(context).base((3, 2, 4))
     calls = draw(context).unlike(case)
-    options: list[dict[str, Any]] = [{"weights": False}, {"bias": 2}, {"alignment": 4}, {"worst": case.ranks * 24}, {}]
+    options: list[dict[str, Any]] = [{"bias": 1}, {"bias": 2}, {"alignment": 4}, {"worst": case.ranks * 24}, {}]
     if "expand" in ep.layouts:
         options[2] |= {"expand": True}
     if "float8_e4m3fn" in ep.dtypes and case.hidden % 16 == 0 and case.hidden in ep.row_bytes:
         options[1] |= {"scales": "float32"}
     context.rng.shuffle(options)
+    # As the last one in everything but its weights, which are those of no call before.
+    calls.append(calls[-1])
+    options.append({**options[-1], "weights": False})
     rounds = [Round(context, call.but(**option)) for call, option in zip(calls, options, strict=True)]
 
     def steps(rank: int) -> list[Step]:
