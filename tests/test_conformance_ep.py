@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -12,12 +13,13 @@ from hal_conformance import ep_causes
 from hal_conformance.checks import ep_misuse
 from hal_conformance.context import Record, Settings
 from hal_conformance.ep import Step, own_device
-from hal_conformance.ep_case import ROUTINGS, EpCase
+from hal_conformance.ep_case import ROUTINGS, EpCase, EpDraw
 from hal_conformance.ep_judge import differ, padded, received
 from hal_conformance.parcel import pack, unpack
 from hal_conformance.process import Worker
 from hal_conformance.session import Result, Session
 from hal_conformance.table import OBLIGATIONS
+from mutants.ep_sample import communicates
 from mutants.runner import WITNESS, installed
 from seeds import SEED
 
@@ -115,6 +117,48 @@ def test_tensors_of_every_dtype_travel_by_value(dtype: torch.dtype) -> None:
         assert got.dtype == dtype
         assert got.shape == sent.shape
         assert torch.equal(got.double(), sent.double())
+
+
+def test_a_column_of_one_row_travels_whatever_its_stride() -> None:
+    column = torch.arange(8, dtype=torch.int32).view(4, 2)[2:3, 1]
+    assert column.stride() == (2,)
+    assert unpack(pack(column)).tolist() == [5]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_rows_of_any_bits_hold_what_arithmetic_changes(dtype: str) -> None:
+    case = EpCase(ranks=2, tokens=(9, 9), hidden=2000, dtype=dtype, data="bits")
+    rows = torch.cat([given.x for given in case.inputs(5)])
+    tiny = torch.finfo(case.torch_dtype).tiny
+    assert bool(rows.isnan().any()) and bool(rows.isinf().any() | (rows.abs() > 1e4).any())
+    assert bool(((rows != 0) & (rows.abs() < tiny)).any())
+    assert bool(((rows == 0) & rows.signbit()).any()) and bool(((rows == 0) & ~rows.signbit()).any())
+    sums = case.outputs([9, 9], 5)
+    assert all(bool((one.abs() < tiny).all()) and bool((one != 0).any()) for one in sums)
+    fp8 = case.but(scales="float32").inputs(5)[0].x
+    assert bool(fp8.float().isnan().any())
+
+
+def test_what_arithmetic_did_to_moved_rows_is_named() -> None:
+    case = EpCase(ranks=1, tokens=(6,), hidden=512, data="bits", weights=False)
+    inputs = case.inputs(5)
+    want = oracle.dispatch(inputs, case.experts)
+    rows = want[0].x
+    flushed = rows.where(rows.abs() >= torch.finfo(torch.float32).tiny, torch.zeros_like(rows))
+    for x, cause in (
+        (rows.where(rows != 0, torch.zeros_like(rows)), "-0 arrives as 0"),
+        (rows.where(rows.isnan(), flushed), "denormal numbers arrive as 0"),
+    ):
+        seen = {"x": x, "idx": want[0].topk_idx, "scales": None, "weights": None, "counts": []}
+        assert ep_causes.of_received(case, inputs, 0, seen, want, (), False).startswith(cause)
+
+
+def test_calls_of_one_buffer_are_unlike_and_fit_it() -> None:
+    case = EpDraw(random.Random(5), communicates(), 0).base((3,))
+    calls = EpDraw(random.Random(5), communicates(), 0).unlike(case)
+    assert len({call.tokens for call in calls}) > 3 and any(0 in call.tokens for call in calls)
+    assert len({call.topk for call in calls}) == 2
+    assert len({str(call.buffer()) for call in calls}) == 1
 
 
 def test_a_negative_zero_is_another_bit_and_nan_equals_itself() -> None:

@@ -65,3 +65,12 @@ def test_limits_can_only_be_tightened() -> None:
 
 def test_nothing_to_compare_is_fine() -> None:
     assert compare(torch.zeros(0, 8), torch.zeros(0, 8, dtype=torch.float64), DENSE_OUT).ok
+
+
+def test_a_row_that_cannot_be_compared_fails() -> None:
+    want = rows(4)
+    magnitude = torch.ones(4, dtype=torch.float64)
+    magnitude[2] = torch.nan
+    result = compare(want.float(), want, DENSE_OUT, magnitude)
+    assert bool(result.bad[2])
+    assert result.worst == float("inf")

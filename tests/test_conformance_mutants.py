@@ -25,6 +25,8 @@ CHOSEN = (
     "mutant-own-rank-first",
     "mutant-error-on-one-rank",
     "mutant-hook-blocks",
+    "mutant-rank-of-the-program",
+    "mutant-sums-in-turn",
 )
 
 

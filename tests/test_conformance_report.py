@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hal_conformance import certificate, diff, html, report, verdict
+from hal_conformance import certificate, diff, facts, html, report, verdict
 from hal_conformance.cli import app
 from hal_conformance.context import Settings
 from hal_conformance.facts import environment
@@ -300,3 +300,29 @@ def test_verify_on_the_command_line(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["verify", str(path)])
     assert done.exit_code == 1
     assert "there is no certificate: quick mode" in done.output
+
+
+def test_files_beside_those_of_the_certificate_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    certified = made()
+    here = {"name": "hal-acme", "version": "1.0", "editable": False, "hash": "ab" * 32, "reaches": []}
+    monkeypatch.setattr(certificate, "entry_points", lambda **named: [None])
+    monkeypatch.setattr(certificate, "distribution", lambda name: here)
+    assert certificate.verify(certified) == ([], [])
+    here["reaches"] = ["kernels/__init__.py is not among its listed files"]
+    errors, _ = certificate.verify(certified)
+    assert errors == ["it reaches beyond its package here: kernels/__init__.py is not among its listed files"]
+
+
+def test_the_suite_is_bound_with_all_of_the_hal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    face = tmp_path / "hal"
+    (face / "portable" / "kernels").mkdir(parents=True)
+    kernel = face / "portable" / "kernels" / "ep.h"
+    kernel.write_text("one")
+    monkeypatch.setattr("hal.__file__", str(face / "__init__.py"))
+    before = facts.suite_hash()
+    kernel.write_text("another")
+    assert facts.suite_hash() != before
+    after = facts.suite_hash()
+    (face / "__pycache__").mkdir()
+    (face / "__pycache__" / "ep.pyc").write_text("bytecode")
+    assert facts.suite_hash() == after

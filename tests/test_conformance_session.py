@@ -14,15 +14,17 @@ from pathlib import Path
 
 import pytest
 import typer
-from hal_conformance import cli, html, report, verdict
+from hal_conformance import cli, html, progress, report, verdict
 from hal_conformance.cli import app
 from hal_conformance.context import Settings
 from hal_conformance.ep_case import EpDraw
 from hal_conformance.process import Worker
-from hal_conformance.session import RED, Session
-from hal_conformance.table import BY_ID, OBLIGATIONS
+from hal_conformance.session import RED, Result, Session
+from hal_conformance.table import BY_ID, OBLIGATIONS, Obligation
 from hal_conformance.waivers import Waiver, read
 from mutants.runner import WITNESS, installed
+from rich.console import Console
+from rich.progress import Progress
 from typer.testing import CliRunner
 
 import hal
@@ -346,3 +348,45 @@ def test_the_pytest_plugin_runs_obligations_and_refuses_wrong_requests(tmp_path:
     assert good[0] == 0 and "2 passed" in good[1], good[1]
     assert unknown[0] == absent[0] == 2, (unknown, absent)
     assert silent[0] == 1 and "--hal-backend NAME" in silent[1], silent[1]
+
+
+def test_the_bar_tells_how_far_a_run_is_and_its_clock_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[Progress] = []
+    monkeypatch.setattr(progress, "_progress", lambda console: bars.append(Progress(console=console)) or bars[0])
+    seen = []
+
+    def ran(self: Session, obligation: Obligation, step: Callable[[str, int, int], None]) -> Result:
+        for done in range(3):
+            step(obligation.id, done, 2)
+            seen.append((bars[0].tasks[0].description, bars[0].tasks[0].completed))
+        assert bars[0].tasks[0].finished_time is None
+        return Result(obligation.id, "SKIPPED")
+
+    monkeypatch.setattr(Session, "run_one", ran)
+    assert progress.play(Session(Settings("sample", 1)), Console(quiet=True))
+    first, last = OBLIGATIONS[0].id, OBLIGATIONS[-1].id
+    count = len(OBLIGATIONS)
+    assert seen[:2] == [(f"{first}, 1 of {count}", 0), (f"{first}, 1 of {count}", 1)]
+    assert seen[-1] == (f"{last}, {count} of {count}", 1)
+
+
+def test_an_interrupted_run_shows_what_it_saw_and_certifies_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ran = Session.run_one
+
+    def interrupted(self: Session, obligation: Obligation, progress: object = None) -> Result:
+        if obligation.id == "CAP-04":
+            raise KeyboardInterrupt
+        return ran(self, obligation)
+
+    monkeypatch.setattr(Session, "run_one", interrupted)
+    done = CliRunner().invoke(app, ["--backend", "cpu", "--out", str(tmp_path)])
+    assert done.exit_code == 1, done.output
+    assert "interrupted: what was not run is left out" in done.output
+    made = json.loads((tmp_path / "report.json").read_text())
+    seen = {row["id"]: row["status"] for row in made["obligations"]}
+    assert set(seen) == set(BY_ID)
+    assert (seen["CAP-03"], seen["CAP-04"], seen["MLA-01"]) == ("PASS", "SKIPPED", "SKIPPED")
+    assert (made["verdict"], made["certificate"], made["run"]["filtered"]) == ("INCOMPLETE", None, True)
+    assert (tmp_path / "report.html").exists()

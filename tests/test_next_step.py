@@ -53,6 +53,11 @@ def test_a_step_may_be_for_a_level(marked: Path, status: str) -> None:
     assert said[2] == "hal_acme/backend.py:3: look at the driver"
 
 
+def test_an_interrupted_run_is_to_be_made_again() -> None:
+    said = next_step(report("full", MLA_22="SKIPPED"))
+    assert said == ["what was run holds, and the run was interrupted; all of it: hal conform --backend acme --full"]
+
+
 def test_what_was_not_judged_is_to_be_run_again(marked: Path) -> None:
     assert next_step(report(MLA_22="ERROR"))[-1].endswith("first again: hal conform --backend acme --only MLA-22")
     assert "again" not in " ".join(next_step(report(MLA_22="FAIL")))

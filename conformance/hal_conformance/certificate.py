@@ -37,7 +37,7 @@ def obstacles(report: dict[str, Any]) -> list[str]:
     found = []
     run, backend = report["run"], report["backend"]
     if run["filtered"]:
-        found.append("quick mode or a filter was used")
+        found.append("quick mode or a filter was used, or the run was interrupted")
     if not run.get("fresh"):
         found.append("the seed was chosen: run without --seed")
     if run.get("host") != "hal conform":
@@ -133,6 +133,7 @@ def verify(report: Any, today: datetime.date | None = None) -> tuple[list[str], 
                 f"the installed files of {certificate['backend']!r} ({here['name']} {here['version']}) "
                 "are not the certified ones"
             )
+        errors += [f"it reaches beyond its package here: {text}" for text in here["reaches"]]
     return errors, notes
 
 
@@ -145,7 +146,8 @@ def _consistency(report: dict[str, Any]) -> list[str]:
         return errors
     for row in report["obligations"]:
         if row["status"] == "PASS" and (row["failures"] or not row["calls"] or row["executed"] != row["planned"]):
-            errors.append(f"{row['id']} says PASS, but {row['executed']} of {row['planned']} cases ran clean")
+            ran = f"{row['executed']} of {row['planned']} cases ran, of {row['calls']} calls"
+            errors.append(f"{row['id']} says PASS, but {ran}, and {len(row['failures'])} failed")
         least = BY_ID[row["id"]].count(report["run"]["mode"])
         if row["status"] == "PASS" and not report["run"]["filtered"] and row["planned"] < least:
             errors.append(f"{row['id']} ran {row['planned']} cases where this mode has {least}")

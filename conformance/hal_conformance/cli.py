@@ -16,14 +16,13 @@ import typer
 
 from hal import plugins
 from hal.spec.errors import HalError, SpecError
-from hal_conformance.table import BY_ID, LEVEL_IDS, OBLIGATIONS, Mode, of_level
+from hal_conformance.table import BY_ID, LEVEL_IDS, Mode, of_level
 
 # `hal --help` describes this command too: what loads torch or writes reports is imported where it is used.
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
 
-    from hal_conformance.session import Result, Session
+    from hal_conformance.session import Session
 
 app = typer.Typer(
     name="conform",
@@ -36,15 +35,6 @@ app = typer.Typer(
 )
 
 _CASE = re.compile(r"([A-Z0-9]+-\d+)@(\d+)\.(\d+)")
-_COLOURS = {
-    "PASS": "green",
-    "REFUSED": "green",
-    "WAIVED": "yellow",
-    "UNCOVERED": "yellow",
-    "BLOCKED": "dim",
-    "SKIPPED": "dim",
-}
-
 Backend = Annotated[
     str, typer.Option("--backend", "-b", help="Name of the backend; default HAL_BACKEND.", envvar="HAL_BACKEND")
 ]
@@ -189,7 +179,7 @@ def require_device(session: Session) -> None:
 def _run(session: Session, out: Path, older: dict[str, Any] | None) -> int:
     from rich.console import Console
 
-    from hal_conformance import diff, html, next_step
+    from hal_conformance import diff, html, next_step, progress
     from hal_conformance import report as reports
 
     console = Console()
@@ -206,15 +196,7 @@ def _run(session: Session, out: Path, older: dict[str, Any] | None) -> int:
                     f"{session.settings.backend} is not available on this machine, so nothing can be tested: {reason}"
                 )
         require_device(session)
-        with _progress(console) as progress:
-            task = progress.add_task("", total=None)
-            for obligation in OBLIGATIONS:
-
-                def step(name: str, done: int, planned: int) -> None:
-                    progress.update(task, description=name, completed=done, total=planned)
-
-                _say(progress.console, session.run_one(obligation, step))
-        roofline = _roofline(session)
+        roofline = _roofline(session) if progress.play(session, console) else None
     except SpecError as error:
         wrong_request(str(error))
     finally:
@@ -225,14 +207,8 @@ def _run(session: Session, out: Path, older: dict[str, Any] | None) -> int:
     html.write(report, out / "report.html", rows)
     _summary(console, report, rows, out)
     _say_next(console, next_step.next_step(report))
-    return 0 if report["verdict"] in ("PASS", "WAIVED", "INCOMPLETE") else 1
-
-
-def _progress(console: Console) -> Progress:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    held = report["verdict"] in ("PASS", "WAIVED", "INCOMPLETE") and not session.interrupted
+    return 0 if held else 1
 
 
 def _roofline(session: Session) -> dict[str, Any] | None:
@@ -249,28 +225,6 @@ def _roofline(session: Session) -> dict[str, Any] | None:
         # Shown, not judged: a report without it is complete.
         return None
     return None if "error" in answer else answer
-
-
-def _say(console: Console, result: Result) -> None:
-    from hal_conformance.session import RED
-
-    # A blocked level is one line of the summary, not one an obligation.
-    if result.status in ("SKIPPED", "BLOCKED"):
-        return
-    colour = _COLOURS.get(result.status, "bold red")
-    title = result.obligation.title
-    console.print(
-        f"  [{colour}]{result.status:<9}[/] {result.id}  {title} [dim]({result.seconds:.1f} s)[/]", highlight=False
-    )
-    if result.status in RED:
-        for failure in result.failures[:1]:
-            cause = (failure.get("diagnosis") or {}).get("cause")
-            if cause:
-                console.print(f"            [bold]likely cause: {cause}[/]", highlight=False, soft_wrap=True)
-            console.print(f"            {failure['problems'][0]}", highlight=False, markup=False, soft_wrap=True)
-            console.print(f"            {failure['reproduce']}", highlight=False, markup=False, soft_wrap=True)
-        if not result.failures:
-            console.print(f"            {result.message}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _summary(console: Console, report: dict[str, Any], rows: list[dict[str, str]] | None, out: Path) -> None:

@@ -11,11 +11,14 @@ import signal
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import hal
@@ -32,6 +35,9 @@ OUTPUTS: Final = (
 """Arguments that a call writes."""
 
 CALLS: Final = ("dispatch", "combine", "low_latency_dispatch", "low_latency_combine")
+TOLD: Final = ("recv_src_rank", "recv_src_position", "recv_src_choice", "recv_counts", "sent_counts")
+"""What the handle of a normal dispatch tells when it is asked."""
+
 _FIELDS: Final = ("argument", "got", "legal", "rank", "phase", "reason", "expert", "expected", "received")
 _PLACES: Final = ("/dev/shm/", "/tmp/", "/run/", "/var/tmp/")
 
@@ -66,8 +72,8 @@ class Step:
     Attributes
     ----------
     op : str
-        A method of `hal.EpBuffer`, or one of the player's own: open, close, finish, look, drop, fill, sleep, die,
-        die_after, stop, files.
+        A method of `hal.EpBuffer`, or one of the player's own: group, open, close, finish, look, tell, drop, fill,
+        sleep, die, die_after, stop, files.
     name : str
         What its result is called.
     args : mapping of str to object
@@ -260,27 +266,40 @@ class _Player:
 
     # The player's own steps.
 
+    def _group(self, step: Step, done: Done) -> None:
+        """A group of some of the ranks; all ranks make it."""
+        self.live[step.name] = dist.new_group(step.args["ranks"], timeout=timedelta(seconds=60), backend="gloo")
+
     def _open(self, step: Step, done: Done) -> None:
         arguments = {"backend": self.backend, "device": self.device, **step.args}
+        if isinstance(arguments.get("group"), Ref):
+            arguments["group"] = self.live[arguments["group"].name]
         self.live[step.name or "buffer"] = hal.EpBuffer(**arguments)
 
     def _close(self, step: Step, done: Done) -> None:
         self.live[step.on].close()
 
     def _finish(self, step: Step, done: Done) -> None:
-        """Complete an asynchronous call, by its hook where it has one."""
+        """Complete an asynchronous call, by its hook where it has one; on a thread of its own if told so."""
         result = self.live[step.args["of"]]
+        wait = result.event.wait if result.hook is None else result.hook
         done.begin = time.monotonic()
-        if result.hook is not None:
-            result.hook()
+        if step.args.get("elsewhere"):
+            with ThreadPoolExecutor(1) as other:
+                other.submit(wait).result()
         else:
-            result.event.wait()
+            wait()
         done.end = time.monotonic()
         self._collect(step.args["of"], done)
 
     def _look(self, step: Step, done: Done) -> None:
         """Take the results of an earlier call once more."""
         self._collect(step.args["of"], done)
+
+    def _tell(self, step: Step, done: Done) -> None:
+        """Ask the handle of a dispatch where its rows came from."""
+        handle = self.live[step.args["of"]].handle
+        done.result |= {name: getattr(handle, name).detach().cpu().clone() for name in TOLD}
 
     def _drop(self, step: Step, done: Done) -> None:
         """Let go of a result."""

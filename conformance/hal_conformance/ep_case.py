@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from dataclasses import dataclass
 from typing import Any, Final
@@ -53,7 +54,8 @@ class EpCase:
         Member of `ROUTINGS`: with holes and duplicates, without, skewed, all to one expert, all to one rank, none to
         the first rank, one expert K times, no expert at all, every second token nowhere.
     data : str
-        ``normal``; ``order``: sums depend on their order; ``extreme``: groups of columns hard to quantise.
+        ``normal``; ``order``: sums depend on their order; ``extreme``: groups of columns hard to quantise; ``bits``:
+        rows of any bits, of denormal numbers and of signed zeros, and sums of denormal numbers.
     scales : str
         Empty, or the dtype of the scales that travel with FP8 rows.
     weights : bool
@@ -69,6 +71,8 @@ class EpCase:
     cast : str
     pad : int
         Unused elements after each row of the inputs.
+    width : int
+        The buffer's ``topk`` where that is more than the choices of this call.
     """
 
     ranks: int = 2
@@ -92,6 +96,7 @@ class EpCase:
     pre_reduce: bool = False
     cast: str = "none"
     pad: int = 0
+    width: int = 0
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -126,7 +131,7 @@ class EpCase:
         return {
             "num_experts": self.experts,
             "hidden": self.hidden,
-            "topk": self.topk,
+            "topk": max(self.topk, self.width),
             "max_tokens_per_rank": self.most,
             "dtype": self.torch_dtype,
             "modes": (mode,) if isinstance(mode, str) else mode,
@@ -146,7 +151,7 @@ class EpCase:
             x = self._rows(n, rng)
             scales = None
             if self.scales:
-                x = x.clamp(-400, 400).to(FP8)
+                x = self._any_bits(n, FP8, rng) if self.data == "bits" else x.clamp(-400, 400).to(FP8)
                 groups = -(-self.hidden // SCALE_GROUP)
                 if self.scales == "int32":
                     scales = torch.randint(-(2**31), 2**31 - 1, (n, -(-groups // 4)), generator=rng, dtype=torch.int32)
@@ -160,6 +165,8 @@ class EpCase:
                 weights = torch.exp2(-torch.randint(0, 2, (n, self.topk), generator=rng).float())
                 weights[1::2] = 1 / 3
             rows = x if self.scales else x.to(self.torch_dtype)
+            if self.data == "bits" and not self.scales:
+                rows = self._any_bits(n, self.torch_dtype, rng)
             made.append(RankInput(rows, idx, weights if self.weights else None, scales))
         return made
 
@@ -179,6 +186,19 @@ class EpCase:
                 exact, 448.0 * torch.exp2(torch.randint(-8, 4, (n, groups), generator=rng)), x[:, at]
             )
         return x
+
+    def _any_bits(self, n: int, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
+        """Rows in turn of any bits, NaN and inf among them, of denormal numbers, and of zeros of both signs."""
+        size = 8 * dtype.itemsize
+        words = {8: torch.uint8, 16: torch.int16, 32: torch.int32}[size]
+        found = torch.randint(2**size, (n, self.hidden), generator=rng)
+        sign = 1 << (size - 1)
+        mantissa = round(-math.log2(torch.finfo(dtype).eps))
+        kind = (torch.arange(n) + int(torch.randint(3, (1,), generator=rng)))[:, None] % 3
+        found = torch.where(kind == 1, found & (sign | ((1 << mantissa) - 1)), found)
+        found = torch.where(kind == 2, found & sign, found)
+        signed = found if words is torch.uint8 else found - ((found & sign) << 1)
+        return signed.to(words).view(dtype)
 
     def _routes(self, n: int, rng: torch.Generator) -> Tensor:
         experts, topk = self.experts, self.topk
@@ -223,6 +243,10 @@ class EpCase:
     def _cancelling(self, rows: int, rng: torch.Generator) -> Tensor:
         """Numbers of which the large ones cancel, and swallow in float32 the small ones added before they do."""
         shape = (rows, self.hidden)
+        if self.data == "bits":
+            # Whole numbers of denormal ones, whose sums are exact and mostly denormal too.
+            least = torch.finfo(self.torch_dtype).smallest_normal * torch.finfo(self.torch_dtype).eps
+            return (torch.randint(-20, 21, shape, generator=rng).double() * least).to(self.torch_dtype)
         signs = torch.randint(0, 2, shape, generator=rng) * 2 - 1
         large = torch.rand(shape, generator=rng) < 0.4
         return torch.where(large, signs * _LARGE, torch.randn(shape, generator=rng) * _SMALL).to(self.torch_dtype)
@@ -254,14 +278,33 @@ class EpDraw:
         return self.sized(case.but(**changes))
 
     def odd(self, case: EpCase) -> EpCase:
-        """Sizes nobody tunes for."""
-        return self.sized(
-            case.but(
-                experts=self.rng.choice(members(self.declared.num_experts, (5, 7, 9, 13, 1, 11))),
-                topk=self.rng.choice(members(self.declared.topk, (1, 3, 5, 7))),
-            ),
-            ROWS[1:],
-        )
+        """Sizes nobody tunes for; now and then fewer choices than the buffer has."""
+        topk = self.rng.choice(members(self.declared.topk, (1, 3, 5, 7)))
+        wider = [n for n in (0, 0, topk + 1, topk + 2, topk + 5) if not n or n in self.declared.topk]
+        experts = self.rng.choice(members(self.declared.num_experts, (5, 7, 9, 13, 1, 11)))
+        return self.sized(case.but(experts=experts, topk=topk, width=self.rng.choice(wider)), ROWS[1:])
+
+    def apart(self, case: EpCase) -> EpCase:
+        """Sizes nobody tunes for that are other ones than those of a case, as far as there are others."""
+        drawn = [self.odd(case) for _ in range(8)]
+        return max(drawn, key=lambda one: (one.local != case.local) + (one.hidden != case.hidden))
+
+    def unlike(self, case: EpCase) -> list[EpCase]:
+        """Calls of one buffer, each unlike the one before: many tokens, then few or none, fewer choices, no weights."""
+        most = 24
+        case = case.but(capacity=most, width=case.topk)
+        empty = self.rng.randrange(case.ranks)
+        some = tuple(self.rng.randint(2, 9) for _ in range(case.ranks))
+        with_none = tuple(0 if rank == empty else n for rank, n in enumerate(some))
+        every = [
+            case.but(tokens=(most,) * case.ranks, routing="distinct"),
+            case.but(tokens=with_none, routing="mixed"),
+            case.but(tokens=some, topk=max(1, case.topk - 1)),
+            case.but(tokens=(1,) * case.ranks, routing="one"),
+            case.but(tokens=with_none[::-1], pad=8),
+        ]
+        self.rng.shuffle(every)
+        return every
 
     def many(self, case: EpCase) -> EpCase:
         """As many ranks as a node has, with more experts, choices and tokens than a group of threads; of short rows."""

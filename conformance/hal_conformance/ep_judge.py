@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from hal.reference import ep as oracle
 from hal.reference.ep import RankInput, RankPacked, RankReceived
 from hal_conformance import ep_causes
 from hal_conformance.context import Context
@@ -127,6 +129,43 @@ def received(
     return note(
         context, rank, what, problems, lambda: ep_causes.of_received(case, inputs, rank, seen, wants, earlier, weights)
     )
+
+
+def laid_out(context: Context, case: EpCase, given: RankInput, rank: int, got: dict[str, Any]) -> bool:
+    """What `EpBuffer.layout` told one rank."""
+    want = oracle.layout(given.topk_idx, case.experts, case.ranks, case.per_node)
+    names = ("num_tokens_per_rank", "num_tokens_per_node", "num_tokens_per_expert", "is_token_in_rank")
+    texts = [differ(name, got.get(name), getattr(want, name), lambda row: f"entry {row}") for name in names]
+    return note(context, rank, "layout", texts, lambda: "")
+
+
+def told(case: EpCase, inputs: Sequence[RankInput], wants: Sequence[RankReceived], rank: int) -> dict[str, Tensor]:
+    """What the handle of one rank's normal dispatch tells, by `hal_conformance.ep.TOLD`."""
+    source = list(wants[rank].source)
+    source += [(-1, -1)] * ((case.worst or len(source)) - len(source))
+    local, first = case.local, rank * case.local
+    experts = wants[rank].topk_idx.tolist() if case.expand else []
+    choices = []
+    for row, (sender, token) in enumerate(source):
+        chosen = inputs[sender].topk_idx[token].tolist() if sender >= 0 else []
+        mine = [e == first + experts[row] if case.expand else first <= e < first + local for e in chosen]
+        choices.append(mine.index(True) if any(mine) else -1)
+    counts = torch.zeros(case.ranks, local, dtype=torch.int32)
+    sent = torch.zeros(case.ranks, case.ranks, dtype=torch.int32)
+    for sender, given in enumerate(inputs):
+        for row_of_experts in given.topk_idx:
+            for expert in oracle.experts_of(row_of_experts):
+                if expert // local == rank:
+                    counts[sender, expert % local] += 1
+            for home in oracle.ranks_of(row_of_experts, local):
+                sent[sender, home] += 1
+    return {
+        "recv_src_rank": torch.tensor([s for s, _ in source], dtype=torch.int32),
+        "recv_src_position": torch.tensor([t for _, t in source], dtype=torch.int32),
+        "recv_src_choice": torch.tensor(choices, dtype=torch.int32),
+        "recv_counts": counts,
+        "sent_counts": sent,
+    }
 
 
 def combined(

@@ -108,7 +108,8 @@ class Round:
         if weights is not None:
             arguments["topk_weights"] = ep_judge.padded(weights, rows)
         if self.bias[rank]:
-            arguments["bias"] = tuple(self.bias[rank]) if len(self.bias[rank]) > 1 else self.bias[rank][0]
+            biases = tuple(Padded(one, case.pad) if case.pad else one for one in self.bias[rank])
+            arguments["bias"] = biases if len(biases) > 1 else biases[0]
         return Step("combine", name, arguments)
 
     def judge_dispatch(

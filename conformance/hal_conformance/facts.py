@@ -178,14 +178,14 @@ def _hash(files: list[tuple[str, Path]]) -> str | None:
 
 
 def suite_hash() -> str:
-    """A hash over the text of this suite, and of the specification, reference and public face it judges by."""
-    here = Path(__file__).parent
+    """A hash over this suite and all of the HAL: what it judges by, and what a backend may be made of."""
+    homes = {"hal_conformance": Path(__file__).parent, "hal": Path(hal.__file__).parent}
     files = [
-        (f"hal_conformance/{p.relative_to(here)}", p) for p in here.rglob("*") if p.suffix in (".py", ".j2", ".json")
+        (f"{name}/{p.relative_to(home)}", p)
+        for name, home in homes.items()
+        for p in home.rglob("*")
+        if "__pycache__" not in p.parts
     ]
-    face = Path(hal.__file__).parent
-    judging = [*face.glob("*.py"), *(face / "spec").rglob("*.py"), *(face / "reference").rglob("*.py")]
-    files += [(f"hal/{p.relative_to(face)}", p) for p in judging]
     digest = _hash(files)
     assert digest is not None
     return digest

@@ -116,7 +116,8 @@ def compare(
     ratio = error / allowed
     cosine, direction = directions(have, ref, limits, magnitude)
     row_ratio = torch.maximum(ratio.amax(-1), direction)
-    row_ratio = row_ratio.masked_fill(mask_bad, torch.inf)
+    # Of what cannot be compared nothing is right.
+    row_ratio = row_ratio.masked_fill(mask_bad | row_ratio.isnan(), torch.inf)
     bad = row_ratio > 1
     at = int(row_ratio.flatten().argmax())
     return Comparison(

@@ -81,6 +81,9 @@ def next_step(report: Mapping[str, Any]) -> list[str]:
     patience = "" if run["patience"] == 1 else f" --patience {run['patience']:g}"
     if run["only"] or run["case"] is not None:
         return [f"what was run holds; the rest: {base} --quick{patience}"]
+    if any(row["status"] == "SKIPPED" for row in report["obligations"]):
+        mode = "" if run["mode"] == "default" else f" --{run['mode']}"
+        return [f"what was run holds, and the run was interrupted; all of it: {base}{mode}{patience}"]
     open_level = next((row for row in report["levels"] if row["verdict"] == "UNDECLARED" and row["id"] in _MEANS), None)
     if run["mode"] == "quick":
         lines = [f"what is declared holds as far as a quick run sees; without --quick it certifies: {base}{patience}"]

@@ -17,7 +17,8 @@ class _Packer(pickle.Pickler):
         """How a tensor is taken apart."""
         if not isinstance(value, Tensor):
             return NotImplemented
-        flat = value.detach().cpu().contiguous().reshape(-1)
+        # A copy: of one element any stride counts as contiguous, and is kept.
+        flat = torch.empty(value.numel(), dtype=value.dtype).copy_(value.detach().reshape(-1))
         return _tensor, (flat.view(torch.uint8).numpy().tobytes(), value.dtype, tuple(value.shape))
 
 

@@ -33,9 +33,9 @@ def serve(rank: int, world: int, folder: str, pipe: Connection) -> None:
         try:
             work = getattr(importlib.import_module(module), name)
             mine.phase("start")
-            answer = ("done", work(mine))
+            answer, failed = pack(("done", work(mine))), False
         except Exception as error:
-            answer = ("raised", f"{type(error).__name__}: {error}")
-        pipe.send_bytes(pack(answer))
-        if answer[0] == "raised":
+            answer, failed = pack(("raised", f"{type(error).__name__}: {error}")), True
+        pipe.send_bytes(answer)
+        if failed:
             os._exit(1)

@@ -126,6 +126,7 @@ class Session:
         self.settings = settings
         self.waivers = dict(waivers or {})
         self.only = frozenset(only)
+        self.interrupted = False
         self.case = case
         self.fresh = fresh
         self.host = host
@@ -143,7 +144,8 @@ class Session:
     @property
     def filtered(self) -> bool:
         """Whether this run can never certify, because it leaves something out."""
-        return bool(self.only) or self.case is not None or self.settings.mode == "quick" or bool(self.settings.ranks)
+        chosen = bool(self.only) or self.case is not None or bool(self.settings.ranks)
+        return chosen or self.settings.mode == "quick" or self.interrupted
 
     def chosen(self) -> list[Obligation]:
         """What will run, in order."""
@@ -186,6 +188,12 @@ class Session:
         self._waive(result)
         self.results[obligation.id] = result
         return result
+
+    def leave_the_rest(self) -> None:
+        """Say of all that has not run that somebody interrupted this run."""
+        self.interrupted = True
+        for obligation in OBLIGATIONS:
+            self.results.setdefault(obligation.id, Result(obligation.id, "SKIPPED", "interrupted"))
 
     def close(self) -> None:
         """End the processes."""

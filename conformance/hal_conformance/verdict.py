@@ -59,7 +59,7 @@ def overall(rows: list[dict[str, Any]], filtered: bool, problems: list[str]) -> 
         return "FAIL", reasons
     executed = [row for row in rows if row["verdict"] in ("PASS", "WAIVED")]
     if filtered or any(row["verdict"] in ("INCOMPLETE", "BLOCKED") for row in rows):
-        return "INCOMPLETE", ["a filter or quick mode was used: such a run shows nothing about the rest"]
+        return "INCOMPLETE", ["not everything was run: such a run shows nothing about the rest"]
     if not executed:
         return "FAIL", ["nothing was executed"]
     return ("WAIVED" if any(row["verdict"] == "WAIVED" for row in rows) else "PASS"), []

@@ -67,6 +67,49 @@ class Routes:
     idx: list[Tensor | None]
     source: list[list[Source]]
     local: list[list[int]]
+    expand: bool = False
+
+
+class Sources:
+    """What a handle tells of its rows."""
+
+    def __init__(self, engine: Engine, routes: Routes, rows: int) -> None:
+        self.engine, self.routes = engine, routes
+        self.source = routes.source[engine.rank] + [(-1, -1)] * (rows - len(routes.source[engine.rank]))
+
+    def rank(self) -> Tensor:
+        return torch.tensor([source for source, _ in self.source], dtype=torch.int32)
+
+    def position(self) -> Tensor:
+        return torch.tensor([token for _, token in self.source], dtype=torch.int32)
+
+    def choice(self) -> Tensor:
+        engine, expand = self.engine, self.routes.expand
+        found = []
+        for (source, token), local in zip(self.source, self.routes.local[engine.rank], strict=False):
+            row = [] if source < 0 else engine.row_of(self.routes.idx, source, token).tolist()
+            mine = engine.rank * engine.local + local
+            found.append(
+                next((k for k, e in enumerate(row) if (e == mine if expand else engine.localised(e) >= 0)), -1)
+            )
+        found += [-1] * (len(self.source) - len(found))
+        return torch.tensor(found, dtype=torch.int32)
+
+    def counts(self) -> Tensor:
+        engine = self.engine
+        found = torch.zeros(engine.ranks, engine.local, dtype=torch.int32)
+        for source, idx in enumerate(self.routes.idx):
+            for expert in (e for row in ([] if idx is None else idx) for e in engine.experts(row)):
+                if expert // engine.local == engine.rank:
+                    found[source, expert % engine.local] += 1
+        return found
+
+    def sent(self) -> Tensor:
+        found = torch.zeros(self.engine.ranks, self.engine.ranks, dtype=torch.int32)
+        for source, idx in enumerate(self.routes.idx):
+            for row in [] if idx is None else idx:
+                found[source, self.engine.homes(row)] += 1
+        return found
 
 
 @dataclass(eq=False)
@@ -217,7 +260,7 @@ class Engine(EpEngine):
                 locals_.append([0] * len(kept))
             counts.append(count)
             dropped.append(len(arrived) - len(kept))
-        return Routes(operation, idx, sources, locals_), counts, dropped
+        return Routes(operation, idx, sources, locals_, args.expand), counts, dropped
 
     # The normal mode.
 
@@ -271,6 +314,7 @@ class Engine(EpEngine):
             dropped[self.rank],
             idx,
             self.kept_routes(args, routes),
+            Sources(self, routes, rows),
         )
         recv_x = recv_x.view(x.dtype)
         return EpDispatched(recv_x, recv_scales, recv_idx, recv_weights, handle, lambda: None)
@@ -471,7 +515,7 @@ class Engine(EpEngine):
         if cast != "fp8":
             exponent = self.exponent(scale)
             scale, inverse = torch.exp2(exponent), torch.exp2(-exponent)
-        values = (tiles * inverse[..., None]).view(n, -1)[:, :hidden].to(FP8)
+        values = (tiles * inverse[..., None]).view(n, groups * 128)[:, :hidden].to(FP8)
         if cast != "fp8_ue8m0":
             return values, self.given_scale(scale)
         codes = torch.zeros(n, -(-groups // 4) * 4, dtype=torch.uint8)

@@ -53,6 +53,7 @@ def load() -> dict[str, Check]:
         ep_low_latency,
         ep_misuse,
         ep_normal,
+        ep_unlike,
         huge,
         metamorphic,
         numbers,

@@ -232,3 +232,35 @@ def _nothing_cases(context: Context) -> list[MlaCase]:
 def nothing_to_do(context: Context) -> None:
     """No sequences, no queries, no tokens."""
     context.check(_nothing_cases(context)[context.index])
+
+
+_SPOILS = (float("nan"), float("inf"), -float("inf"))
+
+
+@holds("MLA-52")
+def sequences_apart(context: Context) -> None:
+    """Keys of some sequences are NaN or inf, as after an overflow upstream: the others are right all the same."""
+    draw = context.draw()
+    lengths = draw.lengths(most=300, batch=(3, 6))
+    case = draw.base().but(lengths=lengths, data="hot", out_layout=draw.rng.choice(("none", "contiguous")))
+    case = case.but(plan=context.index % 2 == 1)
+    inputs = context.make(case)
+    spoiled = [j for j in range(case.batch) if j % 2 == context.index // 2 % 2]
+    for j in spoiled:
+        pages = inputs.table[j, : -(-lengths[j] // case.page)].long().to(case.device)
+        inputs.kv_cache.view[pages] = draw.rng.choice(_SPOILS)
+    inputs.seal()
+    outcome = context.run(inputs)
+    if context.blind:
+        return
+    expected = context.expect(inputs)
+    # What the spoiled sequences give nobody says: NaN, or inf, or what a maximum leaves of it.
+    for rows in (outcome.out, outcome.lse, expected.out, expected.lse):
+        rows[spoiled] = 0
+    for magnitude in (expected.out_magnitude, expected.lse_magnitude):
+        magnitude[spoiled] = 1
+    rounding = expected.rounding
+    expected.rounding = None if rounding is None else lambda: rounding().nan_to_num(0.0, 0.0, 0.0)
+    context.wants_diagnosis = False
+    if not context.compare(inputs, outcome, expected, what="sequences beside those of NaN or inf: ").ok:
+        context.record.diagnosis = {"cause": "a sequence is reached by another's keys, if only with weights of 0"}

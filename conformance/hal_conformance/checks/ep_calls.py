@@ -168,18 +168,20 @@ def previous_event(context: Context) -> None:
 
 @holds("EPN-24")
 def asynchronous(context: Context) -> None:
-    """Several calls under way, finished in another order than they were made."""
+    """Several calls under way, finished in another order than they were made; in turn on another thread."""
+    elsewhere = context.index % 2 == 1
     case = draw(context).base((2, 3, 4), bias=1)
     rounds = [Round(context, case) for _ in range(3)]
     order = context.rng.sample(range(3), 3)
 
     def steps(rank: int) -> list[Step]:
         found = [made.dispatch(rank, f"dispatch {i}", async_finish=True) for i, made in enumerate(rounds)]
-        found += [Step("finish", f"received {i}", {"of": f"dispatch {i}"}) for i in order]
+        found += [Step("finish", f"received {i}", {"of": f"dispatch {i}", "elsewhere": elsewhere}) for i in order]
         found += [
             made.combine(rank, f"combine {i}", of=f"dispatch {i}", async_finish=True) for i, made in enumerate(rounds)
         ]
-        return found + [Step("finish", f"summed {i}", {"of": f"combine {i}"}) for i in reversed(order)]
+        late = [Step("finish", f"summed {i}", {"of": f"combine {i}", "elsewhere": elsewhere}) for i in reversed(order)]
+        return found + late
 
     played = play(context, case, scripts(case, steps))
     for i, made in enumerate(rounds):
@@ -259,9 +261,29 @@ def overflow_drops(context: Context) -> None:
     if "expand" in context.ep.layouts and context.index % 4 >= 2:
         case = case.but(expand=True)
     made = Round(context, case)
-    played = play(context, case, scripts(case, lambda r: [made.dispatch(r), made.combine(r)]))
+    again = None
+    if context.ep.cached_handle:
+        fresh = [RankInput(o.x, g.topk_idx, o.topk_weights) for o, g in zip(_other(made), made.inputs, strict=True)]
+        again = Round(context, case, fresh)
+
+    def steps(rank: int) -> list[Step]:
+        found = [made.dispatch(rank), made.combine(rank)]
+        if again is not None:
+            found.append(again.dispatch(rank, "cached", handle=Ref("dispatch")))
+            found.append(again.combine(rank, "combine cached", of="cached"))
+        return found
+
+    played = play(context, case, scripts(case, steps))
     made.judge_dispatch(played)
     made.judge_combine(played)
+    if again is not None:
+        again.judge_dispatch(played, "cached", earlier=made.inputs)
+        again.judge_combine(played, "combine cached")
+
+
+def _other(made: Round) -> list[RankInput]:
+    """Other rows and weights for the same routes."""
+    return made.case.inputs(made.context.tensor_seed())
 
 
 @holds("EPN-29")

@@ -11,6 +11,7 @@ from hal_conformance.checks.ep_normal import draw
 from hal_conformance.context import Context
 from hal_conformance.ep import CALLS, Step
 from hal_conformance.ep_case import EpCase
+from hal_conformance.ep_judge import laid_out
 from hal_conformance.ep_play import Played, patiently, play
 from hal_conformance.ep_refused import refused_alike
 from hal_conformance.ep_round import PackedRound, Round, scripts
@@ -42,22 +43,19 @@ def nodes_like_one(context: Context) -> None:
     if context.index % 4 == 2 and "float8_e4m3fn" in context.ep.dtypes:
         case = draw(context).sized(case.but(scales="float32"))
     made, other = Round(context, case), Round(context, case)
-    cached = context.ep.cached_handle
 
     def steps(rank: int) -> list[Step]:
-        found = [
-            made.dispatch(rank),
-            other.dispatch(rank, "other"),
-            made.combine(rank),
-            other.combine(rank, "sum", of="other"),
-        ]
-        return found + [Step("layout", "layout", {"topk_idx": made.inputs[rank].topk_idx})] * cached
+        found = [made.dispatch(rank), other.dispatch(rank, "other"), made.combine(rank)]
+        found.append(other.combine(rank, "sum", of="other"))
+        return [*found, Step("layout", "layout", {"topk_idx": made.inputs[rank].topk_idx})]
 
     played = play(context, case, scripts(case, steps))
     made.judge_dispatch(played)
     other.judge_dispatch(played, "other")
     made.judge_combine(played)
     other.judge_combine(played, "sum")
+    for rank in range(case.ranks):
+        laid_out(context, case, made.inputs[rank], rank, played.result(rank, "layout"))
 
 
 @holds("EPX-02")

@@ -118,12 +118,19 @@ def whatever_is_set(context: Context) -> None:
 
 @holds("MLA-51")
 def two_threads(context: Context) -> None:
-    """Two threads make calls of different sizes and scales, each many times with tensors of its own."""
+    """Two threads make calls of different sizes and scales, each many times with tensors of its own.
+
+    A plan is made by the thread that uses it, or in turn by another.
+    """
     draw = context.draw()
     cases = [_of_a_thread(draw, scale) for scale in (0.3, 0.02)]
+    if context.index % 2:
+        # Longer than one split, which the schedule of a plan is about.
+        cases[0] = cases[0].but(plan=True, lengths=(draw.rng.randint(600, 1500), *cases[0].lengths))
     every = [context.make(case) for case in cases]
+    before = [plan_for(inputs, context.backend) if context.index % 2 and inputs.case.plan else None for inputs in every]
     turns = _TURNS[context.settings.mode]
-    found = context.together([_turns(context, inputs, turns) for inputs in every])
+    found = context.together([_turns(context, inputs, turns, plan) for inputs, plan in zip(every, before, strict=True)])
     for case, inputs, given in zip(cases, every, found, strict=True):
         _right_every_time(context, case, inputs, given)
 
@@ -137,11 +144,11 @@ def _of_a_thread(draw: Draw, scale: float) -> MlaCase:
 Results = list[tuple[Tensor, Tensor]]
 
 
-def _turns(context: Context, inputs: Inputs, turns: int) -> Callable[[], Results]:
+def _turns(context: Context, inputs: Inputs, turns: int, before: hal.MlaPlan | None) -> Callable[[], Results]:
     positional, keywords = inputs.arguments()
 
     def run() -> Results:
-        plan = plan_for(inputs, context.backend) if inputs.case.plan else None
+        plan = plan_for(inputs, context.backend) if inputs.case.plan and before is None else before
         found = (hal.mla_decode(*positional, **keywords, plan=plan, backend=context.backend) for _ in range(turns))
         return [(out.cpu(), lse.cpu()) for out, lse in found]
 

@@ -76,7 +76,7 @@ class EpHandle:
     state : object
         The engine's own data.
     sources : EpSources or None
-        Where the received rows came from.
+        Where the received rows came from; an engine tells it of every dispatch.
     """
 
     owner: object

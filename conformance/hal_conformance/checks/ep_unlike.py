@@ -1,0 +1,178 @@
+"""E1 and E2: what a first call on the only buffer of all ranks does not show; and what a handle tells of its rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hal_conformance.checks import holds
+from hal_conformance.checks.ep_low_latency import base
+from hal_conformance.checks.ep_normal import draw
+from hal_conformance.context import Context
+from hal_conformance.ep import TOLD, Ref, Step
+from hal_conformance.ep_judge import differ, note, told
+from hal_conformance.ep_play import Played, play
+from hal_conformance.ep_round import PackedRound, Round, scripts
+
+
+@holds("EPN-15")
+def unlike_calls(context: Context) -> None:
+    """A row of unlike calls on one buffer; each must be right, and is combined at once or after the next dispatch."""
+    ep = context.ep
+    case = draw(context).base((3, 2, 4))
+    calls = draw(context).unlike(case)
+    options: list[dict[str, Any]] = [{"bias": 1}, {"bias": 2}, {"alignment": 4}, {"worst": case.ranks * 24}, {}]
+    if "expand" in ep.layouts:
+        options[2] |= {"expand": True}
+    if "float8_e4m3fn" in ep.dtypes and case.hidden % 16 == 0 and case.hidden in ep.row_bytes:
+        options[1] |= {"scales": "float32"}
+    context.rng.shuffle(options)
+    # As the last one in everything but its weights, which are those of no call before.
+    calls.append(calls[-1])
+    options.append({**options[-1], "weights": False})
+    rounds = [Round(context, call.but(**option)) for call, option in zip(calls, options, strict=True)]
+
+    def steps(rank: int) -> list[Step]:
+        found = [rounds[0].dispatch(rank, "dispatch 0")]
+        for turn, made in enumerate(rounds):
+            if turn + 1 < len(rounds):
+                found.append(rounds[turn + 1].dispatch(rank, f"dispatch {turn + 1}"))
+            found.append(made.combine(rank, f"combine {turn}", of=f"dispatch {turn}"))
+        return found
+
+    def arrived(played: Played) -> None:
+        for turn, made in enumerate(rounds):
+            made.judge_dispatch(played, f"dispatch {turn}")
+
+    played = play(context, rounds[0].case, scripts(calls[0], steps), first=arrived)
+    arrived(played)
+    for turn, made in enumerate(rounds):
+        made.judge_combine(played, f"combine {turn}")
+
+
+@holds("EPN-16")
+def other_buffers(context: Context) -> None:
+    """Two buffers of other sizes in turn; a buffer of some of the ranks, whose numbers in it are not the program's."""
+    if context.index % 2:
+        _part_of_the_ranks(context)
+        return
+    case = draw(context).base((2, 3), bias=1)
+    other = draw(context).apart(case)
+    rounds = {"buffer": [Round(context, case) for _ in range(2)], "other": [Round(context, other) for _ in range(2)]}
+
+    def steps(rank: int) -> list[Step]:
+        found = [Step("open", "other", other.buffer())]
+        for turn in range(2):
+            for call in ("dispatch", "combine"):
+                for name, (first, second) in rounds.items():
+                    made, of = (first, second)[turn], f"dispatch {name} {turn}"
+                    step = made.dispatch(rank, of) if call == "dispatch" else made.combine(rank, f"combine {of}", of=of)
+                    found.append(Step(step.op, step.name, step.args, name))
+        return [*found, Step("close", "closed", on="other")]
+
+    def arrived(played: Played) -> None:
+        for name, every in rounds.items():
+            for turn, made in enumerate(every):
+                made.judge_dispatch(played, f"dispatch {name} {turn}")
+
+    played = play(context, case, scripts(case, steps), first=arrived)
+    arrived(played)
+    for name, every in rounds.items():
+        for turn, made in enumerate(every):
+            made.judge_combine(played, f"combine dispatch {name} {turn}")
+
+
+def _part_of_the_ranks(context: Context) -> None:
+    case = draw(context).base((2, 3), bias=1)
+    left_out = context.rng.randrange(case.ranks)
+    part = [rank for rank in range(case.ranks + 1) if rank != left_out]
+    made = Round(context, case)
+
+    def script(rank: int) -> list[Step]:
+        group = Step("group", "part", {"ranks": part})
+        if rank == left_out:
+            return [group]
+        opened = Step("open", "buffer", case.buffer(group=Ref("part")))
+        here = part.index(rank)
+        return [group, opened, made.dispatch(here), made.combine(here), Step("close", "close")]
+
+    played = play(context, case, [script(rank) for rank in range(case.ranks + 1)])
+    members = Played([played.steps[rank] for rank in part], played.group)
+    made.judge_dispatch(members)
+    made.judge_combine(members)
+
+
+@holds("EPN-17")
+def what_a_handle_tells(context: Context) -> None:
+    """Where rows came from, in both layouts, with padding, with rows that never came, and of a cached dispatch."""
+    case = draw(context).base((3, 2, 4), routing=("mixed", "zipf", "one", "half")[context.index // 3 % 4])
+    if context.index % 3 == 1 and "expand" in context.ep.layouts:
+        case = case.but(expand=True, alignment=context.rng.choice((1, 4)))
+    elif context.index % 3 == 2:
+        case = case.but(worst=case.ranks * case.most + 3)
+    made = Round(context, case)
+    names = ["dispatch", *(["cached"] if context.ep.cached_handle else [])]
+
+    def steps(rank: int) -> list[Step]:
+        found = [made.dispatch(rank)]
+        if "cached" in names:
+            found.append(made.dispatch(rank, "cached", handle=Ref("dispatch")))
+        return found + [Step("tell", f"told {name}", {"of": name}) for name in names]
+
+    played = play(context, case, scripts(case, steps))
+    for name in names:
+        for rank in range(case.ranks):
+            want, got = told(case, made.inputs, made.wants, rank), played.result(rank, f"told {name}")
+            texts = [differ(key, got.get(key), want[key], lambda row: f"entry {row}") for key in TOLD]
+            note(context, rank, f"what the handle of {name} tells", texts, lambda: "")
+
+
+@holds("EPL-16")
+def both_modes(context: Context) -> None:
+    """Calls of both modes in turn on one buffer."""
+    case = base(context)
+    packed, plain = PackedRound(context, case), Round(context, case.but(cast="none"))
+
+    def steps(rank: int) -> list[Step]:
+        return [
+            plain.dispatch(rank, "plain"),
+            packed.dispatch(rank, "packed"),
+            plain.combine(rank, "combine plain", of="plain"),
+            packed.combine(rank, "combine packed", of="packed"),
+        ]
+
+    played = play(context, case, scripts(case, steps, ("normal", "low_latency")))
+    plain.judge_dispatch(played, "plain")
+    packed.judge_dispatch(played, "packed")
+    plain.judge_combine(played, "combine plain")
+    packed.judge_combine(played, "combine packed")
+
+
+@holds("EPL-18")
+def unlike_low_latency_calls(context: Context) -> None:
+    """A row of unlike calls on one buffer, of all declared casts in turn; in between results whose hook never ran."""
+    case = base(context, (3, 2, 4))
+    casts = context.ep.casts if case.hidden % 16 == 0 and case.hidden in context.ep.row_bytes else (case.cast,)
+    calls = draw(context).unlike(case.but(cast=casts[0]))
+    calls = [call.but(cast=casts[turn % len(casts)]) for turn, call in enumerate(calls)]
+    rounds = [PackedRound(context, call) for call in calls]
+    hooked: dict[str, Any] = {"return_recv_hook": True} if context.ep.recv_hook else {}
+
+    def steps(rank: int) -> list[Step]:
+        found = []
+        for turn, made in enumerate(rounds):
+            found += [made.dispatch(rank, f"let go {turn}", **hooked), Step("drop", args={"of": f"let go {turn}"})]
+            late = hooked if turn % 2 else {}
+            found.append(made.dispatch(rank, f"dispatch {turn}", **late))
+            found += [Step("finish" if late else "look", f"received {turn}", {"of": f"dispatch {turn}"})]
+            found.append(made.combine(rank, f"combine {turn}", of=f"dispatch {turn}"))
+            found.append(Step("drop", args={"of": f"dispatch {turn}"}))
+        return found
+
+    def arrived(played: Played) -> None:
+        for turn, made in enumerate(rounds):
+            made.judge_dispatch(played, f"dispatch {turn}", step=f"received {turn}")
+
+    played = play(context, calls[0], scripts(calls[0], steps, "low_latency"), first=arrived)
+    arrived(played)
+    for turn, made in enumerate(rounds):
+        made.judge_combine(played, f"combine {turn}")
