@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 import weakref
@@ -19,7 +20,7 @@ from portable_backends import MeetingHost
 from seeds import SEED
 from test_portable_direct import FIBRES, again, before, close, returned, weighted
 
-from hal import RankFailure, plugins
+from hal import RankFailure, SpecError, plugins
 from hal.portable.host import HostEvent
 from hal.reference import ep as oracle
 from hal.spec.errors import DeviceError
@@ -159,6 +160,84 @@ def forgotten(rank: int) -> None:
             buffer.low_latency_dispatch(x, idx, use_fp8=False, return_recv_hook=True)
         packed = buffer.low_latency_dispatch(x, idx, use_fp8=False)
         close(buffer.low_latency_combine(packed.recv_x, idx, weights, packed.handle).combined_x, weighted(mine))
+        dist.barrier()
+    dist.barrier()
+
+
+def test_a_buffer_that_is_forgotten_waits_for_what_is_under_way(before: partial[None]) -> None:
+    run_ranks(2, unclosed, limit=60, before=before)
+
+
+def unclosed(rank: int) -> None:
+    mine, device = CASE.inputs()[rank], on(TwoStreams())
+    for call in ("low_latency_dispatch", "combine"):
+        buffer = CASE.buffer(modes=("low_latency", "normal"))
+        got: Any = buffer.dispatch(mine.x, mine.topk_idx)
+        if call == "combine":
+            got = buffer.combine(got.recv_x, got.handle, async_finish=True)
+            written = weakref.ref(got.combined_x)
+        else:
+            got = buffer.low_latency_dispatch(mine.x, mine.topk_idx, use_fp8=False, async_finish=True)
+            written = weakref.ref(got.recv_x)
+        dist.barrier()
+        del got
+        assert device.beside and written() is not None
+        engine = weakref.ref(buffer._engine)
+        del buffer
+        gc.collect()
+        assert engine() is None and not device.beside and written() is None
+        dist.barrier()
+
+
+def test_the_table_of_windows_that_is_read_beside_stays_when_windows_come(before: partial[None]) -> None:
+    run_ranks(2, tables, limit=60, before=before)
+
+
+def tables(rank: int) -> None:
+    mine, device = CASE.inputs()[rank], on(TwoStreams())
+    with CASE.buffer(modes=("low_latency", "normal")) as buffer:
+        kernels = buffer._engine._kernels  # type: ignore[attr-defined]
+        got = buffer.low_latency_dispatch(mine.x, mine.topk_idx, use_fp8=False, return_recv_hook=True)
+        table = weakref.ref(kernels.windows)
+        for _ in range(3):
+            buffer._engine._know(buffer._engine._windows.take(1 << 16))  # type: ignore[attr-defined]
+        gc.collect()
+        assert kernels.windows is not table() and table() is not None and device.beside
+        dist.barrier()
+        got.hook()
+        buffer.dispatch(mine.x, mine.topk_idx)
+        assert table() is None
+        dist.barrier()
+    dist.barrier()
+
+
+def test_a_hook_that_comes_at_the_wrong_time_may_come_again(before: partial[None]) -> None:
+    run_ranks(2, untimely, limit=60, before=before)
+
+
+def untimely(rank: int) -> None:
+    """And what is captured before the call that puts memory aside is finished everywhere is refused."""
+    mine, device = CASE.inputs()[rank], on(TwoStreams())
+    with CASE.buffer() as buffer:
+
+        def dispatch(times: int) -> Any:
+            return buffer.low_latency_dispatch(mine.x * times, mine.topk_idx, use_fp8=False, return_recv_hook=True)
+
+        if rank == 1:
+            dist.barrier()
+        got = dispatch(1)
+        device.in_capture = True
+        if rank == 0:
+            with pytest.raises(SpecError, match="before all ranks have shown the memory"):
+                dispatch(2)
+            dist.barrier()
+        with pytest.raises(SpecError, match="run while a graph is captured"):
+            got.hook()
+        device.in_capture = False
+        got.hook()
+        got.hook()
+        back = buffer.low_latency_combine(got.recv_x, mine.topk_idx, mine.topk_weights, got.handle)
+        close(back.combined_x, weighted(mine))
         dist.barrier()
     dist.barrier()
 

@@ -36,7 +36,7 @@ _PATIENCE: Final = 2.0
 
 _LEFT_TO_US: Final = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_DUMP_ON_TIMEOUT")
 _handling: Final = threading.Lock()
-"""Held by whoever has changed it."""
+"""Held while the environment says something else than its owner has set."""
 
 Maker = Callable[[Any, int, int], Any]
 

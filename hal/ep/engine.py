@@ -32,6 +32,10 @@ Finish = Callable[[], None]
 thread. Raises RankFailure when a rank does not answer."""
 
 
+class Untimely(SpecError):
+    """What a finish raises that cannot run now, and can at another time: it was not called."""
+
+
 _REASON: Final = 300
 
 

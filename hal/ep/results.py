@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from hal.ep.engine import Finish
+from hal.ep.engine import Finish, Untimely
 from hal.spec.ep import EpHandle, EpLowLatencyHandle
 
 
@@ -30,6 +30,9 @@ class EpCompletion:
             if finish is not None:
                 try:
                     finish()
+                except Untimely:
+                    self._finish = finish
+                    raise
                 except BaseException as error:
                     self._error = error
                     raise

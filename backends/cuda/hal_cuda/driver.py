@@ -76,30 +76,38 @@ class CudaFork:
     Parameters
     ----------
     index : int
+    origin : Stream
+        Current now.
     side : Stream
-        Of this device's alone: what others give it would be waited for.
+        Given work by forks of that one alone.
+
+    Raises
+    ------
+    DeviceError
     """
 
     __slots__ = ("_done", "_index", "_origin", "_side", "_within")
 
-    def __init__(self, index: int, side: torch.cuda.Stream) -> None:
-        self._index, self._side, self._origin = index, side, torch.cuda.current_stream(index)
+    def __init__(self, index: int, origin: torch.cuda.Stream, side: torch.cuda.Stream) -> None:
+        self._index, self._origin, self._side, self._done = index, origin, side, torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._within = torch.cuda.stream(side)
-        side.wait_stream(self._origin)
+        checked("cudaStreamWaitEvent", side.wait_stream, origin)
 
     def __enter__(self) -> None:
         self._within.__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *raised: Any) -> None:
-        self._done = self._side.record_event()
-        self._within.__exit__(*raised)
+        try:
+            checked("cudaEventRecord", self._done.record, self._side)
+        finally:
+            self._within.__exit__(*raised)
 
     def join(self) -> None:
         """See `runtime.Fork`."""
         here = torch.cuda.current_stream(self._index)
-        here.wait_event(self._done)
+        checked("cudaStreamWaitEvent", here.wait_event, self._done)
         if here != self._origin:
-            self._origin.wait_event(self._done)
+            checked("cudaStreamWaitEvent", self._origin.wait_event, self._done)
 
 
 class CudaDevice(Mailboxes, InPlace):
@@ -117,6 +125,7 @@ class CudaDevice(Mailboxes, InPlace):
     def __init__(self, index: int, timed: bool = False) -> None:
         self.index = index
         self.timed = timed
+        self._sides: dict[tuple[int, bool], torch.cuda.Stream] = {}
         self._launches: Counter[str] = Counter()
 
     @cached_property
@@ -149,15 +158,15 @@ class CudaDevice(Mailboxes, InPlace):
         """See `runtime.MeetingDevice`."""
         return torch.cuda.is_current_stream_capturing()
 
-    @cached_property
-    def _sides(self) -> list[torch.cuda.Stream]:
-        # Before what the caller computes, of which there may be enough for all processors; and one for captures, which
-        # are not to catch what is launched beside them.
-        return [torch.cuda.Stream(self.index, priority=-1) for _ in range(2)]  # type: ignore[no-untyped-call]
-
     def fork(self) -> CudaFork:
         """See `runtime.MeetingDevice`."""
-        return CudaFork(self.index, self._sides[self.capturing()])
+        origin = torch.cuda.current_stream(self.index)
+        # One for captures, which are not to catch what is launched beside them.
+        whose = (origin.cuda_stream, self.capturing())
+        if whose not in self._sides:
+            # Before what the caller computes, of which there may be enough for all processors.
+            self._sides[whose] = torch.cuda.Stream(self.index, priority=-1)  # type: ignore[no-untyped-call]
+        return CudaFork(self.index, origin, self._sides[whose])
 
     def window(self, size: int) -> IpcWindow:
         """See `runtime.SharingDevice`."""

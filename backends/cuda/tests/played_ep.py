@@ -88,8 +88,18 @@ class Runtime:
         self._opened.remove(address)
 
 
+class Event:
+    """On which stream it was recorded, and behind how much of what that had waited for."""
+
+    def __init__(self) -> None:
+        self.at: tuple[Stream, int] | None = None
+
+    def record(self, stream: Stream) -> None:
+        self.at = stream, len(stream.waited)
+
+
 class Stream:
-    """What kernels are launched on is done at once: of streams only the current one counts, and who waits for what."""
+    """What kernels are launched on is done at once: of streams only which is current counts, and who waits for whom."""
 
     cuda_stream = 0
 
@@ -99,13 +109,12 @@ class Stream:
     def synchronize(self) -> None:
         pass
 
-    def record_event(self) -> Any:
-        return self
+    def wait_event(self, event: Event) -> None:
+        assert event.at is not None, "an event that was not recorded is waited for by nobody"
+        self.waited.append(event.at[0])
 
-    def wait_event(self, event: Any) -> None:
-        self.waited.append(event)
-
-    wait_stream = wait_event
+    def wait_stream(self, stream: Stream) -> None:
+        self.waited.append(stream)
 
 
 class _Module:
@@ -137,6 +146,7 @@ def put_in(patch: Any) -> Runtime:
         current.pop()
 
     patch(torch.cuda, "Stream", Stream)
+    patch(torch.cuda, "Event", Event)
     patch(torch.cuda, "stream", within)
     patch(torch.cuda, "current_stream", lambda index=None: current[-1])
     patch(torch.cuda, "get_device_capability", lambda index: (9, 0))

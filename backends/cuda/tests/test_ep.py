@@ -77,6 +77,58 @@ def test_windows_are_of_the_rank_s_own_card(monkeypatch: pytest.MonkeyPatch) -> 
     assert {device for _, device in asked} == {3}
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_who_waits_for_whom(elsewhere: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is beside waits for the caller; the caller, and whoever takes its results over, for what is beside."""
+    played_ep.put_in(monkeypatch.setattr)
+    device, caller, other = driver.CudaDevice(0), played_ep.Stream(), played_ep.Stream()
+    other.cuda_stream = 7
+    with torch.cuda.stream(caller):
+        fork = device.fork()
+        with fork:
+            beside = torch.cuda.current_stream(0)
+            assert beside is not caller and beside.waited == [caller]
+        assert torch.cuda.current_stream(0) is caller and not caller.waited
+    with torch.cuda.stream(other if elsewhere else caller):
+        fork.join()
+    assert caller.waited == [beside] and other.waited == [beside] * elsewhere
+    with torch.cuda.stream(caller):
+        assert device.fork()._side is beside, "of one stream in order"
+        monkeypatch.setattr(device, "capturing", lambda: True)
+        assert device.fork()._side is not beside, "a capture catches nothing else"
+    monkeypatch.setattr(device, "capturing", lambda: False)
+    with torch.cuda.stream(other):
+        assert device.fork()._side is not beside, "others wait for nobody's queue but their own"
+
+
+def test_a_stream_that_refuses_is_the_device_s_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    played_ep.put_in(monkeypatch.setattr)
+    device, caller = driver.CudaDevice(0), torch.cuda.current_stream(0)
+
+    def refuse(*given: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    fork = device.fork()
+    monkeypatch.setattr(fork._done, "record", refuse)
+    with pytest.raises(DeviceError, match=r"cudaEventRecord.*illegal"), fork:
+        pass
+    assert torch.cuda.current_stream(0) is caller
+    monkeypatch.setattr(played_ep.Stream, "wait_stream", refuse)
+    with pytest.raises(DeviceError, match=r"cudaStreamWaitEvent.*illegal"):
+        device.fork()
+
+
+def test_memory_of_another_stream_is_kept_for_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[object] = []
+    current = SimpleNamespace(current_stream=lambda device: f"the current one of {device}")
+    monkeypatch.setattr(torch, "get_device_module", lambda device: current)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: kept.append(stream))
+    device = driver.CudaDevice(0)
+    device.used_here(torch.empty(4, device="meta"))
+    device.used_here(torch.empty(4))
+    assert kept == ["the current one of meta"]
+
+
 def test_what_is_put_off_to_a_thread_stays_on_the_stream_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     entered = []
 

@@ -22,7 +22,7 @@ from typing import Final
 
 from torch import Tensor
 
-from hal.ep.engine import Finish
+from hal.ep.engine import Finish, Untimely
 from hal.ep.lines import Message
 from hal.portable.direct.board import DIFFERS, LATE, MET, epoch, wrong
 from hal.portable.direct.kernels import RING, Staging, Turn, address_of
@@ -88,7 +88,7 @@ class CapturedCalls(MeetingCalls):
             captured = op.number == _NO_NUMBER
             if self._capturing != captured:
                 got = "run after the capture of its call" if captured else "run while a graph is captured"
-                raise SpecError(f"{op.kind}: hook or event", got, "within the capture that its call is in, or in none")
+                raise Untimely(f"{op.kind}: hook or event", got, "within the capture that its call is in, or in none")
             finish()
 
         return run
@@ -145,6 +145,10 @@ class CapturedCalls(MeetingCalls):
             legal = f"{op.kind} once before, not captured: it puts aside the memory that captured calls share"
             scarce = "a captured call where there is no memory to put aside"
             raise SpecError(op.kind, scarce if op.kind in self._channels else "a captured call before any other", legal)
+        self._listen(0)
+        if len(self._aside[op.kind]) < self._near.ranks - 1:
+            got = "a captured call before all ranks have shown the memory that they have put aside"
+            raise SpecError(op.kind, got, "the call before it, not captured, finished: its hook or event first")
         channel = channels[self._captured[op.kind] % _EACH]
         if channel.open:
             got = f"a captured call while the one {_EACH} before it is not finished"

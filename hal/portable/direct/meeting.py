@@ -34,7 +34,7 @@ from hal.portable.direct.board import (
     wrong,
 )
 from hal.portable.direct.kernels import AGREE, RING, DirectKernels, Staging, Turn, address_of, signed
-from hal.portable.direct.receive import Beside, Follow, Receive, Routes
+from hal.portable.direct.receive import Beside, Follow, Receive, Routes, join_all
 from hal.portable.ep_post import MAIN, Operation
 from hal.portable.ep_slots import SlotCalls
 from hal.portable.ep_windows import Lease
@@ -78,6 +78,8 @@ class MeetingCalls(SlotCalls):
         self._counter = self._kernels.device.mailbox(1)
         self._pending: dict[int, weakref.ref[Finish]] = {}
         self._besides: list[tuple[weakref.ref[Finish], Beside]] = []
+        # A buffer may be forgotten without being closed.
+        weakref.finalize(self, join_all, self._besides).atexit = False
         self._places: list[int | None] = [None] * RING
         return {"board": self._board.number}
 
@@ -363,7 +365,7 @@ class MeetingCalls(SlotCalls):
         for finish, beside in self._besides:
             if finish() is None:
                 beside.join()
-        self._besides = [one for one in self._besides if not one[1].joined]
+        self._besides[:] = [one for one in self._besides if not one[1].joined]
         for number, finish in list(self._pending.items()):
             if finish() is None:
                 del self._pending[number]

@@ -67,15 +67,14 @@ class DirectNormalCalls(CapturedCalls):
     ) -> Finish:
         """Fetch rows of a call whose ranks have met; beside what the caller computes where that puts the finish off."""
         device = self._kernels.device
-        fork = device.fork() if deferred else None
-        if fork is None:
+
+        def launch() -> Queue:
             queue = device.queue()
             fetch(queue, met)
-            return self._finish(op, queue.finish)
-        beside = Beside(fork, met, ways, received)
-        with fork:
-            fetch(device.queue(), met)
-        finish = self._finish(op, beside.join)
+            return queue
+
+        beside = Beside.launched(device, launch, (met, ways, received)) if deferred else None
+        finish = self._finish(op, launch().finish if beside is None else beside.join)
         self._keep(finish, beside)
         return finish
 
@@ -275,10 +274,12 @@ class DirectNormalCalls(CapturedCalls):
             self._publish(op, staging, fields, stage).finish()
             self._kernels.lend(ways)
 
+            kernels, turn = self._kernels, Turn.of(op.number)
+
             def gather(queue: Queue, met: Memory | int) -> None:
                 biases = [one if one.stride(1) == 1 else one.contiguous() for one in args.bias]
-                self._kernels.gather(queue, met, ways, out, sums, weight, biases)
-                self._kernels.done(queue, Turn.of(op.number), met, False)
+                kernels.gather(queue, met, ways, out, sums, weight, biases)
+                kernels.done(queue, turn, met, False)
 
             receive = self._receive(op, staging, MAX_INT32, gather)
             deferred = args.async_finish or args.return_recv_hook

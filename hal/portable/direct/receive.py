@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from hal.portable.direct.board import Told
 from hal.portable.direct.kernels import DirectKernels, Staging, Turn
-from hal.portable.runtime import Fork, Memory, Queue
+from hal.portable.runtime import Fork, MeetingDevice, Memory, Queue
+from hal.spec.errors import DeviceError
 
 _LONGER: Final = 8000
 """How often kernels look for a rank while nobody waits for them: some 10 ms. Who comes later is met by the hook."""
@@ -41,6 +43,10 @@ class Receive:
         Its address.
     queue : Queue or None
         On which everything was launched last.
+    most : int
+        As given; more where a rank was seen to have more, before it is launched again.
+    beside : Beside or None
+        Where it was launched beside the caller's stream.
     """
 
     __slots__ = (
@@ -93,12 +99,10 @@ class Receive:
 
     def launch_beside(self, turns: int = _LONGER) -> None:
         """Likewise, beside what the caller's stream is given from now on, where the device can do that."""
-        fork = self._kernels.device.fork()
-        if fork is not None:
-            # Of the table of windows there may be another by the time that kernels read this one.
-            self.beside = Beside(fork, self.memory, self._follow, self._kernels.windows)
-            with fork:
-                self.launch(turns)
+        kernels = self._kernels
+        # Of the table of windows there may be another by the time that kernels read this one.
+        held = (self.memory, self._follow, kernels.windows)
+        self.beside = Beside.launched(kernels.device, lambda: self.launch(turns), held)
 
     def join(self) -> Queue:
         """What was launched beside the caller's stream comes before what that is given now."""
@@ -109,20 +113,36 @@ class Receive:
 
 
 class Beside:
-    """What is under way beside a caller's stream, and what it uses.
+    """What is under way beside a caller's stream, and what its kernels write and read.
 
     Parameters
     ----------
     fork : Fork
-    held
-        What its kernels write and read.
+    held : object
+        Kept until it is joined.
     """
 
     __slots__ = ("_fork", "_held")
 
-    def __init__(self, fork: Fork, *held: object) -> None:
+    def __init__(self, fork: Fork, held: object) -> None:
         self._fork: Fork | None = fork
         self._held = held
+
+    @classmethod
+    def launched(cls, device: MeetingDevice, launch: Callable[[], object], held: object) -> Beside | None:
+        """Launch something there; None, and nothing launched, where the device has no stream for it."""
+        fork = device.fork()
+        if fork is None:
+            return None
+        made = cls(fork, held)
+        try:
+            with fork:
+                launch()
+        except BaseException:
+            # Some of it may be under way.
+            made.join()
+            raise
+        return made
 
     @property
     def joined(self) -> bool:
@@ -134,4 +154,11 @@ class Beside:
         fork, self._fork = self._fork, None
         if fork is not None:
             fork.join()
-        self._held = ()
+        self._held = None
+
+
+def join_all(besides: Iterable[tuple[object, Beside]]) -> None:
+    """Of a buffer that is forgotten: memory is freed behind what still uses it."""
+    for _, beside in besides:
+        with contextlib.suppress(DeviceError):
+            beside.join()
