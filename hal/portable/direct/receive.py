@@ -13,6 +13,7 @@ from hal.spec.errors import DeviceError
 
 _LONGER: Final = 8000
 """How often kernels look for a rank while nobody waits for them: some 10 ms. Who comes later is met by the hook."""
+
 Follow = Callable[[Queue, Memory | int], None]
 """Launches what comes behind a meeting, on its queue; given where kernels are told of the peers."""
 Routes = Callable[[int], int] | int
