@@ -29,8 +29,52 @@ inline bool count_seen(const Problem& p, const Block& b, int begin, int count, i
 }
 
 // Asks memory for what the next tile needs while this one is computed with: into the second-level cache, which can wait
-// for many more lines than the first, and a line at a time between multiplications, because a burst holds up the work.
+// for many more lines than the first, and a few lines at a time between multiplications, because a burst holds up the
+// work.
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// One line of each row. With pages of 4 KiB finding out where an address lies takes as long as fetching what is there,
+// and the lines of a page all wait for that: rows are touched a tile before their lines are asked for.
+template <class T>
+inline void touch(int n, const T* const* rows) {
+  for (int i = 0; i < n; ++i) prefetch(rows[i]);
+}
+
+// The lines of some rows, asked for one after the other, a few at a time, by whatever is computed meanwhile.
+class Ahead {
+ public:
+  // At least one row.
+  template <class T>
+  Ahead(const T* const* rows, int count, int dim)
+      : rows_((const char* const*)rows), left_(count), size_(dim * sizeof(T)), at_(*rows_), end_(at_ + size_) {}
+
+  // The next n lines. Once all are asked for, the last row's again, which cost little.
+  template <int n>
+  void ask() {
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) {
+      prefetch(at_);
+      at_ += kLine;
+      if (at_ < end_) continue;
+      if (left_ > 1) --left_, ++rows_;
+      at_ = *rows_;
+      end_ = at_ + size_;
+    }
+  }
+
+  static constexpr int kLine = 64;
+
+ private:
+  const char* const* rows_;
+  int left_, size_;
+  const char *at_, *end_;
+};
+
+// For work that has no time for it.
+struct NothingAhead {
+  template <int n>
+  void ask() {}
+};
 
 // Walks over the rows of a sequence.
 class Cursor {

@@ -175,6 +175,7 @@ void attend_many(const Problem& p, const Block& b, int begin, int end, State sta
   const Element* tokens[kTile];
   for (int t = 0; t < kTile; ++t) tokens[t] = (const Element*)(s.tile + t * kWordStride<T>);
   const T* ahead[kTile] = {};
+  NothingAhead nothing;
   Cursor now(p, b, begin, end), later(p, b, end - begin < kTile ? end : begin + kTile, end);
   for (int t = begin; t < end || t == begin; t += kTile) {
     const int count = end - t < kTile ? end - t : kTile, left = end - t - count;
@@ -183,7 +184,7 @@ void attend_many(const Problem& p, const Block& b, int begin, int end, State sta
     score_panels<T>(p, b, count, left > 0 ? ahead : nullptr, s);
     const bool all = count_seen(p, b, t, count, round_up(b.rows, kLanes), seen);
     softmax_many(p, b.rows, count, all ? nullptr : seen, state, s);
-    accumulate_seen<ManyWeights>(p, b.rows, count, all ? nullptr : seen, tokens, t == begin, state, s);
+    accumulate_seen<ManyWeights>(p, b.rows, count, all ? nullptr : seen, tokens, t == begin, state, s, nothing);
   }
 }
 
