@@ -133,34 +133,21 @@ void pad_tokens(const Problem& p, int count, T* copies, const T** tokens) {
   }
 }
 
-// Three tiles are under way: one is computed with, the lines of the next are asked for, the rows of the third touched.
 template <class T>
 void attend_few(const Problem& p, const Block& b, int begin, int end, State state, Scratch& s) {
   float seen[kFewRows];
-  const T* rows[3][kFewTile] = {};
-  int counts[3];
-  Cursor cursor(p, b, begin, end);
-  int found = begin;
-  const auto find = [&](int i) {
-    counts[i] = end - found < kFewTile ? end - found : kFewTile;
-    cursor.find(counts[i], rows[i]);
-    touch(counts[i], rows[i]);
-    found += counts[i];
-  };
-  find(0);
-  find(1);
-  for (int t = begin, now = 0; t < end || t == begin; t += kFewTile) {
-    const int next = now == 2 ? 0 : now + 1, last = 3 - now - next, count = counts[now];
-    find(last);
-    const T** tokens = rows[now];
+  Window<T, 3, kFewTile> window(p, b, begin, end);
+  for (int t = 0; t < window.count(0); ++t) prefetch_row(window.rows(0)[t], p.head_dim);
+  for (int t = begin; t < end || t == begin; t += kFewTile, window.advance()) {
+    const int count = window.count(0), next = window.count(1);
+    const T** tokens = window.rows(0);
     pad_tokens(p, count, (T*)s.tile, tokens);
     // Where nothing is left, what is here already.
-    Ahead ahead = counts[next] ? Ahead(rows[next], counts[next], p.head_dim) : Ahead(tokens, 1, p.head_dim);
+    Ahead ahead(next ? window.rows(1) : tokens, next ? next : 1, p.head_dim);
     score_few(p, b.rows, count, tokens, ahead, s);
     const bool all = count_seen(p, b, t, count, b.rows, seen);
     softmax_few(p, b.rows, count, all ? nullptr : seen, state, s);
     accumulate_seen<FewWeights>(p, b.rows, count, all ? nullptr : seen, tokens, t == begin, state, s, ahead);
-    now = next;
   }
 }
 
