@@ -115,7 +115,8 @@ class Cursor {
 template <class T, int n, int size>
 class Window {
  public:
-  Window(const Problem& p, const Block& b, int begin, int end) : cursor_(p, b, begin, end), left_(end - begin) {
+  Window(const Problem& p, const Block& b, int begin, int end)
+      : cursor_(p, b, begin, end), last_byte_(p.head_dim * sizeof(T) - 1), left_(end - begin) {
     for (int i = 0; i < n; ++i) fill(i);
   }
 
@@ -128,16 +129,20 @@ class Window {
   }
 
  private:
-  // One line of each row is asked for at once. With pages of 4 KiB finding out where an address lies takes as long as
-  // fetching what is there, and all lines of a page wait for that.
+  // The first and last line of each row are asked for at once. With pages of 4 KiB finding out where an address lies
+  // takes as long as fetching what is there, and all lines of a page wait for that.
   void fill(int i) {
     counts_[i] = left_ < size ? left_ : size;
     left_ -= counts_[i];
     cursor_.find(counts_[i], rows_[i]);
-    for (int t = 0; t < counts_[i]; ++t) prefetch(rows_[i][t]);
+    for (int t = 0; t < counts_[i]; ++t) {
+      prefetch(rows_[i][t]);
+      prefetch((const char*)rows_[i][t] + last_byte_);
+    }
   }
 
   Cursor cursor_;
+  ptrdiff_t last_byte_;
   int left_, now_ = 0;
   int counts_[n];
   const T* rows_[n][size] = {};
