@@ -29,8 +29,52 @@ inline bool count_seen(const Problem& p, const Block& b, int begin, int count, i
 }
 
 // Asks memory for what the next tile needs while this one is computed with: into the second-level cache, which can wait
-// for many more lines than the first, and a line at a time between multiplications, because a burst holds up the work.
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+// for many more lines than the first, and a few at a time between multiplications, because a burst holds up the work.
+inline void prefetch(const void* p) {
+  __builtin_prefetch(p, 0, 2);
+  asm volatile("");  // or GCC takes a function that only asks for one that does nothing
+}
+
+template <class T>
+inline void prefetch_row(const T* row, int dim) {
+  for (int d = 0; d < dim; d += 64 / sizeof(T)) prefetch(row + d);
+}
+
+// The lines of some rows, asked for one after the other, a few at a time, by whatever is computed meanwhile.
+class Ahead {
+ public:
+  // At least one row.
+  template <class T>
+  Ahead(const T* const* rows, int count, int dim)
+      : rows_((const char* const*)rows), left_(count), size_(dim * sizeof(T)), at_(*rows_), end_(at_ + size_) {}
+
+  // The next n lines. Once all are asked for, the last row's again, which cost little.
+  template <int n>
+  void ask() {
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) {
+      prefetch(at_);
+      at_ += kLine;
+      if (at_ < end_) continue;
+      if (left_ > 1) --left_, ++rows_;
+      at_ = *rows_;
+      end_ = at_ + size_;
+    }
+  }
+
+  static constexpr int kLine = 64;
+
+ private:
+  const char* const* rows_;
+  int left_, size_;
+  const char *at_, *end_;
+};
+
+// For work that has no time for it.
+struct NothingAhead {
+  template <int n>
+  void ask() {}
+};
 
 // Walks over the rows of a sequence.
 class Cursor {
@@ -65,6 +109,43 @@ class Cursor {
   const ptrdiff_t size_;
   int left_, page_, offset_;
   const char* rows_ = nullptr;
+};
+
+// The rows of n tiles in a row: the one computed with, and those after it that memory is asked for.
+template <class T, int n, int size>
+class Window {
+ public:
+  Window(const Problem& p, const Block& b, int begin, int end)
+      : cursor_(p, b, begin, end), last_byte_(p.head_dim * sizeof(T) - 1), left_(end - begin) {
+    for (int i = 0; i < n; ++i) fill(i);
+  }
+
+  const T** rows(int i) { return rows_[(now_ + i) % n]; }
+  int count(int i) const { return counts_[(now_ + i) % n]; }
+
+  void advance() {
+    fill(now_);
+    now_ = (now_ + 1) % n;
+  }
+
+ private:
+  // The first and last line of each row are asked for at once. With pages of 4 KiB finding out where an address lies
+  // takes as long as fetching what is there, and all lines of a page wait for that.
+  void fill(int i) {
+    counts_[i] = left_ < size ? left_ : size;
+    left_ -= counts_[i];
+    cursor_.find(counts_[i], rows_[i]);
+    for (int t = 0; t < counts_[i]; ++t) {
+      prefetch(rows_[i][t]);
+      prefetch((const char*)rows_[i][t] + last_byte_);
+    }
+  }
+
+  Cursor cursor_;
+  ptrdiff_t last_byte_;
+  int left_, now_ = 0;
+  int counts_[n];
+  const T* rows_[n][size] = {};
 };
 
 }  // namespace

@@ -25,11 +25,14 @@ void pack_few(const Problem& p, const Block& b, float* to) {
   for (int r = 0; r < b.rows; ++r) unpack_row(query_row<T>(p, b, r), to + r * kWordStride<T>, p.head_dim);
 }
 
-// Scores of R rows, into S[r][t]. Tokens past `count` repeat the last one. Each line read asks for one of `ahead`.
+// Scores of R rows, into S[r][t]. Tokens past `count` repeat the last one.
 template <class T, int R>
 void score_dots(int dim, int count, const T* const* tokens, const float* query, float* scores,
-                const T* const* ahead) {
+                Ahead& ahead) {
+  // Half of the lines read here, the others when values are added: asked for evenly, they come fastest.
+  constexpr int kLines = dot_tokens(R) * (kPair * sizeof(T) > Ahead::kLine ? kPair * sizeof(T) / Ahead::kLine : 1);
   constexpr int kTokens = dot_tokens(R), kVectors = Product<T>::kVectors;
+  Ahead asking = ahead;
   for (int first = 0; first < count; first += kTokens) {
     const T* token[kTokens];
 #pragma GCC unroll 8
@@ -42,13 +45,7 @@ void score_dots(int dim, int count, const T* const* tokens, const float* query, 
     }
     const float* q = query;
     for (int d = 0; d < dim; d += kPair, q += kVectors * kLanes) {
-      if (ahead && d * sizeof(T) % 64 == 0) {
-#pragma GCC unroll 8
-        for (int t = 0; t < kTokens; ++t) {
-          prefetch(ahead[first + t] + d);
-          if (kPair * sizeof(T) > 64) prefetch(ahead[first + t] + d + kPair / 2);
-        }
-      }
+      if (d * sizeof(T) % Ahead::kLine == 0) asking.ask<kLines / 2>();
       V x[kTokens][kVectors];
 #pragma GCC unroll 8
       for (int t = 0; t < kTokens; ++t) Product<T>::load_words(token[t] + d, x[t]);
@@ -74,22 +71,22 @@ void score_dots(int dim, int count, const T* const* tokens, const float* query, 
       }
     }
   }
+  ahead = asking;
 }
 
 template <class T, int R = kDotRows>
 inline void score_few_rows(int rows, int dim, int count, const T* const* tokens, const float* query, float* scores,
-                           const T* const* ahead) {
+                           Ahead& ahead) {
   if (rows == R) return score_dots<T, R>(dim, count, tokens, query, scores, ahead);
   if constexpr (R > 1) score_few_rows<T, R - 1>(rows, dim, count, tokens, query, scores, ahead);
 }
 
 template <class T>
-void score_few(const Problem& p, int rows, int count, const T* const* tokens, const T* const* ahead, Scratch& s) {
+void score_few(const Problem& p, int rows, int count, const T* const* tokens, Ahead& ahead, Scratch& s) {
   const int blocks = (rows + kDotRows - 1) / kDotRows;
   for (int i = 0, r = 0; i < blocks; ++i) {
     const int size = (rows - r) / (blocks - i);
-    score_few_rows<T>(size, p.head_dim, count, tokens, s.query + r * kWordStride<T>, s.scores + r * kFewTile,
-                      r ? nullptr : ahead);
+    score_few_rows<T>(size, p.head_dim, count, tokens, s.query + r * kWordStride<T>, s.scores + r * kFewTile, ahead);
     r += size;
   }
 }
@@ -125,13 +122,11 @@ void softmax_few(const Problem& p, int rows, int count, const float* seen, State
   }
 }
 
-// The next `count` rows: where they lie if they are whole pairs, else padded copies.
+// Rows that are no whole pairs are read from padded copies.
 template <class T>
-void find_tokens(const Problem& p, int count, Cursor& from, T* copies, const T** tokens) {
-  const int padded = round_up(p.head_dim, kPair);
+void pad_tokens(const Problem& p, int count, T* copies, const T** tokens) {
+  if (p.head_dim % kPair == 0) return;
   for (int t = 0; t < count; ++t) {
-    tokens[t] = (const T*)from.next();
-    if (padded == p.head_dim) continue;
     T* copy = copies + t * kMaxDim;
     pad_row(tokens[t], copy, p.head_dim);
     tokens[t] = copy;
@@ -141,16 +136,18 @@ void find_tokens(const Problem& p, int count, Cursor& from, T* copies, const T**
 template <class T>
 void attend_few(const Problem& p, const Block& b, int begin, int end, State state, Scratch& s) {
   float seen[kFewRows];
-  const T *tokens[kFewTile], *ahead[kFewTile] = {};
-  Cursor now(p, b, begin, end), later(p, b, end - begin < kFewTile ? end : begin + kFewTile, end);
-  for (int t = begin; t < end || t == begin; t += kFewTile) {
-    const int count = end - t < kFewTile ? end - t : kFewTile, left = end - t - count;
-    find_tokens(p, count, now, (T*)s.tile, tokens);
-    later.find(left < kFewTile ? left : kFewTile, ahead);
-    score_few(p, b.rows, count, tokens, left > 0 ? ahead : nullptr, s);
+  Window<T, 3, kFewTile> window(p, b, begin, end);
+  for (int t = 0; t < window.count(0); ++t) prefetch_row(window.rows(0)[t], p.head_dim);
+  for (int t = begin; t < end || t == begin; t += kFewTile, window.advance()) {
+    const int count = window.count(0), next = window.count(1);
+    const T** tokens = window.rows(0);
+    pad_tokens(p, count, (T*)s.tile, tokens);
+    // Where nothing is left, what is here already.
+    Ahead ahead(next ? window.rows(1) : tokens, next ? next : 1, p.head_dim);
+    score_few(p, b.rows, count, tokens, ahead, s);
     const bool all = count_seen(p, b, t, count, b.rows, seen);
     softmax_few(p, b.rows, count, all ? nullptr : seen, state, s);
-    accumulate_seen<FewWeights>(p, b.rows, count, all ? nullptr : seen, tokens, t == begin, state, s);
+    accumulate_seen<FewWeights>(p, b.rows, count, all ? nullptr : seen, tokens, t == begin, state, s, ahead);
   }
 }
 

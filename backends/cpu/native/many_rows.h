@@ -14,6 +14,8 @@ namespace {
 
 using ManyWeights = Weights<1, kScoreStride>;
 
+constexpr int kSoon = 6;  // rows between asking for the first tile's and unpacking them
+
 constexpr int kMaxVectors = kRegisters == 32 ? 4 : 2;
 
 // Most tokens that N vectors of rows leave registers for, next to a row of Q and a broadcast.
@@ -174,16 +176,19 @@ void attend_many(const Problem& p, const Block& b, int begin, int end, State sta
   float seen[kRowBlock];
   const Element* tokens[kTile];
   for (int t = 0; t < kTile; ++t) tokens[t] = (const Element*)(s.tile + t * kWordStride<T>);
-  const T* ahead[kTile] = {};
-  Cursor now(p, b, begin, end), later(p, b, end - begin < kTile ? end : begin + kTile, end);
-  for (int t = begin; t < end || t == begin; t += kTile) {
-    const int count = end - t < kTile ? end - t : kTile, left = end - t - count;
-    for (int i = 0; i < count; ++i) unpack_row((const T*)now.next(), s.tile + i * kWordStride<T>, p.head_dim);
-    later.find(left < kTile ? left : kTile, ahead);
-    score_panels<T>(p, b, count, left > 0 ? ahead : nullptr, s);
+  NothingAhead nothing;
+  Window<T, 2, kTile> window(p, b, begin, end);
+  for (int t = begin; t < end || t == begin; t += kTile, window.advance()) {
+    const int count = window.count(0);
+    for (int i = 0; i < count; ++i) {
+      // Of the first tile nothing was asked for yet.
+      if (t == begin && i + kSoon < count) prefetch_row(window.rows(0)[i + kSoon], p.head_dim);
+      unpack_row(window.rows(0)[i], s.tile + i * kWordStride<T>, p.head_dim);
+    }
+    score_panels<T>(p, b, count, window.count(1) ? window.rows(1) : nullptr, s);
     const bool all = count_seen(p, b, t, count, round_up(b.rows, kLanes), seen);
     softmax_many(p, b.rows, count, all ? nullptr : seen, state, s);
-    accumulate_seen<ManyWeights>(p, b.rows, count, all ? nullptr : seen, tokens, t == begin, state, s);
+    accumulate_seen<ManyWeights>(p, b.rows, count, all ? nullptr : seen, tokens, t == begin, state, s, nothing);
   }
 }
 

@@ -195,6 +195,7 @@ void attend_tiled(const Problem& p, const Block& b, int begin, int end, State st
   const Bf16* tokens[kTile];
   for (int t = 0; t < kTile; ++t) tokens[t] = (const Bf16*)(s.tile + t * kWordStride<Bf16>);
   const Bf16* ahead[kTile] = {};
+  NothingAhead nothing;
   Cursor now(p, b, begin, end), later(p, b, end - begin < kTile ? end : begin + kTile, end);
   for (int t = begin; t < end || t == begin; t += kTile) {
     const int count = end - t < kTile ? end - t : kTile, left = end - t - count;
@@ -208,7 +209,7 @@ void attend_tiled(const Problem& p, const Block& b, int begin, int end, State st
     // Where some query of the sequence sees less, none of its rows is computed by tiles, whichever block it is in.
     const bool whole = !p.causal || b.length - b.queries + 1 >= t + count;
     if (whole) accumulate_tiles(tiles, p, b.rows, count, t == begin, state, s);
-    else accumulate_seen<ManyWeights>(p, b.rows, count, all ? nullptr : seen, tokens, t == begin, state, s);
+    else accumulate_seen<ManyWeights>(p, b.rows, count, all ? nullptr : seen, tokens, t == begin, state, s, nothing);
   }
 }
 
