@@ -27,6 +27,8 @@ from hal.spec.errors import DeviceError
 
 __all__ = ["before"]
 
+pytestmark = pytest.mark.long(5)
+
 CASE = replace(FIBRES, tokens=(5, 9))
 
 
@@ -242,6 +244,7 @@ def untimely(rank: int) -> None:
     dist.barrier()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("late", [None, 0, 1])
 def test_ranks_come_when_they_come(late: int | None, before: partial[None]) -> None:
     run_ranks(2, whenever, late, limit=90, before=before)
