@@ -18,7 +18,9 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -97,48 +99,39 @@ def agrees(buffer: hal.EpBuffer, given: argparse.Namespace, rank: int) -> int:
     return wrong
 
 
-def times(buffer: hal.EpBuffer, given: argparse.Namespace, rank: int) -> dict[str, float]:
-    """Microseconds of one dispatch and of one combine."""
+def low_latency(buffer: hal.EpBuffer, given: argparse.Namespace, rank: int) -> dict[str, Callable[..., Any]]:
+    """A dispatch and a combine of the sizes that are timed."""
     x = torch.randn(given.tokens, given.hidden, device=buffer.args.device).bfloat16()
     idx = routes(given.tokens, given.experts, given.topk, rank).to(x.device)
     weights = torch.rand(given.tokens, given.topk, device=x.device)
     got = buffer.low_latency_dispatch(x, idx, use_fp8=False)
     outputs = torch.randn(got.recv_x.shape, device=x.device).bfloat16()
-    calls = {
-        "dispatch": lambda: buffer.low_latency_dispatch(x, idx),
-        "combine": lambda: buffer.low_latency_combine(outputs, idx, weights, got.handle),
+    return {
+        "dispatch": partial(buffer.low_latency_dispatch, x, idx),
+        "combine": partial(buffer.low_latency_combine, outputs, idx, weights, got.handle),
     }
-    return {name: replayed(call) for name, call in calls.items()}
 
 
-def overlaps(buffer: hal.EpBuffer, given: argparse.Namespace, rank: int) -> dict[str, float]:
-    """Microseconds of compute alone, and with a dispatch or a combine whose hook comes behind it."""
-    x = torch.randn(given.tokens, given.hidden, device=buffer.args.device).bfloat16()
-    idx = routes(given.tokens, given.experts, given.topk, rank).to(x.device)
-    weights = torch.rand(given.tokens, given.topk, device=x.device)
-    got = buffer.low_latency_dispatch(x, idx, use_fp8=False)
-    outputs = torch.randn(got.recv_x.shape, device=x.device).bfloat16()
-    factor = torch.randn(2, COMPUTE, COMPUTE, device=x.device).bfloat16()
-    product, rows = torch.empty_like(factor[0]), torch.randn(PASSED, device=x.device).bfloat16()
+def overlaps(calls: dict[str, Callable[..., Any]], device: torch.device) -> dict[str, float]:
+    """Microseconds of compute alone, and with each of the calls whose hook comes behind it."""
+    factor = torch.randn(2, COMPUTE, COMPUTE, device=device).bfloat16()
+    product, rows = torch.empty_like(factor[0]), torch.randn(PASSED, device=device).bfloat16()
     computes = {"a product": lambda: torch.mm(factor[0], factor[1], out=product), "a pass": lambda: rows.mul_(1.0)}
 
-    def hooked(compute: Any, call: Any, *args: Any) -> None:
-        hook = call(*args, return_recv_hook=True).hook
+    def hooked(compute: Callable[[], Any], call: Callable[..., Any]) -> None:
+        hook = call(return_recv_hook=True).hook
         compute()
         hook()
 
-    back = (buffer.low_latency_combine, outputs, idx, weights, got.handle)
     found = {}
     for name, compute in computes.items():
         found[name] = replayed(compute)
-        found[f"{name} in a dispatch"] = replayed(
-            lambda compute=compute: hooked(compute, buffer.low_latency_dispatch, x, idx)
-        )
-        found[f"{name} in a combine"] = replayed(lambda compute=compute: hooked(compute, *back))
+        for kind, call in calls.items():
+            found[f"{name} in a {kind}"] = replayed(partial(hooked, compute, call))
     return found
 
 
-def replayed(call: Any) -> float:
+def replayed(call: Callable[[], Any]) -> float:
     """Microseconds of one of several calls in a graph, of the slowest rank."""
     call()
     torch.cuda.synchronize()
@@ -177,8 +170,9 @@ def rank_main(given: argparse.Namespace) -> int:
     with hal.EpBuffer(**sizes, max_tokens_per_rank=given.tokens, modes=("low_latency",), device=device) as buffer:
         wrong = torch.tensor(agrees(buffer, given, rank))
         dist.all_reduce(wrong, dist.ReduceOp.MAX)
-        found = times(buffer, given, rank)
-        beside = overlaps(buffer, given, rank)
+        calls = low_latency(buffer, given, rank)
+        found = {name: replayed(call) for name, call in calls.items()}
+        beside = overlaps(calls, device)
     if rank == 0:
         print(f"{given.ranks} ranks: {given.rounds} replays, {int(wrong)} of them not as called")
         said = ", ".join(f"{name} {value:.1f} µs" for name, value in found.items())
