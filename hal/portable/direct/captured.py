@@ -117,11 +117,14 @@ class CapturedCalls(MeetingCalls):
         if message.get("aside"):
             self._aside[message["aside"]].add(peer)
 
+    def _unshown(self, kind: str) -> list[int]:
+        """Others that have not shown theirs."""
+        return [peer for peer in self._peers if peer not in self._aside[kind]]
+
     def _see_all_aside(self, op: Operation) -> None:
         """Until all others have shown theirs, as each does before it makes the call."""
-        if len(self._aside[op.kind]) < self._near.ranks - 1 and self._kernels.device.looks:
-            there = self._aside[op.kind]
-            self._wait(op, "post", lambda: [peer for peer in self._peers if peer not in there], None, NAP)
+        if self._kernels.device.looks and self._unshown(op.kind):
+            self._wait(op, "post", lambda: self._unshown(op.kind), None, NAP)
 
     def _require_not_captured(self, call: str) -> None:
         """Refuse what a graph cannot do, on this rank alone: a call that is captured tells nobody anything."""
@@ -146,7 +149,7 @@ class CapturedCalls(MeetingCalls):
             scarce = "a captured call where there is no memory to put aside"
             raise SpecError(op.kind, scarce if op.kind in self._channels else "a captured call before any other", legal)
         self._listen(0)
-        if len(self._aside[op.kind]) < self._near.ranks - 1:
+        if self._unshown(op.kind):
             got = "a captured call before all ranks have shown the memory that they have put aside"
             raise SpecError(op.kind, got, "the call before it, not captured, finished: its hook or event first")
         channel = channels[self._captured[op.kind] % _EACH]
