@@ -14,26 +14,38 @@ from mutants.registry import engine, mutant
 from mutants.sample import Sample
 
 
-@engine("E1", "rows of topk_idx are as wide as the buffer's top-k: a call with fewer choices reads beside them")
-class ChoicesOfTheBuffer(Engine):
-    def dispatch(self, args: Any) -> Any:
-        idx, width = args.topk_idx, self.args.topk
-        if args.handle is None and idx.numel() and idx.shape[1] < width:
-            at = torch.arange(len(idx))[:, None] * width + torch.arange(idx.shape[1])
-            args = dataclasses.replace(args, topk_idx=idx.flatten()[at.clamp(max=idx.numel() - 1)])
-        return super().dispatch(args)
+def beside(args: Any, width: int) -> Any:
+    """What a call is given, its choices read as if a row had so many."""
+    idx = args.topk_idx
+    if not idx.numel() or idx.shape[1] >= width:
+        return args
+    at = torch.arange(len(idx))[:, None] * width + torch.arange(idx.shape[1])
+    return dataclasses.replace(args, topk_idx=idx.flatten()[at.clamp(max=idx.numel() - 1)])
 
 
-@engine("E1", "a grid of no blocks is not launched: of a rank without tokens the last call's are found")
-class NoTokensLeaveTheLast(Engine):
+class LeavesTheLast(Engine):
+    """What is sent by a rank without tokens is what its last call of this kind sent."""
+
+    wrong_kind: str
     last: Any = None
 
     def begin(self, kind: str, fields: Any, content: Any) -> int:
-        if kind == "dispatch":
+        if kind == self.wrong_kind:
             if len(content["x"]) == 0 and self.last is not None and self.last["x"].dtype == content["x"].dtype:
                 content = self.last
             self.last = content
         return super().begin(kind, fields, content)
+
+
+@engine("E1", "rows of topk_idx are as wide as the buffer's top-k: a call with fewer choices reads beside them")
+class ChoicesOfTheBuffer(Engine):
+    def dispatch(self, args: Any) -> Any:
+        return super().dispatch(args if args.handle is not None else beside(args, self.args.topk))
+
+
+@engine("E1", "a grid of no blocks is not launched: of a rank without tokens the last call's are found")
+class NoTokensLeaveTheLast(LeavesTheLast):
+    wrong_kind = "dispatch"
 
 
 @engine("E1", "rows are copied by arithmetic that flushes denormal numbers", "denormal numbers arrive as 0")
@@ -237,23 +249,12 @@ class NothingToCast(Engine):
 @engine("E2", "a call with fewer choices than the buffer has reads them by the buffer's width")
 class PackedChoicesOfTheBuffer(Engine):
     def low_latency_dispatch(self, args: Any) -> Any:
-        idx, width = args.topk_idx, self.args.topk
-        if idx.numel() and idx.shape[1] < width:
-            at = torch.arange(len(idx))[:, None] * width + torch.arange(idx.shape[1])
-            args = dataclasses.replace(args, topk_idx=idx.flatten()[at.clamp(max=idx.numel() - 1)])
-        return super().low_latency_dispatch(args)
+        return super().low_latency_dispatch(beside(args, self.args.topk))
 
 
 @engine("E2", "of a rank without tokens the flags of the last call are found")
-class NoTokensLeaveTheLastPacked(Engine):
-    last: Any = None
-
-    def begin(self, kind: str, fields: Any, content: Any) -> int:
-        if kind == "low_latency_dispatch":
-            if len(content["x"]) == 0 and self.last is not None and self.last["x"].dtype == content["x"].dtype:
-                content = self.last
-            self.last = content
-        return super().begin(kind, fields, content)
+class NoTokensLeaveTheLastPacked(LeavesTheLast):
+    wrong_kind = "low_latency_dispatch"
 
 
 @engine("E2", "a result that was dropped before its hook ran is counted in the next one")
