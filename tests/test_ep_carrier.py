@@ -205,10 +205,10 @@ def test_rows_of_the_host_need_no_library() -> None:
     assert {outcome.value for outcome in run_ranks(2, switched, ("", ""))} == {"by the host"}
 
 
-@pytest.mark.parametrize("before", [None, "1"])
+@pytest.mark.parametrize("before", [None, "0"])
 def test_a_lost_rank_ends_no_process(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NCCL's watchdog is asked to leave errors to the buffer, and everybody else's to what they were left to."""
-    names, seen = carriers._LEFT_TO_US, {}
+    """NCCL has no watchdog here, and everybody else's what they had."""
+    names, seen = carriers._UNWATCHED, {}
     for name in names:
         if before is None:
             monkeypatch.delenv(name, raising=False)
@@ -223,8 +223,8 @@ def test_a_lost_rank_ends_no_process(before: str | None, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(dist, "ProcessGroupNCCL", Nccl, raising=False)
     carriers._nccl(None, 0, 1)
-    assert seen == dict.fromkeys(names, "0")
-    assert [os.environ.get(name) for name in names] == [before, before]
+    assert seen == names
+    assert all(os.environ.get(name) == before for name in names)
 
 
 def test_a_library_that_does_not_give_up_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,5 +234,22 @@ def test_a_library_that_does_not_give_up_holds_nobody_up(monkeypatch: pytest.Mon
     begin = time.monotonic()
     carrier.close()
     carrier.close()
+    assert time.monotonic() - begin < 20
+    held.set()
+
+
+def test_a_library_that_is_slowly_taken_apart_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NCCL's is, whose threads are waited for when its last reference goes."""
+    held, begin = threading.Event(), time.monotonic()
+    monkeypatch.setattr(carriers, "_PATIENCE", 0.1)
+
+    class Library:
+        def abort(self) -> None:
+            """At once."""
+
+        def __del__(self) -> None:
+            held.wait(40)
+
+    Carrier(Library(), 0, 1, torch.device("cpu")).close()
     assert time.monotonic() - begin < 20
     held.set()

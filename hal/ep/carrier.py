@@ -12,7 +12,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as LateError
 from datetime import timedelta
@@ -34,7 +34,9 @@ _NAPS: Final = (0.00002, 0.002)
 _PATIENCE: Final = 2.0
 """Seconds for a library to be given up in."""
 
-_LEFT_TO_US: Final = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_DUMP_ON_TIMEOUT")
+_UNWATCHED: Final = {"TORCH_NCCL_BLOCKING_WAIT": "1"}
+"""With it torch starts no watchdog, which would end the process where a rank is lost, or keep it for a minute first."""
+
 _handling: Final = threading.Lock()
 """Held while the environment says something else than its owner has set."""
 
@@ -129,15 +131,17 @@ class Carrier:
 
     def close(self) -> None:
         """Give the library up, whatever it still waits for. Idempotent."""
-        library, self._library = self._library, None
-        if library is None:
+        library = [self._library]
+        self._library = None
+        if library == [None]:
             return
 
         def abort() -> None:
+            # The last reference goes here too: what it is taken apart by may wait, and nobody is to wait for that.
+            given_up = library.pop()
             with contextlib.suppress(RuntimeError, AttributeError):
-                library.abort()
+                given_up.abort()
 
-        # It may wait for a thread of its own that has noticed what is lost; nobody is to wait for that.
         giving_up = threading.Thread(target=abort, name="hal-ep-abort", daemon=True)
         giving_up.start()
         giving_up.join(_PATIENCE)
@@ -200,18 +204,15 @@ def _nccl(store: Any, rank: int, ranks: int) -> Any:
     """NCCL, or RCCL under the same name; neither its timeout nor a lost connection is to end the process."""
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = _FOREVER
-    with _handling, _errors_left_to_us():
+    with _handling, _environment(_UNWATCHED):
         return dist.ProcessGroupNCCL(store, rank, ranks, options)
 
 
 @contextlib.contextmanager
-def _errors_left_to_us() -> Iterator[None]:
-    """What is made within asks the environment once what to do where a rank is lost.
-
-    It is not to take the process down, nor to keep it for the minute in which others would write down what they know.
-    """
-    before = {name: os.environ.get(name) for name in _LEFT_TO_US}
-    os.environ.update(dict.fromkeys(_LEFT_TO_US, "0"))
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """What is made within finds these in the environment, which it asks once."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:

@@ -295,7 +295,11 @@ def work(given: argparse.Namespace, rank: int, folder: Path) -> None:
         ) as buffer:
             player = Player(given.seed, rank, ranks, device, buffer, before, outcome.wrong)
             for number in range(given.first, given.rounds):
-                player.play(number)
+                try:
+                    player.play(number)
+                except hal.RankFailure:
+                    outcome.at = time.monotonic()  # closing takes time of its own
+                    raise
                 outcome.rounds += 1
                 late = torch.tensor(float(time.monotonic() - begin > given.seconds or len(outcome.wrong) > SHOWN))
                 if outcome.rounds % 16 == 0 and not given.lose:
@@ -304,7 +308,7 @@ def work(given: argparse.Namespace, rank: int, folder: Path) -> None:
                         break
             dist.barrier()  # others may still fetch from this rank
     except hal.RankFailure as failure:
-        outcome.named, outcome.reason, outcome.at = failure.rank, str(failure), time.monotonic()
+        outcome.named, outcome.reason = failure.rank, str(failure)
     except BaseException as error:
         outcome.reason = f"{type(error).__name__}: {error}"
     (folder / f"{rank}.json").write_text(json.dumps(asdict(outcome)))
