@@ -5,6 +5,7 @@ Entry point of a throw-away distribution; meant for processes with ``TRITON_INTE
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ class Interpreted(Backend):
 
     def __init__(self) -> None:
         self._made: TritonMla | None = None
+        # The interpreter changes the language itself while a kernel runs: of two threads one finds it changed back.
+        self._alone = threading.Lock()
 
     @property
     def kernels(self) -> TritonMla:
@@ -48,10 +51,12 @@ class Interpreted(Backend):
         return Capabilities(("cpu",), plain_dense(("bfloat16", "float16", "float32")), None, None)
 
     def mla_plan(self, args: MlaPlanArgs) -> object:
-        return self.kernels.plan(args)
+        with self._alone:
+            return self.kernels.plan(args)
 
     def mla_decode(self, args: MlaDecodeArgs) -> None:
-        self.kernels.decode(args, args.schedule)  # type: ignore[arg-type]
+        with self._alone:
+            self.kernels.decode(args, args.schedule)  # type: ignore[arg-type]
 
     def ep_buffer(self, args: Any) -> Any:
         raise UnsupportedError(NAME, "group", "a group", "no expert-parallel communication")
