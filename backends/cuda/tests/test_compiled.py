@@ -42,14 +42,15 @@ BUILDS = [build for arch in ARCHS for build in offline.builds(arch) if wanted(bu
 
 
 def spills_allowed(build: offline.Build) -> int:
-    """Instructions of the loop over tokens that may move spilled registers.
+    """Instructions of the loop over tokens that may move spilled registers: none but where 64 rows meet Hopper.
 
-    Next to none in the usual calls. 64 rows of 512 columns leave no register free: offsets of ragged queries, chunks
-    and small pages then cost a few, and so does the way sm_100 takes its output through registers to rescale it.
+    Their 512 columns leave no register free: offsets of ragged queries and chunks then cost a few. Steps of which none
+    would be spilled take 27 to 66 % longer (docs/performance.md).
     """
     g = build.geometry
-    usual = g.page_size == 64 and not g.ragged_q and not g.batch_invariant
-    return {"sm_90": 4 if usual else 80, "sm_100": 100}.get(build.arch, 0)
+    if build.arch != MAIN or g.page_size < 64:
+        return 0
+    return 20 if g.ragged_q or g.batch_invariant else 4
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,18 +71,29 @@ def test_it_compiles_for_the_chip_and_uses_what_the_chip_has(build: offline.Buil
     if build.kernel != "decode":
         assert code.spilled == 0
         return
-    if build.arch == "gfx906":
-        # No matrix instructions on this chip: products are plain multiply-adds, and registers do not suffice.
-        assert not code.count("v_mfma")
-        assert code.count("v_fma")
-        return
-    assert any(code.count(name) for name in table.matrix), f"none of {', '.join(table.matrix)} in the code"
     assert code.spilled_in_loop <= spills_allowed(build)
     if build.arch.startswith("gfx"):
         assert code.spilled == 0
+    if table.matrix:
+        assert any(code.count(name) for name in table.matrix), f"none of {', '.join(table.matrix)} in the code"
+    else:
+        assert not code.count("v_mfma")
+        assert code.count("v_fma")
     if build.geometry.head_dim % 8 == 0:
         wide = ("cp.async.cg.shared.global", "ld.global.v4", "global_load_dwordx4", "buffer_load_dwordx4")
         assert any(code.count(name) for name in wide), "nothing is loaded 16 bytes at a time"
+
+
+@pytest.mark.parametrize(
+    ("page_size", "block_n"), [(64, 64), (128, 64), (32, 32), (96, 32), (16, 16), (8, 64), (7, 64)]
+)
+def test_a_step_lies_within_a_page_where_one_can(page_size: int, block_n: int) -> None:
+    assert tuning.choose("sm_90", 512, 64, page_size).block_n == block_n
+
+
+@pytest.mark.parametrize(("rows", "held"), [(1, 16), (16, 16), (17, 64), (64, 64), (65, 64)])
+def test_a_tile_holds_all_rows_where_one_can(rows: int, held: int) -> None:
+    assert tuning.choose("sm_90", 512, rows, 64).rows == held
 
 
 @pytest.mark.parametrize("group", [64, 128])

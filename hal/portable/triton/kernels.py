@@ -266,6 +266,7 @@ def decode(
     parts,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     FULL: tl.constexpr,
     FULL_V: tl.constexpr,
     TAIL_V: tl.constexpr,
@@ -287,9 +288,10 @@ def decode(
     Columns of K are taken in two powers of two, MAIN and (where d is more) TAIL; V is the first d_v of the same shared
     memory. The interpreter, whose bf16 products are wrong, multiplies in float32.
 
-    FULL: d is MAIN + TAIL. FULL_V: d_v is no less than MAIN; TAIL_V: it is more. WHOLE: a step lies in one page. TOKEN:
-    elements from one token to the next, where that is one of the usual numbers, else 0. WIDE: 32 bits do not hold the
-    offsets within a page or a tile.
+    AT_ONCE: columns of MAIN that are multiplied at once; fewer where no matrix instruction takes its operands from
+    shared memory, for registers do not hold 512. FULL: d is MAIN + TAIL. FULL_V: d_v is no less than MAIN; TAIL_V: it
+    is more. WHOLE: a step lies in one page. TOKEN: elements from one token to the next, where that is one of the usual
+    numbers, else 0. WIDE: 32 bits do not hold the offsets within a page or a tile.
     """
     g = tl.program_id(0)
     p = tl.program_id(1)
@@ -330,13 +332,15 @@ def decode(
                     live = i < queries - base
                     at = q + (j.to(tl.int64) * q_b + (row0 + base).to(tl.int64) * q_s + head * group * q_h) * UNIT
                     at = at + _offsets(i, q_s, h, q_h, WIDE) * UNIT
-                    if FULL or TAIL:
+                    if AT_ONCE < MAIN:
+                        q_main = 0.0  # read by pieces, each where it is multiplied
+                    elif FULL or TAIL:
                         q_main = tl.load(at[:, None] + main[None, :], mask=live[:, None], other=0.0)
                     else:
                         q_main = tl.load(
                             at[:, None] + main[None, :], mask=live[:, None] & (main < d)[None, :], other=0.0
                         )
-                    if INTERPRETED:
+                    if INTERPRETED and AT_ONCE == MAIN:
                         q_main = q_main.to(tl.float32)
                     if TAIL:
                         tail = MAIN + tl.arange(0, TAIL)
@@ -391,7 +395,18 @@ def decode(
                             )
                         if INTERPRETED:
                             k = k.to(tl.float32)
-                        s = tl.dot(q_main, tl.trans(k), input_precision="ieee")
+                        if AT_ONCE < MAIN:
+                            s = tl.zeros([ROWS, BLOCK_N], tl.float32)
+                            for column in range(0, MAIN, AT_ONCE):
+                                some = column + tl.arange(0, AT_ONCE)
+                                within = (some < d)[None, :]
+                                q_some = tl.load(at[:, None] + some[None, :], mask=live[:, None] & within, other=0.0)
+                                k_some = tl.load(k_at[:, None] + some[None, :], mask=held[:, None] & within, other=0.0)
+                                if INTERPRETED:
+                                    q_some, k_some = q_some.to(tl.float32), k_some.to(tl.float32)
+                                s = tl.dot(q_some, tl.trans(k_some), s, input_precision="ieee")
+                        else:
+                            s = tl.dot(q_main, tl.trans(k), input_precision="ieee")
                         if TAIL:
                             if FULL:
                                 k_tail = tl.load(k_at[:, None] + tail[None, :], mask=held[:, None], other=0.0)
@@ -409,7 +424,7 @@ def decode(
                         share = tl.exp2(s - shift[:, None])
                         weight = weight * fade + tl.sum(share, 1)
                         # The output is divided by the sum of what was multiplied: rounding scales no row.
-                        share = share.to(q_main.dtype)
+                        share = share.to(k.dtype)
                         taken = taken * fade + tl.sum(share.to(tl.float32), 1)
                         acc = tl.dot(share, k, acc * fade[:, None], input_precision="ieee")
                         if TAIL_V:

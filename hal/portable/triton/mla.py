@@ -67,7 +67,7 @@ class Sizes:
         group = g.h_q // g.h_kv
         # How many queries a ragged sequence has is known to the device alone: mostly one or two.
         rows = group * (2 if g.ragged_q else max(g.s_q, 1))
-        variant = tuning.choose(arch, main, rows)
+        variant = tuning.choose(arch, main, rows, g.page_size)
         tiles = -(-rows // variant.rows)
         side = min(tiles, table.side)
         parts = max(1, processors * variant.shares // side)
@@ -103,6 +103,7 @@ class Sizes:
         return {
             "MAIN": self.main,
             "TAIL": self.tail,
+            "AT_ONCE": min(self.main, self.variant.columns),
             "FULL": g.head_dim == self.main + self.tail,
             "FULL_V": g.head_dim_v >= self.main,
             "TAIL_V": g.head_dim_v > self.main,

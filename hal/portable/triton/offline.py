@@ -89,13 +89,14 @@ class Code:
 
 def builds(arch: str) -> Iterator[Build]:
     """Every variant of an architecture's table with the options that change the code, both dtypes."""
-    for variant in tuning.table(arch).variants:
+    for variant in {(v.width, v.rows): v for v in tuning.table(arch).variants}.values():
         dims = (576, 512) if variant.width == 512 else (192, 128) if variant.width < 256 else (256, 256)
         options: list[dict[str, Any]] = [
             {},
             {"ragged_q": True},
             {"batch_invariant": True},
             {"page_size": 16},
+            {"page_size": 32},
             {"dtype": torch.float16},
         ]
         for changed in options:

@@ -1,7 +1,8 @@
 """Sizes the kernels are compiled with, as data: one table an architecture. Nothing is tuned at run time.
 
-An entry is used for calls whose padded V is at most ``width`` wide; among those of the least sufficient width the one
-with the fewest ``rows`` that hold all query rows of a sequence and KV head, else the one with the most.
+An entry is used for calls whose padded V is at most ``width`` wide; among those of the least sufficient width the ones
+with the fewest ``rows`` that hold all query rows of a sequence and KV head, else the ones with the most. Of these it is
+the first whose steps lie within pages, else the first.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class Variant:
         Of the compiler; ``stages`` is how many loads of K are under way or in use.
     shares : int
         Shares of the work for each processor of the device.
+    columns : int
+        Of K in one power of two, how many are multiplied at once.
     """
 
     width: int
@@ -36,6 +39,7 @@ class Variant:
     warps: int
     stages: int
     shares: int = 1
+    columns: int = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +78,14 @@ class Table:
 USUAL_TOKENS: Final = (576, 512)
 """Elements from one token of a cache to the next that kernels are compiled for, which saves them registers."""
 
+# A step that spans pages takes an address for each token. On an H200, of 64 rows and pages of 32 or 16, in steps of 64
+# and of a page: 338 and 205, 340 and 312 us; of 16 rows and pages of 32: 176 and 123 (docs/performance.md).
 _HOPPER: Final = (
     Variant(512, 16, 64, 8, 3),
+    Variant(512, 16, 32, 4, 3),
     Variant(512, 64, 64, 8, 2),
+    Variant(512, 64, 32, 8, 4),
+    Variant(512, 64, 16, 8, 3),
     Variant(256, 16, 64, 4, 3),
     Variant(256, 64, 64, 8, 2),
     Variant(256, 128, 64, 8, 2),
@@ -99,9 +108,10 @@ _CDNA: Final = (
     Variant(256, 64, 32, 4, 1),
 )
 
+# No matrix instructions: operands of a product lie in registers, whole rows of 512 in none.
 _GCN: Final = (
-    Variant(512, 16, 16, 4, 1),
-    Variant(256, 16, 16, 4, 1),
+    Variant(512, 16, 8, 4, 1, columns=16),
+    Variant(256, 16, 16, 4, 1, columns=32),
 )
 
 _ANY: Final = Table((Variant(512, 16, 32, 4, 1), Variant(512, 64, 32, 8, 1)), 1 << 16, ())
@@ -114,7 +124,7 @@ TABLES: Final[dict[str, Table]] = {
     "gfx906": Table(_GCN, 65_536, ()),
     # Small tiles, so that the sizes a test can afford make several of them; lengths of a few hundred are split.
     "interpreter": Table(
-        (Variant(512, 16, 32, 4, 1), Variant(512, 32, 32, 4, 1)),
+        (Variant(512, 16, 32, 4, 1, columns=128), Variant(512, 32, 32, 4, 1)),
         0,
         (),
         begin=1,
@@ -138,8 +148,8 @@ def table(arch: str) -> Table:
     return TABLES.get(arch, _ANY)
 
 
-def choose(arch: str, width: int, rows: int) -> Variant:
-    """The variant for a padded width and the query rows of a sequence and KV head.
+def choose(arch: str, width: int, rows: int, page_size: int) -> Variant:
+    """The variant for a padded width, the query rows of a sequence and KV head, and the tokens of a page.
 
     Raises
     ------
@@ -150,8 +160,11 @@ def choose(arch: str, width: int, rows: int) -> Variant:
     wide = [variant.width for variant in variants if variant.width >= width]
     if not wide:
         raise SpecError("head_dim", width, f"at most {max(v.width for v in variants)} columns in one power of two")
-    fitting = sorted((v for v in variants if v.width == min(wide)), key=lambda v: v.rows)
-    return next((v for v in fitting if v.rows >= rows), fitting[-1])
+    narrowest = [v for v in variants if v.width == min(wide)]
+    most = max(v.rows for v in narrowest)
+    fitting = min((v.rows for v in narrowest if v.rows >= rows), default=most)
+    alike = [v for v in narrowest if v.rows == fitting]
+    return next((v for v in alike if page_size % v.block_n == 0), alike[0])
 
 
 def split_columns(head_dim: int) -> tuple[int, int]:
