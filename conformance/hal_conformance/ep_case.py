@@ -244,9 +244,12 @@ class EpCase:
         """Numbers of which the large ones cancel, and swallow in float32 the small ones added before they do."""
         shape = (rows, self.hidden)
         if self.data == "bits":
-            # Whole numbers of denormal ones, whose sums are exact and mostly denormal too.
-            least = torch.finfo(self.torch_dtype).smallest_normal * torch.finfo(self.torch_dtype).eps
-            return (torch.randint(-20, 21, shape, generator=rng).double() * least).to(self.torch_dtype)
+            # Denormal numbers with a quarter of what the mantissa holds, so that sums are exact, mostly denormal too, and
+            # need all of its bits.
+            numbers = torch.finfo(self.torch_dtype)
+            most = round(0.25 / numbers.eps)
+            whole = torch.randint(-most, most + 1, shape, generator=rng)
+            return (whole.double() * numbers.smallest_normal * numbers.eps).to(self.torch_dtype)
         signs = torch.randint(0, 2, shape, generator=rng) * 2 - 1
         large = torch.rand(shape, generator=rng) < 0.4
         return torch.where(large, signs * _LARGE, torch.randn(shape, generator=rng) * _SMALL).to(self.torch_dtype)
