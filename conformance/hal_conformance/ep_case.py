@@ -244,8 +244,8 @@ class EpCase:
         """Numbers of which the large ones cancel, and swallow in float32 the small ones added before they do."""
         shape = (rows, self.hidden)
         if self.data == "bits":
-            # Denormal numbers with a quarter of what the mantissa holds, so that sums are exact, mostly denormal too, and
-            # need all of its bits.
+            # Denormal numbers with a quarter of what the mantissa holds: sums are exact, mostly denormal too, and need
+            # all of its bits.
             numbers = torch.finfo(self.torch_dtype)
             most = round(0.25 / numbers.eps)
             whole = torch.randint(-most, most + 1, shape, generator=rng)

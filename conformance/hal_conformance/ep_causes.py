@@ -208,19 +208,16 @@ def _counts(case: EpCase, counts: list[int], want: RankReceived, wants: Sequence
     right = want.num_tokens_per_expert
     if counts == right:
         return ""
+    padding = case.alignment
     others = [r for r, w in enumerate(wants) if w is not want and w.num_tokens_per_expert == counts]
-    if others:
-        return f"counts are swapped between ranks: these are those of rank {others[0]}"
-    if case.alignment > 1:
-        if len(counts) == len(right) and all(
-            -(-c // case.alignment) * case.alignment == r for c, r in zip(counts, right, strict=True)
-        ):
-            return "counts are not rounded up to expert_alignment"
-        if counts == [r + (case.alignment if r == 0 else 0) for r in right]:
-            return "experts without tokens get a group of padding"
-        if counts == [r + case.alignment for r in right]:
-            return "alignment padding is counted twice"
-    return ""
+    known = {f"counts are swapped between ranks: these are those of rank {r}": counts for r in others[:1]}
+    if padding > 1:
+        if len(counts) == len(right) and [-(-c // padding) * padding for c in counts] == right:
+            known["counts are not rounded up to expert_alignment"] = counts
+        known["alignment padding is counted twice"] = [r + padding for r in right]
+        known["experts without tokens get a group of padding"] = [r or padding for r in right]
+    # Of few tokens, several may explain the same.
+    return ", or ".join(name for name, found in known.items() if found == counts)
 
 
 def of_packed(
@@ -261,6 +258,14 @@ def of_packed(
                 return "values are not multiplied by 448 / amax of their group of 128 columns, or rounded otherwise"
         if not equal(got.get("src_info"), want.src_info):
             return "src_info is not the position at the source"
+    ranges = got.get("layout_range")
+    if isinstance(ranges, Tensor) and ranges.shape == want.layout_range.shape and not equal(ranges, want.layout_range):
+        # begin << 32 | count
+        if equal(ranges & 0xFFFFFFFF, want.layout_range & 0xFFFFFFFF):
+            return (
+                "source order is wrong: by layout_range, rows of an expert do not begin where those of lower ranks end"
+            )
+        return "layout_range does not tell how many rows come from each rank"
     return ""
 
 
