@@ -23,6 +23,7 @@ from hal_conformance.waivers import Waiver
 from typer.testing import CliRunner
 
 import hal
+from hal.spec.errors import SpecError
 
 _ERRORS = {
     "rows": 10,
@@ -44,7 +45,14 @@ def made(*waivers: Waiver, mode: str = "default", **changed: str) -> dict[str, A
         "capabilities": capabilities.to_dict(),
         "evidence": "simulation",
         "details": {"driver": "acme 3"},
-        "distribution": {"name": "hal-acme", "version": "1.0", "editable": False, "hash": "ab" * 32, "reaches": []},
+        "distribution": {
+            "name": "hal-acme",
+            "version": "1.0",
+            "editable": False,
+            "hash": "ab" * 32,
+            "requires": [{"name": "acme-kernels", "version": "1.0", "hash": "ef" * 32}],
+            "reaches": [],
+        },
         "environment": environment(),
     }
     for o in OBLIGATIONS:
@@ -304,13 +312,44 @@ def test_verify_on_the_command_line(tmp_path: Path) -> None:
 
 def test_files_beside_those_of_the_certificate_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     certified = made()
-    here = {"name": "hal-acme", "version": "1.0", "editable": False, "hash": "ab" * 32, "reaches": []}
+    here = dict(certified["backend"]["distribution"])
     monkeypatch.setattr(certificate, "entry_points", lambda **named: [None])
     monkeypatch.setattr(certificate, "distribution", lambda name: here)
     assert certificate.verify(certified) == ([], [])
     here["reaches"] = ["kernels/__init__.py is not among its listed files"]
     errors, _ = certificate.verify(certified)
     assert errors == ["it reaches beyond its package here: kernels/__init__.py is not among its listed files"]
+
+
+@pytest.mark.parametrize("now", ["cd" * 32, None, ""])
+def test_a_dependency_that_is_not_the_certified_one_is_named(monkeypatch: pytest.MonkeyPatch, now: str | None) -> None:
+    """Kernels may lie in one. Changed, editable now, or gone."""
+    certified = made()
+    there = [] if now == "" else [{"name": "acme-kernels", "version": "1.0", "hash": now}]
+    monkeypatch.setattr(certificate, "entry_points", lambda **named: [None])
+    here = certified["backend"]["distribution"] | {"requires": there}
+    monkeypatch.setattr(certificate, "distribution", lambda name: here)
+    assert certificate.verify(certified) == (["its dependency acme-kernels is not the certified one"], [])
+
+
+def test_a_dependency_that_may_change_certifies_nothing() -> None:
+    report_ = made()
+    report_["backend"]["distribution"]["requires"][0]["hash"] = None
+    assert "its dependency acme-kernels is an editable install" in " ".join(certificate.obstacles(report_))
+
+
+@pytest.mark.parametrize("found", [None, {}, {"x": 1}, {"device_types": []}])
+def test_capabilities_that_say_nothing_are_told(found: Any) -> None:
+    report_ = made()
+    report_["backend"]["capabilities"] = found
+    errors, _ = certificate.verify(report_)
+    assert any(text.startswith("the capabilities cannot be read: ") for text in errors)
+
+
+def test_no_depth_of_json_is_too_deep(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text("[" * 100_000)
+    with pytest.raises(SpecError, match="report"):
+        report.read(tmp_path / "report.json")
 
 
 def test_the_suite_is_bound_with_all_of_the_hal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

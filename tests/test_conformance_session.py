@@ -207,6 +207,8 @@ def test_the_last_case_of_an_undeclared_obligation_is_its_refusal(tmp_path: Path
         ("[[waiver]]\nobligation='MLA-07'\nreason='x'\nexpires='soon'", "expires"),
         ("[[waiver]]\nobligation='MLA-07'\nreason='x'", "exactly"),
         ("[[waiver]", "TOML"),
+        ("waiver=[1]", "exactly"),
+        ("[[waiver]]\nobligation=['MLA-07']\nreason='x'\nexpires=2030-01-01", "an id of"),
         ("waive_all = true", "nothing else"),
     ],
 )

@@ -53,10 +53,18 @@ def obstacles(report: dict[str, Any]) -> list[str]:
         found.append("the backend's files could not be hashed")
     if made["editable"]:
         found.append("the backend is an editable install: its files are not fixed; install its wheel")
+    found += [
+        f"its dependency {one['name']} is an editable install, or has no files: install its wheel"
+        for one in made.get("requires", [])
+        if not one["hash"]
+    ]
     found += [f"its distribution reaches beyond its package: {text}" for text in made.get("reaches", [])]
     alone = [o["id"] for o in report["obligations"] if _judged_once(o)]
     if alone:
         found.append(f"too few cases were judged apart from the backend: {', '.join(alone)}")
+    readable = _capabilities(report)
+    if isinstance(readable, str):
+        found.append(readable)
     if backend["evidence"] == "compiled" or backend["evidence"] is None:
         found.append("kernels are not executed on this machine")
     return found
@@ -76,6 +84,7 @@ def issue(report: dict[str, Any]) -> dict[str, Any] | None:
         "backend": backend["name"],
         "distribution": f"{backend['distribution']['name']} {backend['distribution']['version']}",
         "backend_hash": backend["distribution"]["hash"],
+        "requires": backend["distribution"].get("requires", []),
         "suite": report["suite"]["version"],
         "suite_hash": report["suite"]["hash"],
         "specification": report["environment"]["specification"],
@@ -133,8 +142,19 @@ def verify(report: Any, today: datetime.date | None = None) -> tuple[list[str], 
                 f"the installed files of {certificate['backend']!r} ({here['name']} {here['version']}) "
                 "are not the certified ones"
             )
+        errors += _changed(certificate["requires"], here["requires"])
         errors += [f"it reaches beyond its package here: {text}" for text in here["reaches"]]
     return errors, notes
+
+
+def _changed(certified: list[dict[str, Any]], here: list[dict[str, Any]]) -> list[str]:
+    """Dependencies of a backend that are other ones here."""
+    was, now = ({one["name"]: one["hash"] for one in every} for every in (certified, here))
+    return [
+        f"its dependency {name} is not the certified one"
+        for name in sorted(was.keys() | now.keys())
+        if was.get(name) != now.get(name)
+    ]
 
 
 def _consistency(report: dict[str, Any]) -> list[str]:
@@ -166,12 +186,20 @@ def _consistency(report: dict[str, Any]) -> list[str]:
     return errors
 
 
+def _capabilities(report: dict[str, Any]) -> Capabilities | str:
+    """What the report says is declared, or why it says nothing."""
+    try:
+        found = Capabilities.from_dict(report["backend"]["capabilities"])
+    except Exception as error:
+        return f"the capabilities cannot be read: {error}"
+    return found if found.device_types else "the capabilities cannot be read: they name no device_types"
+
+
 def _undeclared(report: dict[str, Any]) -> list[str]:
     """Obligations left out as not declared that are, and the reverse."""
-    try:
-        capabilities = Capabilities.from_dict(report["backend"]["capabilities"])
-    except Exception as error:
-        return [f"the capabilities cannot be read: {error}"]
+    capabilities = _capabilities(report)
+    if isinstance(capabilities, str):
+        return [capabilities]
     errors = []
     for row in report["obligations"]:
         declared = REQUIREMENTS[BY_ID[row["id"]].requires].declared(capabilities)

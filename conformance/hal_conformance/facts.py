@@ -80,10 +80,11 @@ def distribution(backend: str) -> dict[str, Any]:
 
     ``hash`` is over the contents of every file the distribution installed (bytecode and the installer's own records
     aside); ``editable`` says that it has no fixed files to hash: then the hash is over the package as it is now.
+    ``requires`` has the same of every distribution it depends on, for kernels may lie in one.
     """
     entries = list(entry_points(group=plugins.GROUP, name=backend))
     if len(entries) != 1 or entries[0].dist is None:
-        return {"name": None, "version": None, "editable": False, "hash": None, "reaches": []}
+        return {"name": None, "version": None, "editable": False, "hash": None, "requires": [], "reaches": []}
     entry, dist = entries[0], entries[0].dist
     editable = _editable(dist)
     files = _package_files(entry) if editable else _installed_files(dist)
@@ -92,15 +93,26 @@ def distribution(backend: str) -> dict[str, Any]:
         "version": dist.version,
         "editable": editable,
         "hash": _hash(files),
+        "requires": [] if editable else [_dependency(name) for name in dependencies(dist)],
         "reaches": [] if editable else reaches(dist) + unlisted(entry, dist) + of_dependencies(dist),
     }
 
 
+def dependencies(dist: Distribution) -> list[str]:
+    """What a distribution requires, by name; what the suite requires too is its own."""
+    return sorted(required(dist.name) - required(_SUITE) - {_canonical(dist.name)})
+
+
+def _dependency(name: str) -> dict[str, Any]:
+    dist = metadata.distribution(name)
+    # Of an editable install there are no fixed files.
+    return {"name": name, "version": dist.version, "hash": None if _editable(dist) else _hash(_installed_files(dist))}
+
+
 def of_dependencies(dist: Distribution) -> list[str]:
-    """Where what a distribution requires reaches beyond its own packages; what the suite requires too is its own."""
-    own = required(_SUITE)
+    """Where what a distribution requires reaches beyond its own packages."""
     found = []
-    for name in sorted(required(dist.name) - own - {_canonical(dist.name)}):
+    for name in dependencies(dist):
         # Plugins of pytest are not among it: runs by pytest certify nothing.
         found += [f"its dependency {name}: {text}" for text in reaches(metadata.distribution(name), plugins=False)]
     return found

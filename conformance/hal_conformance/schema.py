@@ -78,8 +78,15 @@ SCHEMA: Final[dict[str, Any]] = {
                             "version": {"type": ["string", "null"]},
                             "editable": {"type": "boolean"},
                             "hash": {"oneOf": [_HASH, {"type": "null"}]},
+                            "requires": {
+                                "type": "array",
+                                "items": _object(
+                                    {"name": _TEXT, "version": _TEXT, "hash": {"oneOf": [_HASH, {"type": "null"}]}}
+                                ),
+                            },
                             "reaches": {"type": "array", "items": _TEXT},
                         },
+                        "requires",
                         "reaches",
                     ),
                     "capabilities": {"type": ["object", "null"]},

@@ -8,6 +8,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from hal.spec.errors import first_line
+
 _NORESERVE: Final = getattr(mmap, "MAP_NORESERVE", 0x4000)
 _ROOM: Final = 1.25
 """Times a cache that must be free on a device: what a backend needs beside it."""
@@ -38,7 +40,7 @@ def reserve(elements: int, dtype: torch.dtype, device: str) -> Tensor:
     try:
         return torch.empty(elements, dtype=dtype, device=device)
     except RuntimeError as error:
-        raise NoRoom(f"{device}: {str(error).splitlines()[0]}") from error
+        raise NoRoom(f"{device}: {first_line(error)}") from error
 
 
 def _mapped(size: int, dtype: torch.dtype) -> Tensor:

@@ -76,11 +76,12 @@ def read(path: Path) -> dict[str, Waiver]:
     return found
 
 
-def _waiver(where: str, row: dict[str, Any]) -> Waiver:
+def _waiver(where: str, row: object) -> Waiver:
     if not isinstance(row, dict) or set(row) != _FIELDS:
-        raise SpecError("--waivers", f"{where}: {sorted(row)}", f"exactly {', '.join(sorted(_FIELDS))}")
+        got = sorted(row) if isinstance(row, dict) else row
+        raise SpecError("--waivers", f"{where}: {got}", f"exactly {', '.join(sorted(_FIELDS))}")
     obligation, reason, expires = row["obligation"], row["reason"], row["expires"]
-    if obligation not in BY_ID:
+    if not isinstance(obligation, str) or obligation not in BY_ID:
         raise SpecError("--waivers", f"{where}: obligation {obligation!r}", "an id of docs/spec.md")
     if not isinstance(reason, str) or not reason.strip():
         raise SpecError("--waivers", f"{where}: no reason", "a reason in words")
