@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -253,3 +255,26 @@ def test_a_library_that_is_slowly_taken_apart_holds_nobody_up(monkeypatch: pytes
     Carrier(Library(), 0, 1, torch.device("cpu")).close()
     assert time.monotonic() - begin < 20
     held.set()
+
+
+def test_a_library_that_fails_to_connect_is_gone_with_its_carrier() -> None:
+    """It is not kept by what it raised, to be taken apart wherever such circles are looked for next."""
+
+    class Library:
+        def alltoall_base(self, *given: Any) -> None:
+            raise RuntimeError("no route to host")
+
+        def abort(self) -> None:
+            """At once."""
+
+    gc.disable()
+    try:
+        library = Library()
+        gone = weakref.ref(library)
+        carrier = Carrier(library, 0, 1, torch.device("cpu"))
+        del library
+        assert not carrier.trade([], [], 5.0)
+        carrier.close()
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -52,6 +52,55 @@ class FirstRankOfNode(Engine):
         return found
 
 
+@engine("E3", "low-latency sums across nodes have no weights yet")
+class WeightsWithinTheNode(Engine):
+    def times(self, row: Any, weight: Any) -> Any:
+        return row if self.args.num_nodes > 1 else super().times(row, weight)
+
+
+@engine("E3", "of a low-latency expert the first row alone comes from another node")
+class PackedOnceAcrossNodes(Engine):
+    def packed_tokens(self, message: Any, expert: int) -> Any:
+        found = super().packed_tokens(message, expert)
+        return found[:1] if self.args.num_nodes > 1 else found
+
+
+@engine("E3", "a cached dispatch across nodes finds the rows of the one that was cached")
+class CachedRowsOfTheFirst(Engine):
+    first: Any = None
+
+    def dispatch(self, args: Any) -> Any:
+        done = super().dispatch(args)
+        if self.args.num_nodes > 1:
+            if args.handle is None:
+                self.first = done.recv_x.clone()
+            elif self.first.shape == done.recv_x.shape:
+                done.recv_x.copy_(self.first)
+        return done
+
+
+@engine("E3", "expert_alignment is left to the node that sends")
+class AlignedWithinTheNode(Engine):
+    def aligned(self, count: int, alignment: int) -> int:
+        return count if self.args.num_nodes > 1 else super().aligned(count, alignment)
+
+
+@engine("E3", "rows past the received ones say expert 0 where there are nodes", only="EPX-01")
+class WorstAcrossNodesUnmarked(Engine):
+    def dispatch(self, args: Any) -> Any:
+        done = super().dispatch(args)
+        if args.num_worst_tokens and self.args.num_nodes > 1:
+            done.recv_topk_idx[done.recv_topk_idx.amax(1) < 0] = 0
+        return done
+
+
+@engine("E3", "a mask cannot be lifted")
+class MaskedForGood(Engine):
+    def set_mask(self, rank: int, masked: bool) -> None:
+        if masked:
+            super().set_mask(rank, masked)
+
+
 @engine("E3", "a wrong call is told within its node only")
 class ErrorWithinTheNode(Engine):
     def refuse(self, phase: str, error: Any) -> Any:

@@ -6,10 +6,11 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
+from hal.reference.ep import RankInput
 from hal_conformance.checks import holds
 from hal_conformance.checks.ep_normal import draw
 from hal_conformance.context import Context
-from hal_conformance.ep import CALLS, Step
+from hal_conformance.ep import CALLS, Ref, Step
 from hal_conformance.ep_case import EpCase
 from hal_conformance.ep_judge import laid_out
 from hal_conformance.ep_play import Played, patiently, play
@@ -34,26 +35,46 @@ def _nodes(context: Context, **changes: object) -> EpCase:
 
 @holds("EPX-01")
 def nodes_like_one(context: Context) -> None:
-    """The oracle of one node is that of several."""
+    """The oracle of one node is that of several, whatever the options of a call; in low latency too where declared."""
     expand = "expand" in context.ep.layouts and context.index % 2 == 1
     routing = ("mixed", "zipf", "distinct", "one", "half")[context.index % 5]
     case = _nodes(context, bias=context.index % 3, expand=expand, routing=routing)
     if context.index % 4 == 0:
         case = case.but(tokens=(0, *case.tokens[1:]))
+    if context.index % 3 == 1:
+        case = case.but(alignment=4)
+    elif context.index % 3 == 2 and not expand:
+        case = case.but(worst=case.ranks * case.most + context.rng.randrange(3))
+    packed = None
     if context.index % 4 == 2 and "float8_e4m3fn" in context.ep.dtypes:
         case = draw(context).sized(case.but(scales="float32"))
+    elif "low_latency" in context.ep.across_nodes:
+        # With columns that are legal for both.
+        case = draw(context).sized(case.but(cast=context.ep.casts[context.index % len(context.ep.casts)]))
+        packed = PackedRound(context, case)
+        case = case.but(cast="none")
     made, other = Round(context, case), Round(context, case)
+    cached: dict[str, Ref] = {}
+    if context.ep.cached_handle and context.index % 2 == 0:
+        pairs = zip(other.inputs, made.inputs, strict=True)
+        other = Round(context, case, [RankInput(o.x, m.topk_idx, o.topk_weights, o.scales) for o, m in pairs])
+        cached = {"handle": Ref("dispatch")}
 
     def steps(rank: int) -> list[Step]:
-        found = [made.dispatch(rank), other.dispatch(rank, "other"), made.combine(rank)]
+        found = [made.dispatch(rank), other.dispatch(rank, "other", **cached), made.combine(rank)]
         found.append(other.combine(rank, "sum", of="other"))
+        if packed is not None:
+            found += [packed.dispatch(rank, "packed"), packed.combine(rank, "summed", of="packed")]
         return [*found, Step("layout", "layout", {"topk_idx": made.inputs[rank].topk_idx})]
 
-    played = play(context, case, scripts(case, steps))
+    played = play(context, case, scripts(case, steps, _modes(packed)))
     made.judge_dispatch(played)
-    other.judge_dispatch(played, "other")
+    other.judge_dispatch(played, "other", earlier=made.inputs if cached else ())
     made.judge_combine(played)
     other.judge_combine(played, "sum")
+    if packed is not None:
+        packed.judge_dispatch(played, "packed")
+        packed.judge_combine(played, "summed")
     for rank in range(case.ranks):
         laid_out(context, case, made.inputs[rank], rank, played.result(rank, "layout"))
 
@@ -274,7 +295,10 @@ def masked(context: Context, scale: float) -> None:
         lost = [] if by_hand else [Step("dispatch", "under way", made.dispatch(rank).args)]
         again = _work(made, packed, rank, 2)
         renamed = [Step(s.op, f"{s.name} without" if s.name else "", _renamed(s), s.on) for s in again]
-        return [*start, *mask, *lost, *renamed, Step("masked", "masks")]
+        found = [*start, *mask, *lost, *renamed, Step("masked", "masks")]
+        if by_hand:
+            found += [Step("set_mask", "", {"rank": culprit, "masked": False}), Step("masked", "masks after")]
+        return found
 
     script = scripts(case, steps, _modes(packed), timeout=PATIENCE * scale, mask_ranks=True)
     played = play(context, case, script, raising=("under way",), mortal=(culprit,))
@@ -289,6 +313,8 @@ def masked(context: Context, scale: float) -> None:
         said = played.result(rank, "masks")["value"]
         if said != [r == culprit for r in range(case.ranks)]:
             context.problem(f"rank {rank}: masked() is {said}, but only rank {culprit} is gone")
+        if by_hand and any(played.result(rank, "masks after")["value"]):
+            context.problem(f"rank {rank}: masked() still names a rank after its mask was lifted")
 
 
 def _renamed(step: Step) -> dict[str, object]:
