@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hal.bench.ep_cases import Shape
 from hal.bench.ep_site import Call
+from hal.spec.errors import first_line
 
 _COMPILED: Final = "deep_ep_cpp"
 """What only DeepEP's own distribution brings: the HAL's drop-in has the other name too."""
@@ -29,7 +30,7 @@ def missing() -> str:
     try:
         importlib.import_module("deep_ep")
     except ImportError as error:
-        return f"deep_ep does not import: {(str(error).splitlines() or [''])[0]}"
+        return f"deep_ep does not import: {first_line(error)}"
     return ""
 
 

@@ -18,6 +18,7 @@ from hal.bench.ep_peers import ByAllToAll, Exchange, over_group, over_mpi, requi
 from hal.bench.ep_report import quantile
 from hal.bench.ep_site import Call, Site
 from hal.ep.buffer import EpBuffer
+from hal.spec.errors import first_line
 
 
 @dataclass(slots=True)
@@ -265,7 +266,7 @@ class Rank:
 
 
 def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def slowest(values: Sequence[float]) -> float:

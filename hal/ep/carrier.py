@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hal.ep.rendezvous import agree, exchange_over, host_identity
 from hal.spec.ep import EpBufferArgs
-from hal.spec.errors import RankFailure, SpecError
+from hal.spec.errors import RankFailure, SpecError, first_line
 
 ENV: Final = "HAL_EP_ROWS"
 """``host``: rows pass through the host's memory even where a library could carry them. On every rank alike."""
@@ -98,7 +98,7 @@ class Carrier:
         return True
 
     def _exchanged(self, end: float, *given: Any) -> Any:
-        """What comes of an exchange; None if the first, in which a library connects all ranks, is late."""
+        """What comes of an exchange; None if the first, in which a library connects all ranks, is late or fails."""
         library = self._library
         if self._connected:
             return library.alltoall_base(*given)
@@ -111,14 +111,18 @@ class Carrier:
                 with module.stream(stream):
                     came.set_result(library.alltoall_base(*given))
             except BaseException as error:
-                came.set_exception(error)
+                # Without its frames, which would keep the library for as long as nobody looks for such circles.
+                came.set_exception(error.with_traceback(None))
 
         # Nobody waits for it when the process ends, as the pools of the standard library do.
         threading.Thread(target=first, name="hal-ep-connect", daemon=True).start()
         try:
-            return came.result(max(0.0, end - time.monotonic()))
+            error = came.exception(max(0.0, end - time.monotonic()))
         except LateError:
             return None
+        if error is not None and not isinstance(error, RuntimeError):
+            raise error
+        return None if error else came.result()
 
     def _flat(self, sends: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, list[int]]:
         """All bytes by the rank they go to, and how many for each: one for itself, since nothing is no exchange."""
@@ -131,16 +135,16 @@ class Carrier:
 
     def close(self) -> None:
         """Give the library up, whatever it still waits for. Idempotent."""
-        library = [self._library]
-        self._library = None
-        if library == [None]:
+        if self._library is None:
             return
+        # Its last reference goes in the thread: taking it apart may wait, and nobody is to wait for that.
+        last = [self._library]
+        self._library = None
 
         def abort() -> None:
-            # The last reference goes here too: what it is taken apart by may wait, and nobody is to wait for that.
-            given_up = library.pop()
+            library = last.pop()
             with contextlib.suppress(RuntimeError, AttributeError):
-                given_up.abort()
+                library.abort()
 
         giving_up = threading.Thread(target=abort, name="hal-ep-abort", daemon=True)
         giving_up.start()
@@ -174,7 +178,7 @@ def carrier(args: EpBufferArgs) -> Carrier | None:
     try:
         library = maker(exchange.store("rows"), args.rank, args.num_ranks)
     except RuntimeError as error:
-        reason = str(error).split("\n")[0][:200]
+        reason = first_line(error)
         failure["group"] = RankFailure(args.rank, "opening the buffer", f"its library for devices fails ({reason})")
     agree(exchange, failure)
     return Carrier(library, args.rank, args.num_ranks, args.device)

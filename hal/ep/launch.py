@@ -8,7 +8,7 @@ from typing import Final
 
 import torch
 
-from hal.spec.errors import SpecError, UnsupportedError
+from hal.spec.errors import SpecError, UnsupportedError, first_line
 
 RANKS_PER_NODE_ENV: Final = "HAL_EP_RANKS_PER_NODE"
 _MOST: Final = 999_999
@@ -64,4 +64,4 @@ def resolved_device(device: object, declared: Sequence[str], backend: str) -> to
     try:
         return torch.empty(0, dtype=torch.float32, device=wanted).device
     except (RuntimeError, AssertionError) as error:
-        raise SpecError("device", str(wanted), f"a device of this machine ({str(error).splitlines()[0]})") from None
+        raise SpecError("device", str(wanted), f"a device of this machine ({first_line(error)})") from None

@@ -18,7 +18,7 @@ from typing import Any, Final, TypeVar
 import torch.distributed as dist
 
 from hal.ep.places import Place
-from hal.spec.errors import RankFailure
+from hal.spec.errors import RankFailure, first_line
 
 _OPENING: Final = "opening the buffer"
 _DEPARTURES: Final = "hal-ep/departures"
@@ -183,5 +183,5 @@ class Meeting:
         try:
             return step()
         except RuntimeError as error:
-            reason = str(error).split("\n")[0][:200]
+            reason = first_line(error)
             raise RankFailure(0, _OPENING, f"the group's store does not answer ({reason})") from None

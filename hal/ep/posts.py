@@ -21,6 +21,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from hal.spec.errors import first_line
+
 _FOREVER: Final = timedelta(days=1000)
 _Settle = Callable[[Exception | None], None]
 
@@ -76,7 +78,7 @@ class Posts:
             with self._changed:
                 left[peer] -= 1
                 if error is not None:
-                    failed.setdefault(peer, str(error).split("\n")[0][:200])
+                    failed.setdefault(peer, first_line(error))
                 elif receives:
                     waited[peer] = time.monotonic() - start
                 self._changed.notify_all()

@@ -23,7 +23,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from hal.ep.engine import own_failure
 from hal.ep.meeting import Meeting
 from hal.spec.ep import EpBufferArgs
-from hal.spec.errors import DeviceError, RankFailure, SpecError
+from hal.spec.errors import DeviceError, RankFailure, SpecError, first_line
 
 
 class Exchange(Protocol):
@@ -179,7 +179,7 @@ def connected(args: EpBufferArgs) -> Any:
     try:
         group = exchange.communicator(args.timeout)
     except RuntimeError as error:
-        reason = str(error).split("\n")[0][:200]
+        reason = first_line(error)
         failure["group"] = RankFailure(args.rank, "opening the buffer", f"it cannot connect to all others ({reason})")
     agree(exchange, failure)
     return group

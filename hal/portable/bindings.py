@@ -36,7 +36,7 @@ from hal.portable.runtime import (
     out_of_memory,
     packed,
 )
-from hal.spec.errors import BackendUnavailable, DeviceError
+from hal.spec.errors import BackendUnavailable, DeviceError, first_line
 
 CALLS: Final = (
     "DeviceSynchronize",
@@ -209,9 +209,7 @@ def load(bindings: Bindings, compiles_only: bool = False) -> Runtime:
         package = importlib.import_module(bindings.package)
         module, rtc = getattr(package, bindings.runtime), getattr(package, bindings.compiler)
     except (ImportError, AttributeError) as error:
-        raise BackendUnavailable(
-            f"the package {bindings.package} does not import: {str(error).splitlines()[0]}"
-        ) from error
+        raise BackendUnavailable(f"the package {bindings.package} does not import: {first_line(error)}") from error
     files = bindings.files
     simulates = bool(sim.asked(bindings.prefix))
     if simulates:
@@ -247,7 +245,7 @@ def _load_libraries(bindings: Bindings, files: Mapping[str, str], module: Any, r
             getattr(module, f"{bindings.prefix}GetDeviceCount")()
             getattr(rtc, bindings.compiler + "Version")()
         except RuntimeError as error:
-            raise BackendUnavailable(f"{bindings.package}: {str(error).splitlines()[0]}") from error
+            raise BackendUnavailable(f"{bindings.package}: {first_line(error)}") from error
         finally:
             if before is not None:
                 os.environ[bindings.home] = before
@@ -370,7 +368,7 @@ class BoundDevice(Mailboxes, InPlace):
         try:
             return torch.empty(max(size, 16), dtype=torch.uint8, device=f"{self._torch.device}:{self.index}")
         except RuntimeError as error:
-            raise self.runtime.lacking("torch.empty", size, str(error).splitlines()[0]) from error
+            raise self.runtime.lacking("torch.empty", size, first_line(error)) from error
 
     @cached_property
     def _ipc(self) -> BoundIpc:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from hal.backend import Backend, Probe
 from hal.spec.capability import Capabilities, plain_dense
-from hal.spec.errors import BackendUnavailable, HalError, SpecError
+from hal.spec.errors import BackendUnavailable, HalError, SpecError, first_line
 
 if TYPE_CHECKING:
     from hal.ep.engine import EpEngine
@@ -117,9 +117,9 @@ class BoundBackend(Backend):
         except SpecError as error:
             return Probe(False, str(error), f"unset {error.argument}", details=details)
         except BackendUnavailable as error:
-            return Probe(False, str(error).splitlines()[0], self._vendor.fix, details=details)
+            return Probe(False, first_line(error), self._vendor.fix, details=details)
         except HalError as error:
-            return Probe(False, str(error).splitlines()[0], "see what the vendor's own tools say", details=details)
+            return Probe(False, first_line(error), "see what the vendor's own tools say", details=details)
 
     def capabilities(self) -> Capabilities:
         """Dense decode of plain caches, and expert parallelism; packed caches and chosen tokens are not written."""

@@ -24,7 +24,7 @@ import torch
 from hal.portable import cache, compiling
 from hal.portable.runtime import Argument, Facts, Handle, InPlace, Program, Source, host_has, out_of_memory, packed
 from hal.portable.shared import SharedMemory
-from hal.spec.errors import BackendUnavailable, DeviceError
+from hal.spec.errors import BackendUnavailable, DeviceError, first_line
 
 FIX: Final = "CXX names the C++ compiler"
 """What decides which one is used."""
@@ -101,7 +101,7 @@ class HostDevice(InPlace):
         try:
             return torch.full((max(size // 4, 4),), float("nan"), dtype=torch.float32, device="cpu")
         except RuntimeError as error:
-            raise out_of_memory("torch.full", size, host_has(), str(error).splitlines()[0]) from error
+            raise out_of_memory("torch.full", size, host_has(), first_line(error)) from error
 
     def window(self, size: int) -> SharedMemory:
         """See `runtime.SharingDevice`."""

@@ -24,6 +24,12 @@ def shown(value: object) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of somebody else's says, at most 200 characters; its type if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
 class HalError(Exception):
     """Root of every error the HAL raises on purpose."""
 

@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 
 import torch
 
-from hal.spec.errors import DeviceError
+from hal.spec.errors import DeviceError, first_line
 
 T = TypeVar("T")
 
@@ -27,8 +27,8 @@ def missing() -> str:
         return "cupy is not installed"
     try:
         import cupy  # noqa: F401  (whether it loads is the question)
-    except ImportError as error:
-        return f"cupy does not import: {str(error).splitlines()[0]}"
+    except Exception as error:  # it may fail at its import in any way
+        return f"cupy does not import: {first_line(error)}"
     return ""
 
 

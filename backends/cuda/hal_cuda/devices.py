@@ -9,6 +9,8 @@ from typing import Final
 
 import torch
 
+from hal.spec.errors import first_line
+
 LEAST: Final = (7, 0)
 """Compute capability from which any kernels run: shuffles and the memory model they count on begin there."""
 
@@ -66,7 +68,7 @@ def look() -> Found:
         if ready:
             details |= {f"device {i}": _describe(i) for i in range(count)}
     except RuntimeError as error:
-        first = (str(error).splitlines() or [""])[0]
+        first = first_line(error)
         return Found(f"the driver refuses: {first}", "see what nvidia-smi says", details=details)
     if not ready:
         return Found("the driver shows no device", "see nvidia-smi and CUDA_VISIBLE_DEVICES", details=details)
@@ -87,7 +89,7 @@ def _describe(index: int) -> str:
 def _driver_version(driver: ctypes.CDLL) -> str:
     """The newest CUDA the driver knows, as ``13.0``."""
     number = ctypes.c_int()
-    if driver.cuDriverGetVersion(ctypes.byref(number)) != 0:
+    if not hasattr(driver, "cuDriverGetVersion") or driver.cuDriverGetVersion(ctypes.byref(number)) != 0:
         return "of unknown version"
     return f"for CUDA {number.value // 1000}.{number.value % 1000 // 10}"
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hal.portable.ipc import IpcWindow
 from hal.portable.runtime import Argument, Facts, Handle, InPlace, Mailboxes, Program, Source
-from hal.spec.errors import DeviceError
+from hal.spec.errors import DeviceError, first_line
 from hal_cuda.calls import checked, current, raw_stream
 from hal_cuda.compiler import compile_text, version
 from hal_cuda.devices import architecture
@@ -146,7 +146,7 @@ class CudaDevice(Mailboxes, InPlace):
         try:
             return torch.empty(size, dtype=torch.uint8, device=f"cuda:{self.index}")
         except torch.OutOfMemoryError as error:
-            raise lacking(self.index, "torch.empty", size, str(error).splitlines()[0]) from error
+            raise lacking(self.index, "torch.empty", size, first_line(error)) from error
 
     @cached_property
     def _ipc(self) -> CudaIpc:

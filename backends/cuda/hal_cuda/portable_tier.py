@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from hal.portable.mla import OnEachDevice
-from hal.spec.errors import DeviceError
+from hal.spec.errors import DeviceError, first_line
 from hal_cuda import calls, compiler, driver
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class PortableTier:
         try:
             compiler.version()
         except DeviceError as error:
-            return str(error).splitlines()[0]
+            return first_line(error)
         return ""
 
     def supports(self, args: MlaPlanArgs | MlaDecodeArgs) -> str:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final, Protocol
 
-from hal.spec.errors import SpecError
+from hal.spec.errors import SpecError, first_line
 
 if TYPE_CHECKING:
     from hal.spec.mla import MlaDecodeArgs
@@ -88,8 +88,8 @@ def load() -> tuple[list[Tier], dict[str, str]]:
         try:
             tier: Tier = getattr(importlib.import_module(module), attribute)()
             reason = tier.missing()
-        except ImportError as error:
-            reason = f"does not import: {error}"
+        except Exception as error:  # a package it needs may fail at its import in any way
+            reason = f"does not import: {first_line(error)}"
         if reason:
             out[name] = reason
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from hal.spec.errors import first_line
 from hal.spec.plan import MlaPlanArgs
 from hal_cuda.devices import architecture
 
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 
 _LEAST: Final = (8, 0)
 """Compute capability from which it serves: matrix instructions of bf16 and asynchronous copies begin there."""
+
+_LEAST_TRITON: Final = (3, 6)
+"""The oldest whose compiler the kernels were run with."""
 
 
 class TritonTier:
@@ -40,10 +45,17 @@ class TritonTier:
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
         try:
+            import triton
+        except Exception as error:  # a package may fail at its import in any way
+            return f"triton does not import: {first_line(error)}"
+        found = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
+        if found < _LEAST_TRITON:
+            return f"triton {triton.__version__} is too old: {'.'.join(map(str, _LEAST_TRITON))} or later is needed"
+        try:
             old = len(self._old)
             return "no device of compute capability 8.0" if old and old == torch.cuda.device_count() else ""
         except RuntimeError as error:
-            return f"the driver refuses: {(str(error).splitlines() or [''])[0]}"
+            return f"the driver refuses: {first_line(error)}"
 
     def supports(self, args: MlaPlanArgs | MlaDecodeArgs) -> str:
         """Everything the backend declares, on a device that is new enough."""

@@ -55,6 +55,37 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
+def _broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, line: str) -> None:
+    """A package of this name is installed, whose import does as the line says."""
+    (tmp_path / f"{name}.py").write_text(line)
+    for module in [one for one in sys.modules if one.split(".")[0] == name]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+@pytest.mark.parametrize("line", ["raise RuntimeError('no libnvrtc\\nat all')", "raise ImportError()", "1 / 0"])
+@pytest.mark.parametrize("name", ["cupy", "triton"])
+def test_a_package_that_fails_at_its_import_costs_its_own_tiers_alone(
+    machine: pytest.MonkeyPatch, tmp_path: Path, name: str, line: str
+) -> None:
+    _broken(machine, tmp_path, name, line)
+    _, out = tiers.load()
+    said = {"no": "no libnvrtc", "I": "ImportError", "1": "division by zero"}
+    found = out["portable" if name == "cupy" else "triton"]
+    assert found.startswith(f"{name} does not import: ") and any(found.endswith(end) for end in said.values())
+    assert name == "cupy" or "portable" not in out or "triton" not in out["portable"]
+
+
+def test_an_old_triton_is_named(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _broken(machine, tmp_path, "triton", "__version__ = '3.2.0'")
+    assert triton_tier.TritonTier().missing() == "triton 3.2.0 is too old: 3.6 or later is needed"
+
+
+def test_a_driver_without_a_version_is_no_error(machine: pytest.MonkeyPatch) -> None:
+    machine.setattr(devices, "ctypes", SimpleNamespace(**vars(ctypes) | {"CDLL": lambda name: SimpleNamespace()}))
+    assert devices.look().details["driver"] == "of unknown version"
+
+
 def _no_driver(name: str) -> Any:
     raise OSError(f"{name}: cannot open shared object file")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from hal.backend import Backend, Probe
 from hal.spec.capability import Capabilities, plain_dense
-from hal.spec.errors import BackendUnavailable, HalError, SpecError
+from hal.spec.errors import BackendUnavailable, HalError, SpecError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,7 +98,7 @@ class MusaBackend(Backend):
                 fix = f"install what is missing, or unset {RUNTIME}"
             return Probe(False, str(error), fix, details=details)
         except HalError as error:
-            return Probe(False, str(error).splitlines()[0], "see what mthreads-gmi and clinfo say", details=details)
+            return Probe(False, first_line(error), "see what mthreads-gmi and clinfo say", details=details)
 
     def _probe_driver(self) -> Probe:
         from hal_musa import driver

@@ -35,7 +35,7 @@ from hal.portable.runtime import (
     out_of_memory,
     packed,
 )
-from hal.spec.errors import BackendUnavailable, DeviceError, HalError
+from hal.spec.errors import BackendUnavailable, DeviceError, HalError, first_line
 
 LIBRARY_ENV: Final = "HAL_MUSA_LIBRARY"
 """The driver's library; ``libmusa.so`` if unset."""
@@ -130,11 +130,11 @@ def missing() -> str:
         Library().number("muDeviceGet", 0)
         _compiler_version()
     except HalError as error:
-        return str(error).splitlines()[0]
+        return first_line(error)
     try:
         import torch_musa  # noqa: F401  (registers torch's device type)
     except ImportError as error:
-        return f"torch_musa does not import: {str(error).splitlines()[0]}"
+        return f"torch_musa does not import: {first_line(error)}"
     return ""
 
 
@@ -293,7 +293,7 @@ class MusaDevice(Mailboxes, InPlace):
         try:
             return torch.empty(max(size, 16), dtype=torch.uint8, device=self._memory)
         except RuntimeError as error:
-            raise self.lacking("torch.empty", size, str(error).splitlines()[0]) from error
+            raise self.lacking("torch.empty", size, first_line(error)) from error
 
     def lacking(self, call: str, size: int, error: object) -> DeviceError:
         """What to raise where the device does not give so many bytes."""

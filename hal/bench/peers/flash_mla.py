@@ -12,6 +12,7 @@ from torch import Tensor
 from hal.bench.cases import MlaCase
 from hal.bench.data import MlaData
 from hal.bench.peers.base import Peer, Prepared, Presence
+from hal.spec.errors import first_line
 
 _PAGE: Final = 64
 _MODULES: Final = ("flash_mla", "vllm.third_party.flashmla.flash_mla_interface")
@@ -57,7 +58,7 @@ def _found() -> tuple[Any, str]:
         try:
             module = importlib.import_module(name)
         except ImportError as error:
-            reasons.append(f"{name} does not import: {(str(error).splitlines() or [''])[0]}")
+            reasons.append(f"{name} does not import: {first_line(error)}")
             continue
         missing = [n for n in _NAMES if not hasattr(module, n)]
         if not missing:

@@ -14,6 +14,7 @@ from hal.bench.cases import MlaCase
 from hal.bench.data import MlaData
 from hal.bench.peers.base import Peer, Prepared, Presence
 from hal.bench.peers.ggml_abi import Ggml, GgmlCall
+from hal.spec.errors import first_line
 
 
 def _folder(package: str) -> Path | None:
@@ -90,5 +91,5 @@ def _loaded(load: functools._lru_cache_wrapper[Ggml], distribution: str) -> Pres
     try:
         load()
     except (OSError, AttributeError) as error:
-        return Presence(False, f"{distribution} does not load: {str(error).splitlines()[0]}")
+        return Presence(False, f"{distribution} does not load: {first_line(error)}")
     return Presence(True, f"{distribution} {importlib.metadata.version(distribution)}")

