@@ -85,6 +85,15 @@ class InvarianceIgnored(Sample):
         return [(a, min(a + step, length)) for a in range(0, length, step)]
 
 
+@mutant("L2", "batch_invariant is kept up to 4096 tokens, and long sequences are split by the batch", only="MLA-36")
+class InvarianceOfLongLost(Sample):
+    def splits(self, args: Any, j: int, length: int) -> Any:
+        if length <= 4096:
+            return super().splits(args, j, length)
+        step = 128 * min(args.batch, 4)
+        return [(a, min(a + step, length)) for a in range(0, length, step)]
+
+
 @mutant("L2", "with a plan the splits are others than without", "")
 class InvarianceLostInPlan(Sample):
     def mla_plan(self, args: Any) -> object:

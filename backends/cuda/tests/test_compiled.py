@@ -43,14 +43,14 @@ BUILDS = [build for arch in ARCHS for build in offline.builds(arch) if wanted(bu
 
 
 def spills_allowed(build: offline.Build) -> int:
-    """Instructions of the loop over tokens that may move spilled registers: none but on Hopper, with 64 rows.
+    """Instructions of the loop over tokens that may move spilled registers: none but on Hopper.
 
-    Their 512 columns leave no register free: offsets of ragged queries and chunks then cost some.
-    Steps of which none would be spilled take 27 to 66 % longer (docs/performance.md).
+    512 columns of 64 rows leave no register free: offsets of ragged queries and chunks then cost some. Steps of which
+    none would be spilled take 27 to 66 % longer, and of 16 rows over pages of 32 23 % (docs/performance.md).
     """
     g = build.geometry
-    sizes = Sizes.of(build.arch, 132, g)
-    if build.arch != MAIN or sizes.variant.rows < 64 or g.head_dim < 448 or g.page_size < 64:
+    variant = Sizes.of(build.arch, 132, g).variant
+    if build.arch != MAIN or g.head_dim < 448 or (variant.rows < 64) is (g.page_size != 32):
         return 0
     return 20 if g.ragged_q or g.batch_invariant else 4
 

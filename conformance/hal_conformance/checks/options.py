@@ -105,6 +105,9 @@ def batch_invariance(context: Context) -> None:
         case = case.but(causal=True, lengths=tuple(n + s_q for n in lengths))
     _invariant(context, case)
     tiny = case.but(h_q=draw.heads_for(case.h_kv, 8), lengths=(*lengths[:2], lengths[-1]))
+    if context.settings.mode != "quick" and context.index % 2:
+        # So long as many a kernel splits otherwise.
+        _invariant(context, tiny.but(lengths=(*lengths[:2], draw.rng.randint(4200, 9000))))
     if REQUIREMENTS["several_kv_heads"].declared(context.capabilities):
         _invariant(context, tiny.but(**_several_heads(draw)))
     if context.dense.ragged_q:
