@@ -52,6 +52,7 @@ def load() -> dict[str, Check]:
         ep_faults,
         ep_low_latency,
         ep_misuse,
+        ep_nodes,
         ep_normal,
         ep_unlike,
         huge,

@@ -1,4 +1,4 @@
-"""E3: several nodes, and ranks that die, stop, come late or leave."""
+"""E3: ranks that die, stop, come late or leave."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from hal.reference.ep import RankInput
 from hal_conformance.checks import holds
+from hal_conformance.checks.ep_nodes import modes
 from hal_conformance.checks.ep_normal import draw
 from hal_conformance.context import Context
 from hal_conformance.ep import CALLS, Ref, Step
 from hal_conformance.ep_case import EpCase
-from hal_conformance.ep_judge import laid_out
 from hal_conformance.ep_play import Played, patiently, play
-from hal_conformance.ep_refused import refused_alike
 from hal_conformance.ep_round import PackedRound, Round, scripts
 
 PATIENCE = 2.0
@@ -25,97 +23,6 @@ LATE = 4.0
 
 SLACK = 3.0
 """Seconds a busy machine may be late with a RankFailure."""
-
-
-def _nodes(context: Context, **changes: object) -> EpCase:
-    case = draw(context).base((4, 2) if context.index % 3 else (4,), **changes)
-    per_node = 1 if case.ranks == 2 or context.index % 4 == 3 else 2
-    return case.but(per_node=per_node)
-
-
-@holds("EPX-01")
-def nodes_like_one(context: Context) -> None:
-    """The oracle of one node is that of several, whatever the options of a call; in low latency too where declared."""
-    expand = "expand" in context.ep.layouts and context.index % 2 == 1
-    routing = ("mixed", "zipf", "distinct", "one", "half")[context.index % 5]
-    case = _nodes(context, bias=context.index % 3, expand=expand, routing=routing)
-    if context.index % 4 == 0:
-        case = case.but(tokens=(0, *case.tokens[1:]))
-    if context.index % 3 == 1:
-        case = case.but(alignment=4)
-    elif context.index % 3 == 2 and not expand:
-        case = case.but(worst=case.ranks * case.most + context.rng.randrange(3))
-    packed = None
-    if context.index % 4 == 2 and "float8_e4m3fn" in context.ep.dtypes:
-        case = draw(context).sized(case.but(scales="float32"))
-    elif "low_latency" in context.ep.across_nodes:
-        # With columns that are legal for both.
-        case = draw(context).sized(case.but(cast=context.ep.casts[context.index % len(context.ep.casts)]))
-        packed = PackedRound(context, case)
-        case = case.but(cast="none")
-    made, other = Round(context, case), Round(context, case)
-    cached: dict[str, Ref] = {}
-    if context.ep.cached_handle and context.index % 2 == 0:
-        pairs = zip(other.inputs, made.inputs, strict=True)
-        other = Round(context, case, [RankInput(o.x, m.topk_idx, o.topk_weights, o.scales) for o, m in pairs])
-        cached = {"handle": Ref("dispatch")}
-
-    def steps(rank: int) -> list[Step]:
-        found = [made.dispatch(rank), other.dispatch(rank, "other", **cached), made.combine(rank)]
-        found.append(other.combine(rank, "sum", of="other"))
-        if packed is not None:
-            found += [packed.dispatch(rank, "packed"), packed.combine(rank, "summed", of="packed")]
-        return [*found, Step("layout", "layout", {"topk_idx": made.inputs[rank].topk_idx})]
-
-    played = play(context, case, scripts(case, steps, _modes(packed)))
-    made.judge_dispatch(played)
-    other.judge_dispatch(played, "other", earlier=made.inputs if cached else ())
-    made.judge_combine(played)
-    other.judge_combine(played, "sum")
-    if packed is not None:
-        packed.judge_dispatch(played, "packed")
-        packed.judge_combine(played, "summed")
-    for rank in range(case.ranks):
-        laid_out(context, case, made.inputs[rank], rank, played.result(rank, "layout"))
-
-
-@holds("EPX-02")
-def pre_reduced(context: Context) -> None:
-    """Sums of each node first, then the nodes in top-k order: seen with three addends or more, the bias one of them."""
-    topk = [n for n in (5, 4, 6, 3) if n in context.ep.topk]
-    case = draw(context).base((4,), pre_reduce=True, routing="distinct", weights=False, bias=1 + context.index // 2 % 2)
-    alone = context.index % 2 == 1 and 4 in context.ep.nodes
-    case = case.but(per_node=1 if alone else 2, topk=topk[0] if topk else case.topk)
-    made = Round(context, case)
-    played = play(context, case, scripts(case, lambda r: [made.dispatch(r), made.combine(r)]))
-    made.judge_dispatch(played)
-    made.judge_combine(played)
-
-
-@holds("EPX-03")
-def wrong_calls_across_nodes(context: Context) -> None:
-    """Misuse on a rank of one node is told on all nodes."""
-    case = _nodes(context).but(ranks=4, per_node=2, tokens=(4, 5, 6, 3))
-    made = Round(context, case)
-    odd = context.rng.randrange(4)
-
-    def steps(rank: int) -> list[Step]:
-        right = made.dispatch(rank)
-        wide = {**right.args, "x": right.args["x"].double().float()} if rank == odd else right.args
-        if case.dtype == "float32":
-            wide = {**right.args, "x": right.args["x"].bfloat16()} if rank == odd else right.args
-        far = {**right.args, "topk_idx": right.args["topk_idx"] + 99} if rank == odd else right.args
-        aligned = {**right.args, "expert_alignment": 4} if rank == odd else right.args
-        found = []
-        for number, args in enumerate((wide, far, aligned)):
-            found += [Step("dispatch", f"wrong {number}", args), made.dispatch(rank, f"right {number}")]
-        return found
-
-    names = [f"wrong {number}" for number in range(3)]
-    played = play(context, case, scripts(case, steps), raising=names)
-    for number, argument in enumerate(("x", "topk_idx", "expert_alignment")):
-        if refused_alike(context, played, f"wrong {number}", argument, what=f"a wrong {argument} on rank {odd}"):
-            made.judge_dispatch(played, f"right {number}")
 
 
 def _work(made: Round, packed: PackedRound | None, rank: int, turns: int) -> list[Step]:
@@ -135,10 +42,6 @@ def _rounds(context: Context, case: EpCase, absent: Collection[int] = ()) -> tup
     cast = "none" if "none" in context.ep.casts else context.ep.casts[0]
     made = Round(context, case, absent=absent)
     return made, PackedRound(context, case.but(cast=cast), made.inputs, absent) if both else None
-
-
-def _modes(packed: PackedRound | None) -> tuple[str, ...]:
-    return ("normal",) if packed is None else ("normal", "low_latency")
 
 
 def _named(context: Context, played: Played, culprit: int, within: float, names: list[str]) -> None:
@@ -201,7 +104,7 @@ def _fatal(context: Context, case: EpCase, dying: list[Step], scale: float, spar
             work = work[:at] + dying + work[at:]
         return work
 
-    whole = scripts(case, steps, _modes(packed), timeout=PATIENCE * scale)
+    whole = scripts(case, steps, modes(packed), timeout=PATIENCE * scale)
     names = _calls(_work(made, packed, 0, turns))
     played = play(context, case, whole, raising=names, mortal=(culprit,), timeout=30.0 * scale)
     _named(context, played, culprit, PATIENCE * scale, names)
@@ -245,7 +148,7 @@ def slow(context: Context, scale: float) -> None:
         pause = Step("sleep", args={"seconds": 0.4 * LATE * scale})
         return [*work[:at], pause, *work[at:]] if rank == late else work
 
-    played = play(context, case, scripts(case, steps, _modes(packed), timeout=LATE * scale))
+    played = play(context, case, scripts(case, steps, modes(packed), timeout=LATE * scale))
     for turn in range(2):
         made.judge_dispatch(played, f"dispatch {turn}")
         made.judge_combine(played, f"combine {turn}")
@@ -265,7 +168,7 @@ def left(context: Context, scale: float) -> None:
         return work[: len(work) // 2] + quiet if rank == culprit else work
 
     names = _calls(_work(made, packed, 0, 2))
-    whole = scripts(case, steps, _modes(packed), timeout=PATIENCE * scale)
+    whole = scripts(case, steps, modes(packed), timeout=PATIENCE * scale)
     played = play(context, case, whole, raising=names)
     _named(context, played, culprit, PATIENCE * scale, names)
 
@@ -300,7 +203,7 @@ def masked(context: Context, scale: float) -> None:
             found += [Step("set_mask", "", {"rank": culprit, "masked": False}), Step("masked", "masks after")]
         return found
 
-    script = scripts(case, steps, _modes(packed), timeout=PATIENCE * scale, mask_ranks=True)
+    script = scripts(case, steps, modes(packed), timeout=PATIENCE * scale, mask_ranks=True)
     played = play(context, case, script, raising=("under way",), mortal=(culprit,))
     rest = [rank for rank in range(case.ranks) if rank != culprit]
     for turn in range(2):
@@ -319,8 +222,6 @@ def masked(context: Context, scale: float) -> None:
 
 def _renamed(step: Step) -> dict[str, object]:
     """Arguments that refer to results under their other name."""
-    from hal_conformance.ep import Ref
-
     changed = {k: Ref(f"{v.name} without", v.field) if isinstance(v, Ref) else v for k, v in step.args.items()}
     return {**changed, "of": f"{step.args['of']} without"} if "of" in step.args else changed
 
@@ -345,7 +246,7 @@ def nothing_left(context: Context, scale: float) -> None:
     names = _calls(_work(made, packed, 0, 2))
 
     def script(rank: int) -> list[Step]:
-        opened = Step("open", "buffer", case.buffer(_modes(packed), timeout=PATIENCE * scale))
+        opened = Step("open", "buffer", case.buffer(modes(packed), timeout=PATIENCE * scale))
         work = _work(made, packed, rank, 2)
         half = len(work) // 2
         found = [Step("files", "before"), opened, *work[:half], Step("files", "files")]
@@ -401,10 +302,10 @@ def later_buffer(context: Context, scale: float) -> None:
         first = [
             Step(s.op, f"first {s.name}" if s.name else "", _prefixed(s), "old") for s in _work(made, packed, rank, 1)
         ]
-        opened = Step("open", "old", case.buffer(_modes(packed), timeout=scale))
+        opened = Step("open", "old", case.buffer(modes(packed), timeout=scale))
         slow = [Step("sleep", args={"seconds": 3.0 * scale})] if rank == late else []
         # The late rank finds that it was given up; all go on with a new buffer.
-        again = Step("open", "buffer", case.buffer(_modes(packed), timeout=10.0))
+        again = Step("open", "buffer", case.buffer(modes(packed), timeout=10.0))
         return [opened, *slow, *first, Step("close", on="old"), again, *_work(made, packed, rank, 1), Step("close")]
 
     played = play(context, case, [script(rank) for rank in range(case.ranks)], raising=names)
@@ -417,7 +318,6 @@ def later_buffer(context: Context, scale: float) -> None:
 
 
 def _prefixed(step: Step) -> dict[str, object]:
-    from hal_conformance.ep import Ref
 
     changed = {k: Ref(f"first {v.name}", v.field) if isinstance(v, Ref) else v for k, v in step.args.items()}
     return {**changed, "of": f"first {step.args['of']}"} if "of" in step.args else changed

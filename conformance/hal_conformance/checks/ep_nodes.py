@@ -1,0 +1,110 @@
+"""E3: several nodes are like one."""
+
+from __future__ import annotations
+
+from hal.reference.ep import RankInput
+from hal_conformance.checks import holds
+from hal_conformance.checks.ep_normal import draw
+from hal_conformance.context import Context
+from hal_conformance.ep import Ref, Step
+from hal_conformance.ep_case import EpCase
+from hal_conformance.ep_judge import laid_out
+from hal_conformance.ep_play import play
+from hal_conformance.ep_refused import refused_alike
+from hal_conformance.ep_round import PackedRound, Round, scripts
+
+
+def modes(packed: PackedRound | None) -> tuple[str, ...]:
+    """The modes of a buffer for normal calls, and low-latency ones if there are any."""
+    return ("normal",) if packed is None else ("normal", "low_latency")
+
+
+def _nodes(context: Context, **changes: object) -> EpCase:
+    case = draw(context).base((4, 2) if context.index % 3 else (4,), **changes)
+    per_node = 1 if case.ranks == 2 or context.index % 4 == 3 else 2
+    return case.but(per_node=per_node)
+
+
+@holds("EPX-01")
+def nodes_like_one(context: Context) -> None:
+    """The oracle of one node is that of several, whatever the options of a call; in low latency too where declared."""
+    expand = "expand" in context.ep.layouts and context.index % 2 == 1
+    routing = ("mixed", "zipf", "distinct", "one", "half")[context.index % 5]
+    case = _nodes(context, bias=context.index % 3, expand=expand, routing=routing)
+    if context.index % 4 == 0:
+        case = case.but(tokens=(0, *case.tokens[1:]))
+    if context.index % 3 == 1:
+        case = case.but(alignment=4)
+    elif context.index % 3 == 2 and not expand:
+        case = case.but(worst=case.ranks * case.most + context.rng.randrange(3))
+    packed = None
+    if context.index % 4 == 2 and "float8_e4m3fn" in context.ep.dtypes:
+        case = draw(context).sized(case.but(scales="float32"))
+    elif "low_latency" in context.ep.across_nodes:
+        # With columns that are legal for both.
+        case = draw(context).sized(case.but(cast=context.ep.casts[context.index % len(context.ep.casts)]))
+        packed = PackedRound(context, case)
+        case = case.but(cast="none")
+    made, other = Round(context, case), Round(context, case)
+    cached: dict[str, Ref] = {}
+    if context.ep.cached_handle and context.index % 2 == 0:
+        pairs = zip(other.inputs, made.inputs, strict=True)
+        other = Round(context, case, [RankInput(o.x, m.topk_idx, o.topk_weights, o.scales) for o, m in pairs])
+        cached = {"handle": Ref("dispatch")}
+
+    def steps(rank: int) -> list[Step]:
+        found = [made.dispatch(rank), other.dispatch(rank, "other", **cached), made.combine(rank)]
+        found.append(other.combine(rank, "sum", of="other"))
+        if packed is not None:
+            found += [packed.dispatch(rank, "packed"), packed.combine(rank, "summed", of="packed")]
+        return [*found, Step("layout", "layout", {"topk_idx": made.inputs[rank].topk_idx})]
+
+    played = play(context, case, scripts(case, steps, modes(packed)))
+    made.judge_dispatch(played)
+    other.judge_dispatch(played, "other", earlier=made.inputs if cached else ())
+    made.judge_combine(played)
+    other.judge_combine(played, "sum")
+    if packed is not None:
+        packed.judge_dispatch(played, "packed")
+        packed.judge_combine(played, "summed")
+    for rank in range(case.ranks):
+        laid_out(context, case, made.inputs[rank], rank, played.result(rank, "layout"))
+
+
+@holds("EPX-02")
+def pre_reduced(context: Context) -> None:
+    """Sums of each node first, then the nodes in top-k order: seen with three addends or more, the bias one of them."""
+    topk = [n for n in (5, 4, 6, 3) if n in context.ep.topk]
+    case = draw(context).base((4,), pre_reduce=True, routing="distinct", weights=False, bias=1 + context.index // 2 % 2)
+    alone = context.index % 2 == 1 and 4 in context.ep.nodes
+    case = case.but(per_node=1 if alone else 2, topk=topk[0] if topk else case.topk)
+    made = Round(context, case)
+    played = play(context, case, scripts(case, lambda r: [made.dispatch(r), made.combine(r)]))
+    made.judge_dispatch(played)
+    made.judge_combine(played)
+
+
+@holds("EPX-03")
+def wrong_calls_across_nodes(context: Context) -> None:
+    """Misuse on a rank of one node is told on all nodes."""
+    case = _nodes(context).but(ranks=4, per_node=2, tokens=(4, 5, 6, 3))
+    made = Round(context, case)
+    odd = context.rng.randrange(4)
+
+    def steps(rank: int) -> list[Step]:
+        right = made.dispatch(rank)
+        wide = {**right.args, "x": right.args["x"].double().float()} if rank == odd else right.args
+        if case.dtype == "float32":
+            wide = {**right.args, "x": right.args["x"].bfloat16()} if rank == odd else right.args
+        far = {**right.args, "topk_idx": right.args["topk_idx"] + 99} if rank == odd else right.args
+        aligned = {**right.args, "expert_alignment": 4} if rank == odd else right.args
+        found = []
+        for number, args in enumerate((wide, far, aligned)):
+            found += [Step("dispatch", f"wrong {number}", args), made.dispatch(rank, f"right {number}")]
+        return found
+
+    names = [f"wrong {number}" for number in range(3)]
+    played = play(context, case, scripts(case, steps), raising=names)
+    for number, argument in enumerate(("x", "topk_idx", "expert_alignment")):
+        if refused_alike(context, played, f"wrong {number}", argument, what=f"a wrong {argument} on rank {odd}"):
+            made.judge_dispatch(played, f"right {number}")
