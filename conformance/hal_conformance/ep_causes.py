@@ -262,9 +262,7 @@ def of_packed(
     if isinstance(ranges, Tensor) and ranges.shape == want.layout_range.shape and not equal(ranges, want.layout_range):
         # begin << 32 | count
         if equal(ranges & 0xFFFFFFFF, want.layout_range & 0xFFFFFFFF):
-            return (
-                "source order is wrong: by layout_range, rows of an expert do not begin where those of lower ranks end"
-            )
+            return "source order is wrong: by layout_range a rank's rows do not begin where those of lower ranks end"
         return "layout_range does not tell how many rows come from each rank"
     return ""
 

@@ -78,6 +78,12 @@ class Round:
             )
         return self._sums
 
+    def again(self) -> Round:
+        """Other rows, weights and outputs over the same routes, as a cached dispatch sends them."""
+        others = zip(self.case.inputs(self.context.tensor_seed()), self.inputs, strict=True)
+        rows = [RankInput(o.x, mine.topk_idx, o.topk_weights, o.scales) for o, mine in others]
+        return Round(self.context, self.case, rows)
+
     def dispatch(self, rank: int, name: str = "dispatch", *, handle: Ref | None = None, **flags: Any) -> Step:
         """The step of a rank; with a handle a cached one."""
         case, given = self.case, self.inputs[rank]

@@ -68,8 +68,7 @@ def look() -> Found:
         if ready:
             details |= {f"device {i}": _describe(i) for i in range(count)}
     except RuntimeError as error:
-        first = first_line(error)
-        return Found(f"the driver refuses: {first}", "see what nvidia-smi says", details=details)
+        return Found(f"the driver refuses: {first_line(error)}", "see what nvidia-smi says", details=details)
     if not ready:
         return Found("the driver shows no device", "see nvidia-smi and CUDA_VISIBLE_DEVICES", details=details)
     major, minor = torch.cuda.get_device_capability(0)

@@ -63,16 +63,21 @@ def _broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, line: st
     monkeypatch.syspath_prepend(str(tmp_path))
 
 
-@pytest.mark.parametrize("line", ["raise RuntimeError('no libnvrtc\\nat all')", "raise ImportError()", "1 / 0"])
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("raise RuntimeError('no libnvrtc\\nat all')", "no libnvrtc"),
+        ("raise ImportError()", "ImportError"),
+        ("1 / 0", "division by zero"),
+    ],
+)
 @pytest.mark.parametrize("name", ["cupy", "triton"])
 def test_a_package_that_fails_at_its_import_costs_its_own_tiers_alone(
-    machine: pytest.MonkeyPatch, tmp_path: Path, name: str, line: str
+    machine: pytest.MonkeyPatch, tmp_path: Path, name: str, line: str, said: str
 ) -> None:
     _broken(machine, tmp_path, name, line)
     _, out = tiers.load()
-    said = {"no": "no libnvrtc", "I": "ImportError", "1": "division by zero"}
-    found = out["portable" if name == "cupy" else "triton"]
-    assert found.startswith(f"{name} does not import: ") and any(found.endswith(end) for end in said.values())
+    assert out["portable" if name == "cupy" else "triton"] == f"{name} does not import: {said}"
     assert name == "cupy" or "portable" not in out or "triton" not in out["portable"]
 
 

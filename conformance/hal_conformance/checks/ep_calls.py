@@ -34,8 +34,7 @@ def cached_handles(context: Context) -> None:
         case = case.but(expand=context.index % 2 == 1, alignment=1 + 3 * (context.index // 2 % 2))
     first = Round(context, case)
     other = Round(context, case)
-    rows = [RankInput(o.x, g.topk_idx, o.topk_weights) for o, g in zip(other.inputs, first.inputs, strict=True)]
-    again, more = Round(context, case, rows), Round(context, case, rows)
+    again, more = first.again(), first.again()
     played = play(
         context,
         case,
@@ -261,10 +260,7 @@ def overflow_drops(context: Context) -> None:
     if "expand" in context.ep.layouts and context.index % 4 >= 2:
         case = case.but(expand=True)
     made = Round(context, case)
-    again = None
-    if context.ep.cached_handle:
-        fresh = [RankInput(o.x, g.topk_idx, o.topk_weights) for o, g in zip(_other(made), made.inputs, strict=True)]
-        again = Round(context, case, fresh)
+    again = made.again() if context.ep.cached_handle else None
 
     def steps(rank: int) -> list[Step]:
         found = [made.dispatch(rank), made.combine(rank)]
@@ -279,11 +275,6 @@ def overflow_drops(context: Context) -> None:
     if again is not None:
         again.judge_dispatch(played, "cached", earlier=made.inputs)
         again.judge_combine(played, "combine cached")
-
-
-def _other(made: Round) -> list[RankInput]:
-    """Other rows and weights for the same routes."""
-    return made.case.inputs(made.context.tensor_seed())
 
 
 @holds("EPN-29")

@@ -197,7 +197,7 @@ def masked(context: Context, scale: float) -> None:
         # The call under way when the rank dies may have its rows or not; those after it must not.
         lost = [] if by_hand else [Step("dispatch", "under way", made.dispatch(rank).args)]
         again = _work(made, packed, rank, 2)
-        renamed = [Step(s.op, f"{s.name} without" if s.name else "", _renamed(s), s.on) for s in again]
+        renamed = [_named_as("{} without", step) for step in again]
         found = [*start, *mask, *lost, *renamed, Step("masked", "masks")]
         if by_hand:
             found += [Step("set_mask", "", {"rank": culprit, "masked": False}), Step("masked", "masks after")]
@@ -220,10 +220,12 @@ def masked(context: Context, scale: float) -> None:
             context.problem(f"rank {rank}: masked() still names a rank after its mask was lifted")
 
 
-def _renamed(step: Step) -> dict[str, object]:
-    """Arguments that refer to results under their other name."""
-    changed = {k: Ref(f"{v.name} without", v.field) if isinstance(v, Ref) else v for k, v in step.args.items()}
-    return {**changed, "of": f"{step.args['of']} without"} if "of" in step.args else changed
+def _named_as(name: str, step: Step, on: str = "buffer") -> Step:
+    """A step on a buffer whose result, and those it refers to, have other names: ``name`` with the old one put in."""
+    args = {k: Ref(name.format(v.name), v.field) if isinstance(v, Ref) else v for k, v in step.args.items()}
+    if "of" in args:
+        args["of"] = name.format(args["of"])
+    return Step(step.op, name.format(step.name) if step.name else "", args, on)
 
 
 @holds("EPX-15")
@@ -299,9 +301,7 @@ def later_buffer(context: Context, scale: float) -> None:
     names = [f"first {name}" for name in _calls(_work(made, packed, 0, 1))]
 
     def script(rank: int) -> list[Step]:
-        first = [
-            Step(s.op, f"first {s.name}" if s.name else "", _prefixed(s), "old") for s in _work(made, packed, rank, 1)
-        ]
+        first = [_named_as("first {}", step, "old") for step in _work(made, packed, rank, 1)]
         opened = Step("open", "old", case.buffer(modes(packed), timeout=scale))
         slow = [Step("sleep", args={"seconds": 3.0 * scale})] if rank == late else []
         # The late rank finds that it was given up; all go on with a new buffer.
@@ -315,9 +315,3 @@ def later_buffer(context: Context, scale: float) -> None:
             context.problem(f"rank {rank}: {names[0]} did not name rank {late}, which was three times its timeout late")
     made.judge_dispatch(played, "dispatch 0")
     made.judge_combine(played, "combine 0")
-
-
-def _prefixed(step: Step) -> dict[str, object]:
-
-    changed = {k: Ref(f"first {v.name}", v.field) if isinstance(v, Ref) else v for k, v in step.args.items()}
-    return {**changed, "of": f"first {step.args['of']}"} if "of" in step.args else changed

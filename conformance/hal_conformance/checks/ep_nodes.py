@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from hal.reference.ep import RankInput
 from hal_conformance.checks import holds
 from hal_conformance.checks.ep_normal import draw
 from hal_conformance.context import Context
@@ -45,15 +44,12 @@ def nodes_like_one(context: Context) -> None:
         case = draw(context).sized(case.but(cast=context.ep.casts[context.index % len(context.ep.casts)]))
         packed = PackedRound(context, case)
         case = case.but(cast="none")
-    made, other = Round(context, case), Round(context, case)
-    cached: dict[str, Ref] = {}
-    if context.ep.cached_handle and context.index % 2 == 0:
-        pairs = zip(other.inputs, made.inputs, strict=True)
-        other = Round(context, case, [RankInput(o.x, m.topk_idx, o.topk_weights, o.scales) for o, m in pairs])
-        cached = {"handle": Ref("dispatch")}
+    made = Round(context, case)
+    handle = Ref("dispatch") if context.ep.cached_handle and context.index % 2 == 0 else None
+    other = Round(context, case) if handle is None else made.again()
 
     def steps(rank: int) -> list[Step]:
-        found = [made.dispatch(rank), other.dispatch(rank, "other", **cached), made.combine(rank)]
+        found = [made.dispatch(rank), other.dispatch(rank, "other", handle=handle), made.combine(rank)]
         found.append(other.combine(rank, "sum", of="other"))
         if packed is not None:
             found += [packed.dispatch(rank, "packed"), packed.combine(rank, "summed", of="packed")]
@@ -61,7 +57,7 @@ def nodes_like_one(context: Context) -> None:
 
     played = play(context, case, scripts(case, steps, modes(packed)))
     made.judge_dispatch(played)
-    other.judge_dispatch(played, "other", earlier=made.inputs if cached else ())
+    other.judge_dispatch(played, "other", earlier=() if handle is None else made.inputs)
     made.judge_combine(played)
     other.judge_combine(played, "sum")
     if packed is not None:

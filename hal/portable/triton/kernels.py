@@ -332,7 +332,8 @@ def decode(
                     live = i < queries - base
                     at = q + (j.to(tl.int64) * q_b + (row0 + base).to(tl.int64) * q_s + head * group * q_h) * UNIT
                     at = at + _offsets(i, q_s, h, q_h, WIDE) * UNIT
-                    tail = MAIN + tl.arange(0, TAIL if TAIL else 16)
+                    if TAIL:
+                        tail = MAIN + tl.arange(0, TAIL)
                     if AT_ONCE == MAIN:
                         if FULL or TAIL:
                             q_main = tl.load(at[:, None] + main[None, :], mask=live[:, None], other=0.0)
