@@ -18,7 +18,7 @@ from hal_conformance.checks.pairs import realise
 from hal_conformance.context import BackendRaised, Context, Settings
 from hal_conformance.docs import spec
 from hal_conformance.draw import MOST_HEADS, MOST_PAGE, MOST_QUERIES, Draw, notable, within
-from hal_conformance.ep_case import MOST_EXPERTS, MOST_RANKS, MOST_ROW, MOST_TOKENS, MOST_TOPK, EpDraw
+from hal_conformance.ep_draw import MOST_EXPERTS, MOST_RANKS, MOST_ROW, MOST_TOKENS, MOST_TOPK, EpDraw
 from hal_conformance.inputs import build
 from hal_conformance.process import Worker
 from hal_conformance.requirements import REQUIREMENTS

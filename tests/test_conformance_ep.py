@@ -13,7 +13,8 @@ from hal_conformance import ep_causes
 from hal_conformance.checks import ep_misuse
 from hal_conformance.context import Record, Settings
 from hal_conformance.ep import Step, own_device
-from hal_conformance.ep_case import ROUTINGS, EpCase, EpDraw
+from hal_conformance.ep_case import ROUTINGS, EpCase
+from hal_conformance.ep_draw import EpDraw
 from hal_conformance.ep_judge import differ, padded, received
 from hal_conformance.parcel import pack, unpack
 from hal_conformance.process import Worker
@@ -140,7 +141,7 @@ def test_rows_of_any_bits_hold_what_arithmetic_changes(dtype: str) -> None:
 
 
 def test_what_arithmetic_did_to_moved_rows_is_named() -> None:
-    case = EpCase(ranks=1, tokens=(6,), hidden=512, data="bits", weights=False)
+    case = EpCase(ranks=1, tokens=(6,), hidden=512, data="bits", weights="")
     inputs = case.inputs(5)
     want = oracle.dispatch(inputs, case.experts)
     rows = want[0].x

@@ -17,7 +17,7 @@ import typer
 from hal_conformance import cli, html, progress, report, verdict
 from hal_conformance.cli import app
 from hal_conformance.context import Settings
-from hal_conformance.ep_case import EpDraw
+from hal_conformance.ep_draw import EpDraw
 from hal_conformance.process import Worker
 from hal_conformance.session import RED, Result, Session
 from hal_conformance.table import BY_ID, OBLIGATIONS, Obligation

@@ -110,6 +110,21 @@ class MlaCase:
         length = self.lengths[sequence]
         return max(0, length - self.queries[sequence] + query + 1) if self.causal else length
 
+    def sizes(self) -> dict[str, int]:
+        """How large it is along every axis a port may be wrong on."""
+        longest = max(self.lengths, default=0)
+        return {
+            "head_dim": self.d,
+            "head_dim_v": self.d_v,
+            "h_q": self.h_q,
+            "h_kv": self.h_kv,
+            "s_q": max(self.queries, default=0),
+            "page_size": self.page,
+            "batch": self.batch,
+            "cache_seqlens": longest,
+            "pages of a sequence": -(-longest // self.page),
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Only what differs from the defaults: what a person has to read."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

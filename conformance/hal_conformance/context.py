@@ -18,7 +18,8 @@ from hal.spec.errors import HalError
 from hal.spec.limits import DENSE_LSE, DENSE_OUT, Limits
 from hal_conformance import manners
 from hal_conformance.case import MlaCase
-from hal_conformance.cover import Labels, labels
+from hal_conformance.cover import Labels
+from hal_conformance.cover_mla import decode
 from hal_conformance.decode import Around, Expected, Outcome, Verdict, call, expect, judge
 from hal_conformance.draw import SEARCH, Draw
 from hal_conformance.inputs import Inputs, build
@@ -71,8 +72,8 @@ class Record:
     errors : list of dict
         The comparison of out and of lse for every call compared.
     launches : dict of str to int
-    tried : set of tuple of str
-        What the compared calls had of each factor; see `hal_conformance.cover`.
+    tried : dict of str to set of tuple of str
+        What the compared calls had of each factor, by the plan; see `hal_conformance.covers`.
     sizes : Sizes
         Of the calls that were compared.
     notes : list of str
@@ -88,7 +89,7 @@ class Record:
     diagnosis: dict[str, Any] | None = None
     errors: list[dict[str, Any]] = field(default_factory=list)
     launches: dict[str, int] = field(default_factory=dict)
-    tried: set[Labels] = field(default_factory=set)
+    tried: dict[str, set[Labels]] = field(default_factory=dict)
     sizes: Sizes = field(default_factory=Sizes)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -103,10 +104,14 @@ class Record:
             "errors": self.errors,
             "launches": self.launches,
             "seconds": self.seconds,
-            "tried": sorted(self.tried),
+            "tried": {name: sorted(rows) for name, rows in self.tried.items()},
             "sizes": self.sizes.to_dict(),
             "notes": self.notes,
         }
+
+    def met(self, plan: str, row: Labels) -> None:
+        """Keep which values met in a call that was compared."""
+        self.tried.setdefault(plan, set()).add(row)
 
     def add_launches(self, launches: dict[str, int]) -> None:
         """Sum up."""
@@ -257,7 +262,7 @@ class Context:
         expected = expect(inputs) if expected is None else expected
         verdict = judge(outcome.out, outcome.lse, expected, *self.limits())
         self.record.sizes.add(inputs.case)
-        self.record.tried.add(labels(inputs.case, self.dense))
+        self.record.met("decode", decode(self.dense).labels(inputs.case))
         self.record.errors.append({"out": verdict.out.to_dict(), "lse": verdict.lse.to_dict()})
         if not verdict.ok:
             if not self.record.problems:

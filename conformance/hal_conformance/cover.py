@@ -1,34 +1,21 @@
-"""Which sizes and options meet in one call: a plan of few cases in which every legal pair of notable values meets.
+"""Which values meet in one call: a plan of few cases in which every legal pair of notable values meets.
 
-A port is often right for each value and wrong for two together. `plan` is a covering array, built greedily: every case
+A port is often right for each value and wrong for two together. A plan is a covering array, built greedily: every case
 is chosen to bring together as many pairs as possible that none before it did, so that its first cases cover most. Ties
-are decided by the seed of the run. What a run really tried is counted from its calls (`labels`), not from this plan.
+are decided by the seed of the run. What a run really tried is counted from its calls (`Cover.labels`), not from a plan.
+What is chosen for a call of decode and of expert parallelism say `hal_conformance.cover_mla` and
+`hal_conformance.cover_ep`.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from itertools import combinations, product
-from typing import Final
-
-from hal.spec.capability import Ints, MlaCapabilities
-from hal_conformance.case import MlaCase
-from hal_conformance.draw import (
-    HEAD_DIMS,
-    KV_HEADS,
-    MOST_DIM,
-    MOST_HEADS,
-    MOST_KV_HEADS,
-    MOST_PAGE,
-    PAGES,
-    QUERIES,
-    notable,
-    within,
-)
+from itertools import combinations
+from typing import Any, Final, Generic, TypeVar
 
 OTHER: Final = "other"
 """Stands for every declared value that is not notable."""
@@ -36,20 +23,23 @@ OTHER: Final = "other"
 MOST_CASES: Final = 400
 """Cases of a plan at most; what they leave out is said in the report."""
 
+_FULL: Final = 4
+"""Plans of a full run."""
+
 _CANDIDATES: Final = 4
 """Cases built for each place of the plan, of which the best is kept."""
 
-QUERIES_PLANNED: Final = 40
-
-ELEMENTS: Final = 800_000
-"""Of q and out together, in one planned case: three large sizes at once take long and show no more than each two."""
+Case = TypeVar("Case")
 
 Pair = tuple[str, str, str, str]
 """A factor and its value, and another factor and its value; in the order of the factors."""
 
+Labels = tuple[str, ...]
+"""A value for each factor, in order."""
+
 
 @dataclass(frozen=True, slots=True)
-class Factor:
+class Factor(Generic[Case]):
     """One thing that is chosen for a call.
 
     Attributes
@@ -60,187 +50,103 @@ class Factor:
     of : callable
         Which of them a case has.
     size : callable
-        By how much a value at least multiplies the elements of q and out.
+        By how much a value at least multiplies the elements of a case.
     """
 
     name: str
     values: tuple[str, ...]
-    of: Callable[[MlaCase], str]
+    of: Callable[[Case], str]
     size: Callable[[str], int] = lambda value: 1
 
 
-HEAD_CLASSES: Final[dict[str, Callable[[int], bool]]] = {
-    "1": lambda n: n == 1,
-    "2…15": lambda n: 1 < n < 16,
-    "16": lambda n: n == 16,
-    "17… no multiple of 16": lambda n: 16 < n <= 128 and n % 16 != 0,
-    "32…128 multiple of 16": lambda n: 16 < n <= 128 and n % 16 == 0,
-    "129…": lambda n: n > 128,
-}
-BATCH_CLASSES: Final = {"1": (1, 1), "2…6": (2, 6), "7…64": (7, 64), "65…": (65, 300)}
+@dataclass(frozen=True, slots=True, eq=False)
+class Cover(Generic[Case]):
+    """Everything that is chosen for one kind of call, as far as a backend declares it.
 
+    Attributes
+    ----------
+    factors : tuple of Factor
+    illegal : frozenset of Pair
+        Pairs that no legal call has.
+    elements : int
+        How large a planned case may be, by the sizes of its factors: several large sizes at once take long and show no
+        more than each two.
+    """
 
-def _numbers(declared: Ints, usual: Iterable[int], most: int) -> tuple[str, ...]:
-    found = notable(declared, usual, most)
-    return (*map(str, found), *([OTHER] if set(within(declared, most)) - set(found) else []))
+    factors: tuple[Factor[Case], ...]
+    illegal: frozenset[Pair]
+    elements: int
 
+    def labels(self, case: Case) -> Labels:
+        """What a case has of each factor."""
+        return tuple(factor.of(case) for factor in self.factors)
 
-def others(declared: Ints, values: Iterable[str], most: int) -> list[int]:
-    """The declared numbers that ``other`` stands for."""
-    return [n for n in within(declared, most) if str(n) not in set(values)]
+    def chosen(self, row: Labels) -> dict[str, str]:
+        """The values of a row by the names of their factors."""
+        return {factor.name: value for factor, value in zip(self.factors, row, strict=True)}
 
+    def values(self) -> dict[str, tuple[str, ...]]:
+        """What is notable, by the name of the factor."""
+        return {factor.name: factor.values for factor in self.factors}
 
-def _dims(declared: MlaCapabilities) -> tuple[str, ...]:
-    ends = [(d, v) for d in notable(declared.head_dim, (), MOST_DIM) for v in notable(declared.head_dim_v, (), d)]
-    found = {(d, v) for d, v in (*HEAD_DIMS, *ends) if d in declared.head_dim and v in declared.head_dim_v and v <= d}
-    return (*(f"{d}/{v}" for d, v in sorted(found)), *([OTHER] if next(other_dims(declared, found), None) else []))
+    def pairs_of(self, row: Labels) -> set[Pair]:
+        """The pairs that meet in one case, as far as they are notable."""
+        named = [(f.name, value) for f, value in zip(self.factors, row, strict=True) if value in f.values]
+        return {(*one, *other) for one, other in combinations(named, 2)}
 
+    def legal_pairs(self) -> tuple[Pair, ...]:
+        """Every pair of values of two factors that some legal call has."""
+        return _legal_pairs(self)
 
-def other_dims(declared: MlaCapabilities, found: Container[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Declared pairs of head_dim and head_dim_v that are not ``found``."""
-    every = product(within(declared.head_dim, MOST_DIM), within(declared.head_dim_v, MOST_DIM))
-    return ((d, v) for d, v in every if v <= d and (d, v) not in found)
+    def plan(self, seed: str) -> tuple[Labels, ...]:
+        """Cases, as values of each factor, in which every legal pair meets; the seed decides which, and their order."""
+        return _plan(self, seed)
 
+    def count(self, seed: int, mode: str, quick: int) -> int:
+        """How many cases a run makes: one plan, its first ``quick`` ones, or the several plans of a full run."""
+        every = sum(len(self.plan(f"{seed}/{turn}")) for turn in range(_FULL if mode == "full" else 1))
+        return min(every, quick) if mode == "quick" else every
 
-def _one_of(values: tuple[str, ...], value: object) -> str:
-    return str(value) if str(value) in values else OTHER
-
-
-def queries_of(case: MlaCase) -> int:
-    """The most queries a sequence of a case has."""
-    return max(case.queries, default=0)
-
-
-def start_of(case: MlaCase) -> str:
-    """Which of its views begin off their alignment."""
-    off = [name for name in ("q", "kv", "out", "table") if getattr(case, f"{name}_start")]
-    return "none" if not off else off[0] if len(off) == 1 else "several"
-
-
-@cache
-def factors(declared: MlaCapabilities) -> tuple[Factor, ...]:
-    """Everything that is chosen for a call, as far as declared."""
-    dims = _dims(declared)
-    every = _numbers(declared.h_kv, KV_HEADS, MOST_KV_HEADS)
-    classes = tuple(a for a in HEAD_CLASSES if any(head_choices(declared, a, b) for b in every))
-    h_kv = tuple(b for b in every if any(head_choices(declared, a, b) for a in classes))
-    page = _numbers(declared.page_size, PAGES, MOST_PAGE)
-    s_q = _numbers(declared.s_q, QUERIES, QUERIES_PLANNED)
-    least_heads = {a: min(n for b in h_kv for n, _ in head_choices(declared, a, b)) for a in classes}
-    free_queries = others(declared.s_q, s_q, QUERIES_PLANNED)
-    least_queries = {a: min(free_queries) if a == OTHER else int(a) for a in s_q}
-    views = ("contiguous", "padded", "odd", "heads_first", "expanded")
-    padded = ("padded_row", "padded_token", "padded_block", "odd")
-    caches = ("contiguous", *padded, "heads_first", "blocks_inner", "expanded")
-
-    def flag(declared_too: bool) -> tuple[str, ...]:
-        return ("no", "yes") if declared_too else ("no",)
-
-    return (
-        Factor("dtype", declared.dtypes, lambda c: c.dtype),
-        Factor("head_dim/head_dim_v", dims, lambda c: _one_of(dims, f"{c.d}/{c.d_v}"), _columns),
-        Factor("h_q", classes, _head_class, lambda value: least_heads[value]),
-        Factor("h_kv", h_kv, lambda c: _one_of(h_kv, c.h_kv)),
-        Factor("page_size", page, lambda c: _one_of(page, c.page)),
-        Factor("s_q", s_q, lambda c: _one_of(s_q, queries_of(c)), lambda value: least_queries[value]),
-        Factor("causal", flag(declared.causal), lambda c: "yes" if c.causal else "no"),
-        Factor("ragged", flag(declared.ragged_q), lambda c: "no" if c.q_lens is None else "yes"),
-        Factor("q", views, lambda c: c.q_layout),
-        Factor("kv_cache", caches, lambda c: c.kv_layout),
-        Factor("out", ("none", "contiguous", "padded", "heads_first"), lambda c: c.out_layout),
-        Factor("block_table", ("contiguous", "strided", "expanded", "wide"), lambda c: c.table_layout),
-        Factor("unaligned", ("none", "q", "kv", "out", "table", "several"), start_of),
-        Factor("batch", tuple(BATCH_CLASSES), _batch_class, lambda value: BATCH_CLASSES[value][0]),
-        Factor("lse_base", declared.lse_bases, lambda c: c.lse_base),
-        Factor("batch_invariant", flag(declared.batch_invariant), lambda c: "yes" if c.batch_invariant else "no"),
-        Factor("plan", ("no", "yes"), lambda c: "yes" if c.plan else "no"),
-        Factor("softmax_scale", ("default", "positive", "zero", "negative"), _scale_class),
-    )
-
-
-def _columns(value: str) -> int:
-    return 2 if value == OTHER else sum(map(int, value.split("/")))
-
-
-def _scale_class(case: MlaCase) -> str:
-    if case.scale is None:
-        return "default"
-    return "zero" if case.scale == 0 else "positive" if case.scale > 0 else "negative"
-
-
-def _head_class(case: MlaCase) -> str:
-    return next((name for name, holds in HEAD_CLASSES.items() if holds(case.h_q)), OTHER)
-
-
-def _batch_class(case: MlaCase) -> str:
-    return next((name for name, (a, z) in BATCH_CLASSES.items() if a <= case.batch <= z), OTHER)
-
-
-def head_choices(declared: MlaCapabilities, h_q: str, h_kv: str) -> list[tuple[int, int]]:
-    """Declared h_q and h_kv of these kinds that divide."""
-    values = _numbers(declared.h_kv, KV_HEADS, MOST_KV_HEADS)
-    kv = others(declared.h_kv, values, MOST_KV_HEADS) if h_kv == OTHER else [int(h_kv)]
-    found = [n for n in within(declared.h_q, max(MOST_HEADS, *kv)) if HEAD_CLASSES[h_q](n)]
-    return [(n, k) for k in kv for n in found if n % k == 0]
+    def row(self, seed: int, index: int) -> Labels:
+        """What case ``index`` of a run is to be."""
+        turn = 0
+        while index >= len(self.plan(f"{seed}/{turn}")):
+            index -= len(self.plan(f"{seed}/{turn}"))
+            turn += 1
+        return self.plan(f"{seed}/{turn}")[index]
 
 
 @cache
-def _illegal(declared: MlaCapabilities) -> frozenset[Pair]:
-    """Pairs that no legal call has."""
-    kinds = {factor.name: factor.values for factor in factors(declared)}
-    heads = [("h_q", a, "h_kv", b) for a in kinds["h_q"] for b in kinds["h_kv"] if not head_choices(declared, a, b)]
-    return frozenset([*heads, ("out", "none", "unaligned", "out")])
-
-
-@cache
-def legal_pairs(declared: MlaCapabilities) -> tuple[Pair, ...]:
-    """Every pair of values of two factors that some legal call has."""
+def _legal_pairs(cover: Cover[Any]) -> tuple[Pair, ...]:
     return tuple(
         (f.name, a, g.name, b)
-        for f, g in combinations(factors(declared), 2)
+        for f, g in combinations(cover.factors, 2)
         for a in f.values
         for b in g.values
-        if (f.name, a, g.name, b) not in _illegal(declared)
+        if (f.name, a, g.name, b) not in cover.illegal
     )
 
 
-Labels = tuple[str, ...]
-"""A value for each factor, in order."""
-
-
-def labels(case: MlaCase, declared: MlaCapabilities) -> Labels:
-    """What a case has of each factor."""
-    return tuple(factor.of(case) for factor in factors(declared))
-
-
-def pairs_of(row: Labels, declared: MlaCapabilities) -> set[Pair]:
-    """The pairs that meet in one case, as far as they are notable."""
-    named = [(f.name, value) for f, value in zip(factors(declared), row, strict=True) if value in f.values]
-    return {(*one, *other) for one, other in combinations(named, 2)}
-
-
 @cache
-def plan(declared: MlaCapabilities, seed: str) -> tuple[Labels, ...]:
-    """Cases, as values of each factor, in which every legal pair meets; the seed decides which, and their order."""
+def _plan(cover: Cover[Any], seed: str) -> tuple[Labels, ...]:
     rng = random.Random(seed)
-    wanted = set(legal_pairs(declared))
-    open_pairs = list(legal_pairs(declared))
+    wanted = set(cover.legal_pairs())
+    open_pairs = list(cover.legal_pairs())
     rng.shuffle(open_pairs)
     rows: list[Labels] = []
     while wanted and len(rows) < MOST_CASES:
         while open_pairs[-1] not in wanted:
             open_pairs.pop()
-        built = [_row(declared, open_pairs[-1], wanted, rng) for _ in range(_CANDIDATES)]
-        best = max(built, key=lambda row: len(pairs_of(row, declared) & wanted))
+        built = [_row(cover, open_pairs[-1], wanted, rng) for _ in range(_CANDIDATES)]
+        best = max(built, key=lambda row: len(cover.pairs_of(row) & wanted))
         rows.append(best)
-        wanted -= pairs_of(best, declared)
+        wanted -= cover.pairs_of(best)
     return tuple(rows)
 
 
-def _row(declared: MlaCapabilities, first: Pair, wanted: set[Pair], rng: random.Random) -> Labels:
+def _row(cover: Cover[Any], first: Pair, wanted: set[Pair], rng: random.Random) -> Labels:
     """A case with the pair ``first``; each further value is the one that meets most that is still wanted."""
-    every = factors(declared)
-    illegal = _illegal(declared)
+    every = cover.factors
     place = {factor.name: at for at, factor in enumerate(every)}
     chosen = {first[0]: first[1], first[2]: first[3]}
     rest = [factor for factor in every if factor.name not in chosen]
@@ -251,13 +157,13 @@ def _row(declared: MlaCapabilities, first: Pair, wanted: set[Pair], rng: random.
             return name, value, other, chosen[other]
         return other, chosen[other], name, value
 
-    def met_by(factor: Factor, value: str) -> list[Pair]:
+    def met_by(factor: Factor[Any], value: str) -> list[Pair]:
         return [pair(factor.name, value, other) for other in chosen]
 
     for factor in rest:
-        legal = [value for value in factor.values if not any(one in illegal for one in met_by(factor, value))]
+        legal = [value for value in factor.values if not any(one in cover.illegal for one in met_by(factor, value))]
         so_far = math.prod(f.size(chosen[f.name]) for f in every if f.name in chosen)
-        small = [value for value in legal if so_far * factor.size(value) <= ELEMENTS] or legal
+        small = [value for value in legal if so_far * factor.size(value) <= cover.elements] or legal
         gains = {value: sum(one in wanted for one in met_by(factor, value)) for value in small}
         most = max(gains.values())
         chosen[factor.name] = rng.choice([value for value in small if gains[value] == most])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import random
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -13,31 +12,15 @@ from torch import Tensor
 
 from hal.reference import ep as oracle
 from hal.reference.ep import RankInput
-from hal.spec.capability import EpCapabilities, Ints
 from hal.spec.ep import FP8, SCALE_GROUP
-from hal_conformance.draw import members, within
 
 ROUTINGS: Final = ("mixed", "distinct", "zipf", "one", "one_rank", "avoid", "same", "none", "half")
 TIMEOUT: Final = 10.0
 """Of the buffers of ordinary cases: longer than anything a correct backend needs."""
 
-RANKS: Final = (3, 2, 4, 1)
-ROWS: Final = (128, 48, 272, 16, 528, 1040)
-"""Bytes of a row; all but the first are an odd multiple of 16."""
-
 _LARGE: Final = 1.5 * 2.0**15
 _SMALL: Final = 2.0**-11
 """Representable in every dtype of rows; their sum is not, in float32."""
-
-TOPK: Final = (3, 2, 5, 1, 8)
-EXPERTS: Final = (8, 9, 7, 16, 12, 5, 64)
-
-MOST_RANKS: Final = 8
-MOST_EXPERTS: Final = 256
-MOST_TOPK: Final = 16
-MOST_TOKENS: Final = 160
-MOST_ROW: Final = 16384
-"""Up to where sizes are drawn, from the upper half: what no short list holds, a block of threads or one pass of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +56,15 @@ class EpCase:
         Unused elements after each row of the inputs.
     width : int
         The buffer's ``topk`` where that is more than the choices of this call.
+    handle : str
+        ``new``, or ``cached``: other rows over the routes of an earlier dispatch.
+    finish : str
+        How its calls end: ``call``, ``event`` or ``hook``.
+    zero_copy : bool
+    out : str
+        ``none``, ``contiguous`` or ``padded``: where a low-latency combine is to put its sums.
+    statistics : bool
+        Whether counters of received rows and of waits are given.
     """
 
     ranks: int = 2
@@ -84,7 +76,7 @@ class EpCase:
     routing: str = "mixed"
     data: str = "normal"
     scales: str = ""
-    weights: bool = True
+    weights: str = "usual"
     expand: bool = False
     alignment: int = 1
     worst: int = 0
@@ -97,6 +89,11 @@ class EpCase:
     cast: str = "none"
     pad: int = 0
     width: int = 0
+    handle: str = "new"
+    finish: str = "call"
+    zero_copy: bool = False
+    out: str = "none"
+    statistics: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -118,6 +115,19 @@ class EpCase:
     def but(self, **changes: Any) -> EpCase:
         """The same case with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+    def sizes(self) -> dict[str, int]:
+        """How large it is along every axis a port may be wrong on."""
+        found = {
+            "ranks": self.ranks,
+            "num_experts": self.experts,
+            "experts of a rank": self.local,
+            "topk": self.topk,
+            "tokens of a rank": max(self.tokens),
+            "row_bytes": self.hidden * self.torch_dtype.itemsize,
+        }
+        groups = -(-self.hidden // SCALE_GROUP)
+        return found | ({"scaled groups of a row": groups} if self.scales or self.cast != "none" else {})
 
     def to_dict(self) -> dict[str, Any]:
         """Only what differs from the defaults, and what a person has to read."""
@@ -155,10 +165,12 @@ class EpCase:
                 groups = -(-self.hidden // SCALE_GROUP)
                 if self.scales == "int32":
                     scales = torch.randint(-(2**31), 2**31 - 1, (n, -(-groups // 4)), generator=rng, dtype=torch.int32)
+                elif self.data == "bits":
+                    scales = torch.randint(-(2**31), 2**31, (n, groups), generator=rng).int().view(torch.float32)
                 else:
                     scales = torch.rand(n, groups, generator=rng) + 0.5
             idx = self._routes(n, rng)
-            weights = torch.rand(n, self.topk, generator=rng) + 0.05
+            weights = self._weights(n, rng)
             if self.data == "order":
                 # Powers of two, so that weighted rows cancel too; and for every other token thirds, with which they
                 # cancel only if each product was rounded before it was added.
@@ -169,6 +181,14 @@ class EpCase:
                 rows = self._any_bits(n, self.torch_dtype, rng)
             made.append(RankInput(rows, idx, weights if self.weights else None, scales))
         return made
+
+    def _weights(self, n: int, rng: torch.Generator) -> Tensor:
+        shape = (n, self.topk)
+        some = torch.rand(shape, generator=rng)
+        if self.weights != "any":
+            return some + 0.05
+        signs = torch.randint(-1, 2, shape, generator=rng)
+        return signs * (some + 0.5) * torch.exp2(torch.randint(-12, 13, shape, generator=rng).float())
 
     def _rows(self, n: int, rng: torch.Generator) -> Tensor:
         x = torch.randn(n, self.hidden, generator=rng)
@@ -203,8 +223,10 @@ class EpCase:
     def _routes(self, n: int, rng: torch.Generator) -> Tensor:
         experts, topk = self.experts, self.topk
         shape = (n, topk)
-        if self.routing == "distinct" and topk <= experts:
-            return torch.rand(n, experts, generator=rng).topk(topk, dim=1).indices
+        if self.routing == "distinct":
+            # Of fewer experts than choices, the rest are holes.
+            chosen = torch.rand(n, experts, generator=rng).topk(min(topk, experts), dim=1).indices
+            return torch.cat([chosen, torch.full((n, topk - chosen.shape[1]), -1)], 1)
         if self.routing == "zipf":
             share = (1.0 / torch.arange(1, experts + 1)).cumsum(0)
             return torch.searchsorted(share, torch.rand(shape, generator=rng) * share[-1]).clamp(max=experts - 1)
@@ -253,102 +275,3 @@ class EpCase:
         signs = torch.randint(0, 2, shape, generator=rng) * 2 - 1
         large = torch.rand(shape, generator=rng) < 0.4
         return torch.where(large, signs * _LARGE, torch.randn(shape, generator=rng) * _SMALL).to(self.torch_dtype)
-
-
-@dataclass(slots=True)
-class EpDraw:
-    """A source of declared sizes. Systematic in ``index``, random in ``rng``."""
-
-    rng: random.Random
-    declared: EpCapabilities
-    index: int
-    ranks: int = 0
-
-    def base(self, ranks: tuple[int, ...] = RANKS, **changes: Any) -> EpCase:
-        """A case of usual sizes, with as many ranks as this index has its turn with."""
-        found = members(self.declared.ranks, ranks)
-        if self.ranks and len(ranks) > 1:
-            found = members(self.declared.ranks, (self.ranks,))
-        world = found[self.index % len(found)]
-        dtypes = [d for d in self.declared.dtypes if d != "float8_e4m3fn"]
-        case = EpCase(
-            ranks=world,
-            experts=self.rng.choice(members(self.declared.num_experts, EXPERTS[:4])),
-            topk=self.rng.choice(members(self.declared.topk, TOPK[:2])),
-            tokens=tuple(self.rng.choice((1, 4, 7, 12, 17)) for _ in range(world)),
-            dtype=dtypes[0],
-        )
-        return self.sized(case.but(**changes))
-
-    def odd(self, case: EpCase) -> EpCase:
-        """Sizes nobody tunes for; now and then fewer choices than the buffer has."""
-        topk = self.rng.choice(members(self.declared.topk, (1, 3, 5, 7)))
-        wider = [n for n in (0, 0, topk + 1, topk + 2, topk + 5) if not n or n in self.declared.topk]
-        experts = self.rng.choice(members(self.declared.num_experts, (5, 7, 9, 13, 1, 11)))
-        return self.sized(case.but(experts=experts, topk=topk, width=self.rng.choice(wider)), ROWS[1:])
-
-    def apart(self, case: EpCase) -> EpCase:
-        """Sizes nobody tunes for that are other ones than those of a case, as far as there are others."""
-        drawn = [self.odd(case) for _ in range(8)]
-        return max(drawn, key=lambda one: (one.local != case.local) + (one.hidden != case.hidden))
-
-    def unlike(self, case: EpCase) -> list[EpCase]:
-        """Calls of one buffer, each unlike the one before: many tokens, then few or none, fewer choices, no weights."""
-        most = 24
-        case = case.but(capacity=most, width=case.topk)
-        empty = self.rng.randrange(case.ranks)
-        some = tuple(self.rng.randint(2, 9) for _ in range(case.ranks))
-        with_none = tuple(0 if rank == empty else n for rank, n in enumerate(some))
-        every = [
-            case.but(tokens=(most,) * case.ranks, routing="distinct"),
-            case.but(tokens=with_none, routing="mixed"),
-            case.but(tokens=some, topk=max(1, case.topk - 1)),
-            case.but(tokens=(1,) * case.ranks, routing="one"),
-            case.but(tokens=with_none[::-1], pad=8),
-        ]
-        self.rng.shuffle(every)
-        return every
-
-    def many(self, case: EpCase) -> EpCase:
-        """As many ranks as a node has, with more experts, choices and tokens than a group of threads; of short rows."""
-        world = self.ranks or self._upper(self.declared.ranks, MOST_RANKS)
-        crowded = self.rng.randrange(world)
-        tokens = (self.rng.randint(MOST_TOKENS // 2, MOST_TOKENS) if r == crowded else r % 3 for r in range(world))
-        large = self.wide(case).but(ranks=world, topk=self._upper(self.declared.topk, MOST_TOPK), tokens=tuple(tokens))
-        return self.sized(large, ROWS[1:4:2])
-
-    def wide(self, case: EpCase) -> EpCase:
-        """So many experts that on few ranks each has more than a group of threads."""
-        tokens = tuple(max(8, n) for n in case.tokens)
-        return case.but(experts=self._upper(self.declared.num_experts, MOST_EXPERTS), tokens=tokens)
-
-    def long(self, case: EpCase) -> EpCase:
-        """A few rows, longer than what a group of threads copies at once."""
-        itemsize = case.torch_dtype.itemsize
-        every = range(MOST_ROW // 2 + 16, MOST_ROW + 1, 16)
-        # So that the bytes of the same columns as FP8 are a multiple of 16 too.
-        rows = [n for n in every if n in self.declared.row_bytes and n % (16 * itemsize) == 0]
-        few = case.but(tokens=tuple(self.rng.randint(1, 3) for _ in case.tokens))
-        return few.but(hidden=self.rng.choice(rows) // itemsize) if rows else few
-
-    def _upper(self, declared: Ints, most: int) -> int:
-        """A declared value of the upper half up to ``most``, or the one nearest to it."""
-        every = within(declared, most)
-        found = [n for n in every if most < 2 * n <= 2 * most]
-        return self.rng.choice(found) if found else min(every, key=lambda n: abs(n - most))
-
-    def sized(self, case: EpCase, rows: tuple[int, ...] = (128, 256)) -> EpCase:
-        """With a declared hidden, of FP8 rows too where the case has some."""
-        itemsize = case.torch_dtype.itemsize
-        declared = self.declared.row_bytes
-        fp8 = bool(case.scales) or case.cast != "none"
-        usual = [n for n in members(declared, rows) if n % 16 == 0 and n % itemsize == 0]
-        if fp8:
-            # An FP8 row of so many bytes has so many columns, and the same columns unquantised must be legal too.
-            usual = [n * itemsize for n in members(declared, (272, 656, 144)) if n % 16 == 0]
-            usual = [n for n in usual if n in declared] or [self._smallest() * itemsize]
-        row = self.rng.choice(usual or [self._smallest()])
-        return case.but(hidden=row // itemsize)
-
-    def _smallest(self) -> int:
-        return next(n for n in range(16, 1 << 20, 16) if n in self.declared.row_bytes)

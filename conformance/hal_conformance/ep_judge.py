@@ -109,9 +109,13 @@ def received(
         if not isinstance(x, Tensor) or len(x) != case.worst or not isinstance(idx, Tensor) or len(idx) != case.worst:
             problems.append(f"recv_x has not num_worst_tokens = {case.worst} rows")
         else:
-            past = (idx[rows:] != -1).flatten(1).any(1).nonzero().flatten().tolist()
+            chosen = idx[rows:] != -1
+            past = (chosen.flatten(1).any(1) if chosen.dim() > 1 else chosen).nonzero().flatten().tolist()
             if past:
                 problems.append(f"recv_topk_idx is not -1 in row {rows + past[0]}, past the last received one")
+        for name, beside in (("the scales", scales), ("recv_topk_weights", heavy)):
+            if isinstance(beside, Tensor) and len(beside) != case.worst:
+                problems.append(f"{name} have {len(beside)} rows, not num_worst_tokens = {case.worst}")
         x, idx, scales, heavy = (t[:rows] if isinstance(t, Tensor) else t for t in (x, idx, scales, heavy))
     problems.append(differ("recv_x", x, want.x, where))
     if want.scales is not None:
@@ -249,6 +253,13 @@ def _counted(counts: list[int], want: list[int]) -> str:
     wrong = [local for local in range(len(want)) if counts[local] != want[local]]
     shown = ", ".join(f"{counts[local]} instead of {want[local]} for local expert {local}" for local in wrong[:3])
     return f"{name} differs for {len(wrong)} of {len(want)} experts: {shown}"
+
+
+def recv_stats(context: Context, rank: int, got: dict[str, Any], want: Tensor) -> None:
+    """Note where the statistics of received counts are not what was there and the counts."""
+    name = "cumulative_local_expert_recv_stats"
+    text = differ(name, got.get(name), want, lambda e: f"local expert {e}")
+    note(context, rank, "statistics", [text], lambda: "counts are stored, not added, or added more than once")
 
 
 def same(context: Context, rank: int, what: str, got: Any, first: Any) -> bool:

@@ -8,7 +8,8 @@ from typing import Any, Final
 from hal.spec.capability import Capabilities, EpCapabilities
 from hal_conformance.context import Context, Stop
 from hal_conformance.ep import Ref, Step
-from hal_conformance.ep_case import EpCase, EpDraw
+from hal_conformance.ep_case import EpCase
+from hal_conformance.ep_draw import EpDraw
 from hal_conformance.ep_play import play
 from hal_conformance.ep_round import PackedRound, Round, scripts
 
@@ -144,6 +145,11 @@ EP_REQUIREMENTS: Final[dict[str, tuple[str, Declared, Calls]]] = {
         "EP over several nodes",
         lambda e: "normal" in e.across_nodes and 4 in e.ranks and 2 in e.nodes,
         _normal(ranks=4, tokens=(3, 4, 5, 6), per_node=2),
+    ),
+    "ep_ll_nodes": (
+        "EP, low-latency mode over several nodes",
+        lambda e: "low_latency" in e.across_nodes and 4 in e.ranks and 2 in e.nodes,
+        _packed(ranks=4, tokens=(3, 4, 5, 6), per_node=2),
     ),
     "ep_pre_reduce": (
         "EP, pre-reduced sums",

@@ -132,6 +132,7 @@ class Round:
             got = played.result(rank, step or name)
             if not got:
                 continue  # It raised, which is noted already.
+            self.context.record.sizes.add(self.case)
             ep_judge.received(
                 self.context, self.case, self.inputs, rank, got, self.wants, name, earlier=earlier, weights=True
             )
@@ -199,6 +200,7 @@ class PackedRound:
             got = played.result(rank, step or name)
             if not got:
                 continue  # It raised, which is noted already.
+            self.context.record.sizes.add(self.case)
             ep_judge.packed(self.context, self.case, self.inputs, rank, got, self.wants, name)
 
     def judge_combine(

@@ -13,7 +13,8 @@ from hal.spec.capability import Capabilities
 from hal.spec.errors import SpecError
 from hal_conformance.apart import ask
 from hal_conformance.context import Settings
-from hal_conformance.cover import Labels, legal_pairs, pairs_of
+from hal_conformance.cover import Labels
+from hal_conformance.covers import covers
 from hal_conformance.process import Secluded, Worker, WorkerDied, WorkerHangs
 from hal_conformance.requirements import REQUIREMENTS
 from hal_conformance.sizes import Sizes
@@ -138,7 +139,7 @@ class Session:
         self.started = time.time()
         self.facts: dict[str, Any] = {}
         self.capabilities: Capabilities | None = None
-        self.tried: set[Labels] = set()
+        self.tried: dict[str, set[Labels]] = {}
         self.sizes = Sizes()
 
     @property
@@ -209,12 +210,15 @@ class Session:
 
     def coverage(self) -> dict[str, int]:
         """How many of the legal pairs of notable values met in a call that was compared, and of how many."""
-        declared = self.capabilities.mla_dense if self.capabilities is not None else None
-        if declared is None:
-            return {"covered": 0, "pairs": 0}
-        met = set().union(*(pairs_of(row, declared) for row in self.tried))
-        legal = set(legal_pairs(declared))
-        return {"covered": len(met & legal), "pairs": len(legal)}
+        found = {"covered": 0, "pairs": 0}
+        if self.capabilities is None:
+            return found
+        for name, cover in covers(self.capabilities, self.settings.ranks).items():
+            legal = set(cover.legal_pairs())
+            met = set().union(*(cover.pairs_of(row) for row in self.tried.get(name, ())))
+            found["covered"] += len(met & legal)
+            found["pairs"] += len(legal)
+        return found
 
     def waiver_problems(self) -> list[str]:
         """Waivers that are expired, or that nothing needed."""
@@ -352,7 +356,8 @@ class Session:
             }
         result.calls += answer["calls"]
         evidence = {"index": index, "calls": answer["calls"], "launches": answer.get("launches", {})}
-        self.tried.update(tuple(row) for row in answer.get("tried", []))
+        for name, rows in answer.get("tried", {}).items():
+            self.tried.setdefault(name, set()).update(map(tuple, rows))
         if "sizes" in answer:
             self.sizes.merge(answer["sizes"])
         result.notes += [text for text in answer.get("notes", []) if text not in result.notes]

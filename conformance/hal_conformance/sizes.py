@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
-from hal.spec.capability import MlaCapabilities
-from hal_conformance.case import MlaCase
+from hal.spec.capability import Capabilities
 
-_DECLARED: Final = ("head_dim", "head_dim_v", "h_q", "h_kv", "s_q", "page_size")
-"""Axes that a backend declares; of the others every size is legal."""
+_DECLARED: Final = {
+    **dict.fromkeys(("head_dim", "head_dim_v", "h_q", "h_kv", "s_q", "page_size"), "mla_dense"),
+    **dict.fromkeys(("ranks", "topk", "num_experts", "row_bytes"), "ep"),
+}
+"""Axes that a backend declares, and where; of the others every size is legal."""
+
+
+class Sized(Protocol):
+    """A case that says how large it is along every axis."""
+
+    def sizes(self) -> dict[str, int]:
+        """By the name of the axis."""
+        ...
 
 
 @dataclass(slots=True)
@@ -20,13 +30,9 @@ class Sizes:
     least: dict[str, int] = field(default_factory=dict)
     largest: dict[str, int] = field(default_factory=dict)
 
-    def add(self, case: MlaCase) -> None:
+    def add(self, case: Sized) -> None:
         """Take in a call."""
-        longest = max(case.lengths, default=0)
-        sizes = {"head_dim": case.d, "head_dim_v": case.d_v, "h_q": case.h_q, "h_kv": case.h_kv}
-        sizes |= {"s_q": max(case.queries, default=0), "page_size": case.page, "batch": case.batch}
-        sizes |= {"cache_seqlens": longest, "pages of a sequence": -(-longest // case.page)}
-        self._take(sizes, sizes)
+        self._take(case.sizes(), case.sizes())
 
     def merge(self, other: dict[str, dict[str, int]]) -> None:
         """Take in what `to_dict` gave."""
@@ -42,7 +48,7 @@ class Sizes:
         """Plain data."""
         return {"least": self.least, "largest": self.largest}
 
-    def against(self, declared: MlaCapabilities | None) -> list[dict[str, Any]]:
+    def against(self, declared: Capabilities | None) -> list[dict[str, Any]]:
         """For every axis what is declared, and the smallest and largest that was compared."""
         return [
             {"axis": name, "declared": _declared(declared, name), "least": self.least[name], "largest": size}
@@ -50,8 +56,9 @@ class Sizes:
         ]
 
 
-def _declared(declared: MlaCapabilities | None, name: str) -> str:
-    return str(getattr(declared, name)) if declared is not None and name in _DECLARED else "any size"
+def _declared(declared: Capabilities | None, name: str) -> str:
+    section = getattr(declared, _DECLARED[name]) if name in _DECLARED else None
+    return "any size" if section is None else str(getattr(section, name))
 
 
 def sentence(rows: Iterable[dict[str, Any]]) -> str:

@@ -858,6 +858,18 @@ TABLE: Final = (
         needs="EpBuffer",
     ),
     Obligation(
+        "EPN-34",
+        "E1",
+        "every pair of values",
+        "Any two legal values work together, not only each alone: of ranks, experts of a rank, top-k and the buffer's, "
+        "dtype, columns, tokens, room, routing, padded rows, scales, data, weights, layout, expert_alignment, "
+        "num_worst_tokens, bias, handle, how a call ends, and overflow; layout agrees.",
+        "ep_normal",
+        _BY_CHECK,
+        _STARTING,
+        needs="EpBuffer",
+    ),
+    Obligation(
         "EPL-01",
         "E2",
         "packing",
@@ -1049,6 +1061,18 @@ TABLE: Final = (
         needs="EpBuffer",
     ),
     Obligation(
+        "EPL-19",
+        "E2",
+        "every pair of values",
+        "Any two legal values work together, not only each alone: of ranks, experts of a rank, top-k and the buffer's, "
+        "dtype, columns, tokens, room, routing, padded rows, cast, data, weights, how a call ends, zero_copy, out and "
+        "statistics.",
+        "ep_low_latency",
+        _BY_CHECK,
+        _STARTING,
+        needs="EpBuffer",
+    ),
+    Obligation(
         "EPX-01",
         "E3",
         "nodes are invisible",
@@ -1077,6 +1101,27 @@ TABLE: Final = (
         "A wrong call on a rank of one node raises the same SpecError on all nodes; the next call is right.",
         "ep_nodes",
         (1, 3, 10),
+        _STARTING,
+        needs="EpBuffer",
+    ),
+    Obligation(
+        "EPX-04",
+        "E3",
+        "every pair of values across nodes",
+        "What holds for pairs of values in the normal mode holds over several nodes too, with ranks of a node and "
+        "pre_reduce among the values.",
+        "ep_nodes",
+        _BY_CHECK,
+        _STARTING,
+        needs="EpBuffer",
+    ),
+    Obligation(
+        "EPX-05",
+        "E3",
+        "every pair of values across nodes, low-latency mode",
+        "What holds for pairs of values in the low-latency mode holds over several nodes too.",
+        "ep_ll_nodes",
+        _BY_CHECK,
         _STARTING,
         needs="EpBuffer",
     ),

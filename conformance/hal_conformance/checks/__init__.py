@@ -54,6 +54,7 @@ def load() -> dict[str, Check]:
         ep_misuse,
         ep_nodes,
         ep_normal,
+        ep_pairs,
         ep_unlike,
         huge,
         metamorphic,

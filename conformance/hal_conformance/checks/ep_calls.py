@@ -65,7 +65,7 @@ def cached_handles(context: Context) -> None:
 @holds("EPN-21")
 def backward(context: Context) -> None:
     """Gradients by mirrored calls, against autograd over the same sums."""
-    case = draw(context).base((2, 3), weights=False, dtype=_widest(context))
+    case = draw(context).base((2, 3), weights="", dtype=_widest(context))
     case = draw(context).sized(case)
     made = Round(context, case)
     # Small whole numbers: sums are exact, so autograd and the backend agree bit for bit.

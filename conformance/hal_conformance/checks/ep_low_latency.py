@@ -12,8 +12,9 @@ from hal_conformance.checks.ep_calls import MANY, MANY_LIMIT, PAUSE
 from hal_conformance.checks.ep_normal import LARGE, draw
 from hal_conformance.context import Context
 from hal_conformance.ep import Padded, Ref, Step
-from hal_conformance.ep_case import ROWS, EpCase
-from hal_conformance.ep_judge import differ, note, same
+from hal_conformance.ep_case import EpCase
+from hal_conformance.ep_draw import ROWS
+from hal_conformance.ep_judge import differ, note, recv_stats, same
 from hal_conformance.ep_play import Played, patiently, play
 from hal_conformance.ep_refused import refused_alike
 from hal_conformance.ep_round import PackedRound, low_latency, scripts
@@ -182,7 +183,7 @@ def hook_defers(context: Context, scale: float) -> None:
     _late(context, played, late, "dispatch", "low_latency_dispatch with a hook")
     _late(context, played, late, "combine", "low_latency_combine with a hook")
     for rank in range(case.ranks):
-        _counted(context, rank, played.result(rank, "received"), made.wants[rank].count + 5)
+        recv_stats(context, rank, played.result(rank, "received"), made.wants[rank].count + 5)
     made.judge_dispatch(played, step="received")
     made.judge_combine(played, step="summed")
 
@@ -280,7 +281,7 @@ def statistics(context: Context, scale: float) -> None:
     played = play(context, case, scripts(case, steps, "low_latency"))
     for rank in range(case.ranks):
         got = played.result(rank, "dispatch")
-        _counted(context, rank, got, torch.arange(case.local, dtype=torch.int32) * 1000 + made.wants[rank].count)
+        recv_stats(context, rank, got, torch.arange(case.local, dtype=torch.int32) * 1000 + made.wants[rank].count)
         for name, where in (("dispatch_wait_recv_cost_stats", "dispatch"), ("combine_wait_recv_cost_stats", "combine")):
             waits = played.result(rank, where)[name] - 10
             if bool((waits < 0).any()):
@@ -293,13 +294,6 @@ def statistics(context: Context, scale: float) -> None:
             punctual = [other for other in range(case.ranks) if other != late and waited[other] > waited[late] / 2]
             if punctual:
                 context.problem(f"rank {rank}: only rank {late} came late, and {name} says {waited} µs")
-
-
-def _counted(context: Context, rank: int, got: dict[str, Any], want: torch.Tensor) -> None:
-    """Note where the statistics of received counts are not what was there and the counts."""
-    name = "cumulative_local_expert_recv_stats"
-    text = differ(name, got.get(name), want, lambda e: f"local expert {e}")
-    note(context, rank, "statistics", [text], lambda: "counts are stored, not added, or added more than once")
 
 
 @holds("EPL-13")

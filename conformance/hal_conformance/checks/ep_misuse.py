@@ -12,7 +12,8 @@ from hal_conformance.checks import holds
 from hal_conformance.checks.ep_normal import draw
 from hal_conformance.context import Context
 from hal_conformance.ep import Ref, Step
-from hal_conformance.ep_case import EpCase, EpDraw
+from hal_conformance.ep_case import EpCase
+from hal_conformance.ep_draw import EpDraw
 from hal_conformance.ep_play import Played, play
 from hal_conformance.ep_refused import refused_alike
 from hal_conformance.ep_round import PackedRound, Round, scripts
@@ -59,7 +60,7 @@ def _play_wrong(
 @holds("EPN-30")
 def wrong_calls(context: Context) -> None:
     """One rank's wrong dtype, shape, expert; calls that differ between ranks; a handle of another dispatch."""
-    case = draw(context).base((3, 2), weights=True, topk=3 if 3 in context.ep.topk else 2)
+    case = draw(context).base((3, 2), topk=3 if 3 in context.ep.topk else 2)
     case = case.but(tokens=tuple(max(n, 3) for n in case.tokens))
     made = Round(context, case)
     odd = context.rng.randrange(case.ranks)

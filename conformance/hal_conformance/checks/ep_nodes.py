@@ -71,7 +71,7 @@ def nodes_like_one(context: Context) -> None:
 def pre_reduced(context: Context) -> None:
     """Sums of each node first, then the nodes in top-k order: seen with three addends or more, the bias one of them."""
     topk = [n for n in (5, 4, 6, 3) if n in context.ep.topk]
-    case = draw(context).base((4,), pre_reduce=True, routing="distinct", weights=False, bias=1 + context.index // 2 % 2)
+    case = draw(context).base((4,), pre_reduce=True, routing="distinct", weights="", bias=1 + context.index // 2 % 2)
     alone = context.index % 2 == 1 and 4 in context.ep.nodes
     case = case.but(per_node=1 if alone else 2, topk=topk[0] if topk else case.topk)
     made = Round(context, case)

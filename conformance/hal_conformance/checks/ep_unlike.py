@@ -28,7 +28,7 @@ def unlike_calls(context: Context) -> None:
     context.rng.shuffle(options)
     # As the last one in everything but its weights, which are those of no call before.
     calls.append(calls[-1])
-    options.append({**options[-1], "weights": False})
+    options.append({**options[-1], "weights": ""})
     rounds = [Round(context, call.but(**option)) for call, option in zip(calls, options, strict=True)]
 
     def steps(rank: int) -> list[Step]:

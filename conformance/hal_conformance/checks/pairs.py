@@ -10,17 +10,15 @@ from hal_conformance.case import MlaCase
 from hal_conformance.checks import holds
 from hal_conformance.checks.capability import declared_calls
 from hal_conformance.context import Context
-from hal_conformance.cover import (
+from hal_conformance.cover import OTHER, Labels
+from hal_conformance.cover_mla import (
     BATCH_CLASSES,
     ELEMENTS,
-    OTHER,
     QUERIES_PLANNED,
-    Labels,
-    factors,
+    decode,
     head_choices,
     other_dims,
     others,
-    plan,
 )
 from hal_conformance.draw import LENGTHS, MOST_DIM, MOST_PAGE, Draw, within
 
@@ -28,9 +26,6 @@ Choice = TypeVar("Choice", int, tuple[int, int])
 
 _QUICK: Final = 20
 """Cases of a quick run: the first of a plan bring most pairs together."""
-
-_FULL: Final = 4
-"""Plans of a full run."""
 
 _DRAWN: Final = 40
 """Pairs of head_dim and head_dim_v of which one is taken."""
@@ -47,31 +42,21 @@ _CACHE: Final = 3_000_000
 """Elements of a cache above which all sequences share a few pages."""
 
 
-def _plan(context: Context, turn: int) -> tuple[Labels, ...]:
-    return plan(context.dense, f"{context.settings.seed}/{turn}")
-
-
 def _planned(context: Context) -> int:
-    mode = context.settings.mode
-    turns = _FULL if mode == "full" else 1
-    every = sum(len(_plan(context, turn)) for turn in range(turns))
-    return min(every, _QUICK) if mode == "quick" else every
+    return decode(context.dense).count(context.settings.seed, context.settings.mode, _QUICK)
 
 
 @holds("MLA-46", _planned)
 def every_pair(context: Context) -> None:
     """One row of the plan."""
-    turn, at = 0, context.index
-    while at >= len(_plan(context, turn)):
-        turn, at = turn + 1, at - len(_plan(context, turn))
-    context.check(realise(context.draw(), _plan(context, turn)[at]))
+    context.check(realise(context.draw(), decode(context.dense).row(context.settings.seed, context.index)))
 
 
 def realise(draw: Draw, planned: Labels) -> MlaCase:
     """A case of these kinds; whatever they leave open is drawn."""
     declared, rng = draw.declared, draw.rng
-    chosen = {factor.name: value for factor, value in zip(factors(declared), planned, strict=True)}
-    values = {factor.name: factor.values for factor in factors(declared)}
+    cover = decode(declared)
+    chosen, values = cover.chosen(planned), cover.values()
 
     def numbers(name: str, among: Ints, most: int) -> list[int]:
         return others(among, values[name], most) if chosen[name] == OTHER else [int(chosen[name])]

@@ -1,0 +1,224 @@
+"""E1, E2 and E3: every pair of notable values in one call of expert parallelism, judged bit for bit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+
+from hal.spec.capability import EpCapabilities
+from hal_conformance import cover_ep
+from hal_conformance.checks import holds
+from hal_conformance.context import Context
+from hal_conformance.cover import Cover, Labels
+from hal_conformance.covers import at
+from hal_conformance.ep import Padded, Ref, Step
+from hal_conformance.ep_case import EpCase
+from hal_conformance.ep_judge import differ, laid_out, note, recv_stats
+from hal_conformance.ep_play import play
+from hal_conformance.ep_round import PackedRound, Round, scripts
+
+Plan = Callable[[EpCapabilities, bool], Cover[EpCase]]
+
+_QUICK: Final = 12
+"""Cases of a quick run: the first of a plan bring most pairs together."""
+
+_QUICK_NODES: Final = 6
+
+
+def _cover(context: Context, plan: Plan, nodes: bool) -> Cover[EpCase]:
+    return plan(at(context.ep, context.settings.ranks), nodes)
+
+
+def _count(plan: Plan, nodes: bool) -> Callable[[Context], int]:
+    def count(context: Context) -> int:
+        settings = context.settings
+        return _cover(context, plan, nodes).count(settings.seed, settings.mode, _QUICK_NODES if nodes else _QUICK)
+
+    return count
+
+
+def _case(context: Context, plan: Plan, nodes: bool) -> tuple[EpCase, Labels]:
+    cover = _cover(context, plan, nodes)
+    row = cover.row(context.settings.seed, context.index)
+    case = realise(context.rng, context.ep, cover.chosen(row))
+    return case, cover.labels(case)
+
+
+def realise(rng: random.Random, declared: EpCapabilities, chosen: dict[str, str]) -> EpCase:
+    """A case of these kinds; whatever they leave open is drawn."""
+    ranks = int(chosen["ranks"])
+    fp8 = chosen.get("scales", "none") != "none" or chosen.get("cast", "none") != "none"
+    topk, width = rng.choice(cover_ep.topk_for(declared, chosen["topk"], chosen["buffer's topk"] == "wider"))
+    tokens = _tokens(rng, ranks, chosen["tokens"])
+    case = EpCase(
+        ranks=ranks,
+        experts=rng.choice(cover_ep.experts_for(declared, chosen["experts of a rank"], ranks)),
+        topk=topk,
+        width=width,
+        hidden=_columns(rng, declared, chosen, fp8),
+        tokens=tokens,
+        capacity=max(*tokens, 1) + rng.randint(1, 9) if chosen["room"] == "more" else 0,
+        dtype=chosen["dtype"],
+        routing=chosen["routing"],
+        data=chosen["data"],
+        weights=chosen["weights"].replace("none", ""),
+        pad=8 * rng.randint(1, 3) if chosen["rows"] == "padded" else 0,
+        finish=chosen["finish"],
+    )
+    if "ranks of a node" in chosen:
+        sizes = cover_ep.node_sizes(declared, ranks)
+        case = case.but(per_node=rng.choice([n for n in sizes if (n == 1) == (chosen["ranks of a node"] == "1")]))
+    return _packed(case, chosen) if "cast" in chosen else _normal(rng, case, chosen)
+
+
+def _tokens(rng: random.Random, ranks: int, kind: str) -> tuple[int, ...]:
+    low, high = cover_ep.TOKENS[kind]
+    special = rng.randrange(ranks)
+    if kind == "none on a rank":
+        return tuple(0 if rank == special else rng.randint(low, high) for rank in range(ranks))
+    if kind == "65… on a rank":
+        return tuple(rng.randint(low, high) if rank == special else rng.randint(1, 17) for rank in range(ranks))
+    return tuple(rng.randint(low, high) for _ in range(ranks))
+
+
+def _columns(rng: random.Random, declared: EpCapabilities, chosen: dict[str, str], fp8: bool) -> int:
+    """Of the kind asked for; where no such row of this dtype may be quantised too, of any kind that may."""
+    sizes = [cover_ep.itemsize(chosen["dtype"])]
+    kinds = (chosen["columns"], *cover_ep.COLUMNS)
+    return rng.choice(next(filter(None, (cover_ep.columns_for(declared, kind, sizes, fp8) for kind in kinds))))
+
+
+def _normal(rng: random.Random, case: EpCase, chosen: dict[str, str]) -> EpCase:
+    low, high = cover_ep.ALIGNMENT[chosen["expert_alignment"]]
+    case = case.but(
+        scales=chosen["scales"].replace("none", ""),
+        expand=chosen["layout"] == "expand",
+        alignment=rng.randint(low, high),
+        bias=int(chosen["bias"]),
+        handle=chosen["handle"],
+        pre_reduce=chosen.get("pre_reduce") == "yes",
+    )
+    if chosen["overflow"] == "drop":
+        case = case.but(overflow="drop", room=rng.randint(1, max(1, sum(case.tokens) * 2 // 3)))
+    elif chosen["overflow"] == "grow":
+        case = case.but(overflow="grow", room=rng.randint(1, 3))
+    if chosen["num_worst_tokens"] == "yes":
+        rows = case.ranks * case.most
+        if case.expand:
+            # A row for every choice, and in every group some padding at most.
+            rows = rows * min(case.topk, case.local) + case.local * (case.alignment - 1)
+        case = case.but(worst=rows + rng.randrange(3))
+    return case
+
+
+def _packed(case: EpCase, chosen: dict[str, str]) -> EpCase:
+    return case.but(
+        cast=chosen["cast"],
+        zero_copy=chosen["zero_copy"] == "yes",
+        out=chosen["out"],
+        statistics=chosen["statistics"] == "yes",
+    )
+
+
+_FLAGS: Final[dict[str, dict[str, Any]]] = {
+    "call": {},
+    "event": {"async_finish": True},
+    "hook": {"return_recv_hook": True},
+}
+
+
+def _ended(case: EpCase, step: Step) -> list[Step]:
+    """A call and what completes it."""
+    step = Step(step.op, step.name, {**step.args, **_FLAGS[case.finish]}, step.on)
+    return [step] if case.finish == "call" else [step, Step("finish", f"end of {step.name}", {"of": step.name})]
+
+
+def _taken(case: EpCase, name: str) -> str:
+    """The step whose results are those of the call of this name."""
+    return name if case.finish == "call" else f"end of {name}"
+
+
+def _normal_pairs(context: Context, nodes: bool) -> None:
+    case, row = _case(context, cover_ep.normal, nodes)
+    first = Round(context, case)
+    made = first.again() if case.handle == "cached" else first
+    # A cached dispatch has nothing to do with the handle's rows; the earlier result is combined after it.
+    every = {"dispatch": first} if made is first else {"dispatch": first, "cached": made}
+
+    def steps(rank: int) -> list[Step]:
+        found = [Step("layout", "layout", {"topk_idx": first.inputs[rank].topk_idx})]
+        for name, one in every.items():
+            found += _ended(case, one.dispatch(rank, name, handle=None if one is first else Ref("dispatch")))
+        for name, one in reversed(every.items()):
+            found += _ended(case, one.combine(rank, f"sum of {name}", of=name))
+        return found
+
+    played = play(context, case, scripts(case, steps))
+    for name, one in every.items():
+        one.judge_dispatch(played, name, step=_taken(case, name), earlier=() if one is first else first.inputs)
+        one.judge_combine(played, f"sum of {name}", step=_taken(case, f"sum of {name}"))
+    for rank in range(case.ranks):
+        laid_out(context, case, first.inputs[rank], rank, played.result(rank, "layout"))
+    context.record.met(_name("normal", nodes), row)
+
+
+def _packed_pairs(context: Context, nodes: bool) -> None:
+    case, row = _case(context, cover_ep.low_latency, nodes)
+    made = PackedRound(context, case)
+    before = torch.arange(case.local, dtype=torch.int32) * 1000
+
+    def steps(rank: int) -> list[Step]:
+        counters: dict[str, Any] = {"cumulative_local_expert_recv_stats": before} if case.statistics else {}
+        found = _ended(case, made.dispatch(rank, **counters))
+        flags: dict[str, Any] = {}
+        if case.out != "none":
+            out = torch.full((case.tokens[rank], case.hidden), 7.0).to(case.torch_dtype)
+            flags["out"] = Padded(out, 8) if case.out == "padded" else out
+        if case.zero_copy:
+            found.append(Step("low_latency_combine_buffer", "lent", {"handle": Ref("dispatch")}))
+            found.append(Step("fill", args={"into": "lent", "value": made.outputs[rank]}))
+            flags |= {"x": Ref("lent", ""), "zero_copy": True}
+        return found + _ended(case, made.combine(rank, **flags))
+
+    played = play(context, case, scripts(case, steps, "low_latency"))
+    made.judge_dispatch(played, step=_taken(case, "dispatch"))
+    made.judge_combine(played, step=_taken(case, "combine"))
+    for rank in range(case.ranks):
+        if case.statistics:
+            recv_stats(context, rank, played.result(rank, _taken(case, "dispatch")), before + made.wants[rank].count)
+        got = played.result(rank, _taken(case, "combine"))
+        if case.out != "none" and got["combined_x"].shape == got["out"].shape:
+            text = differ("out", got["out"], got["combined_x"], lambda t: f"token {t}")
+            note(context, rank, "out", [text], lambda: "the result is not written to the given out")
+    context.record.met(_name("low_latency", nodes), row)
+
+
+def _name(mode: str, nodes: bool) -> str:
+    return f"EP {mode}{' across nodes' * nodes}"
+
+
+@holds("EPN-34", _count(cover_ep.normal, False))
+def normal_pairs(context: Context) -> None:
+    """One row of the plan of the normal mode."""
+    _normal_pairs(context, False)
+
+
+@holds("EPL-19", _count(cover_ep.low_latency, False))
+def low_latency_pairs(context: Context) -> None:
+    """One row of the plan of the low-latency mode."""
+    _packed_pairs(context, False)
+
+
+@holds("EPX-04", _count(cover_ep.normal, True))
+def normal_pairs_across_nodes(context: Context) -> None:
+    """One row of the plan of the normal mode over several nodes."""
+    _normal_pairs(context, True)
+
+
+@holds("EPX-05", _count(cover_ep.low_latency, True))
+def low_latency_pairs_across_nodes(context: Context) -> None:
+    """One row of the plan of the low-latency mode over several nodes."""
+    _packed_pairs(context, True)

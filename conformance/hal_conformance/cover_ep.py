@@ -1,0 +1,254 @@
+"""What is chosen for a call of expert parallelism, for plans in which every pair of values meets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Final
+
+import torch
+
+from hal.spec.capability import EpCapabilities
+from hal_conformance.cover import Cover, Factor, Pair
+from hal_conformance.draw import members, within
+from hal_conformance.ep_case import EpCase
+
+Range = tuple[int, int]
+
+RANKS: Final = (1, 2, 3, 4)
+EXPERTS: Final[dict[str, Callable[[int, int], bool]]] = {
+    "1": lambda experts, ranks: _local(experts, ranks) == 1,
+    "2…8": lambda experts, ranks: 2 <= _local(experts, ranks) <= 8 and experts % ranks == 0,
+    "2…8 uneven": lambda experts, ranks: 2 <= _local(experts, ranks) <= 8 and experts % ranks != 0,
+    "9…32": lambda experts, ranks: 9 <= _local(experts, ranks) <= 32,
+    "33…64": lambda experts, ranks: 33 <= _local(experts, ranks) <= 64,
+}
+"""Of a rank: by all experts and the ranks they are shared by."""
+
+TOPK: Final[dict[str, Range]] = {"1": (1, 1), "2…4": (2, 4), "5…8": (5, 8), "9…16": (9, 16)}
+WIDER: Final = (1, 2, 5)
+"""How many choices more than a call a buffer may have."""
+
+COLUMNS: Final[dict[str, Range]] = {
+    "part of a group": (1, 127),
+    "one group": (128, 128),
+    "2…8 groups": (129, 1024),
+    "9… groups": (1025, 1600),
+}
+"""Of 128 columns, which have a scale."""
+
+TOKENS: Final[dict[str, Range]] = {"1": (1, 1), "2…17": (2, 17), "none on a rank": (2, 17), "65… on a rank": (65, 100)}
+ALIGNMENT: Final[dict[str, Range]] = {"1": (1, 1), "2…16": (2, 16), "128": (128, 128)}
+ROUTINGS: Final = ("mixed", "distinct", "zipf", "one", "one_rank", "avoid", "same", "half")
+FINISH: Final = ("call", "event", "hook")
+
+_MOST_EXPERTS: Final = 64 * max(RANKS)
+_ELEMENTS: Final = 400_000
+_PACKED_ELEMENTS: Final = 1_500_000
+"""Low-latency results have room for what every rank might send to every expert."""
+
+_Flags = tuple[str, ...]
+
+
+def _local(experts: int, ranks: int) -> int:
+    return -(-experts // ranks)
+
+
+def _class(ranges: dict[str, Range], value: int) -> str:
+    return next((name for name, (a, z) in ranges.items() if a <= value <= z), "")
+
+
+def _flag(declared_too: bool) -> _Flags:
+    return ("no", "yes") if declared_too else ("no",)
+
+
+def ranks_of(declared: EpCapabilities, nodes: bool) -> list[int]:
+    """Sizes of groups; over several nodes those that are shared evenly by a declared number of them."""
+    found = members(declared.ranks, RANKS)
+    return [n for n in found if node_sizes(declared, n)] if nodes else found
+
+
+def node_sizes(declared: EpCapabilities, ranks: int) -> list[int]:
+    """How many ranks each of several nodes may have."""
+    return [size for size in range(1, ranks) if ranks % size == 0 and ranks // size in declared.nodes]
+
+
+def experts_for(declared: EpCapabilities, kind: str, ranks: int) -> list[int]:
+    """Declared numbers of experts of this kind."""
+    return [n for n in within(declared.num_experts, _MOST_EXPERTS) if EXPERTS[kind](n, ranks)]
+
+
+def topk_for(declared: EpCapabilities, kind: str, wider: bool) -> list[tuple[int, int]]:
+    """Declared numbers of choices of this kind, and how many the buffer is made for."""
+    low, high = TOPK[kind]
+    found = [n for n in range(low, high + 1) if n in declared.topk]
+    if not wider:
+        return [(n, 0) for n in found]
+    return [(n, n + more) for n in found for more in WIDER if n + more in declared.topk]
+
+
+def columns_for(declared: EpCapabilities, kind: str, itemsizes: Iterable[int], fp8: bool) -> list[int]:
+    """Declared numbers of columns of this kind, of elements of one of these sizes, of FP8 rows too if they are."""
+    low, high = COLUMNS[kind]
+    step = 16 if fp8 else 4
+    every = range(-(-low // step) * step, high + 1, step)
+    return [
+        n
+        for n in every
+        if any(n * size % 16 == 0 and n * size in declared.row_bytes for size in itemsizes)
+        and (not fp8 or n in declared.row_bytes)
+    ]
+
+
+def plain(declared: EpCapabilities) -> tuple[str, ...]:
+    """Declared dtypes of unquantised rows."""
+    return tuple(name for name in declared.dtypes if name != "float8_e4m3fn")
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of an element."""
+    found = getattr(torch, dtype)
+    assert isinstance(found, torch.dtype)
+    return found.itemsize
+
+
+def _tokens(case: EpCase) -> str:
+    if max(case.tokens) >= TOKENS["65… on a rank"][0]:
+        return "65… on a rank"
+    if min(case.tokens) == 0:
+        return "none on a rank"
+    return "1" if max(case.tokens) == 1 else "2…17"
+
+
+def _experts(case: EpCase) -> str:
+    return next((name for name, holds in EXPERTS.items() if holds(case.experts, case.ranks)), "")
+
+
+def _sizes(declared: EpCapabilities, nodes: bool) -> tuple[Factor[EpCase], ...]:
+    """What is chosen for calls of either mode."""
+    ranks = ranks_of(declared, nodes)
+    experts = tuple(kind for kind in EXPERTS if any(experts_for(declared, kind, n) for n in ranks))
+    topk = tuple(kind for kind in TOPK if topk_for(declared, kind, False))
+    sizes = [itemsize(name) for name in plain(declared)]
+    columns = tuple(kind for kind in COLUMNS if columns_for(declared, kind, sizes, False))
+    found: tuple[Factor[EpCase], ...] = (
+        Factor("ranks", tuple(map(str, ranks)), lambda c: str(c.ranks), lambda v: int(v)),
+        Factor("experts of a rank", experts, _experts, lambda v: int(v.split("…")[0])),
+        Factor("topk", topk, lambda c: _class(TOPK, c.topk)),
+        Factor(
+            "buffer's topk",
+            ("as the call's", *(["wider"] if any(topk_for(declared, kind, True) for kind in topk) else [])),
+            lambda c: "wider" if c.width > c.topk else "as the call's",
+        ),
+        Factor("dtype", plain(declared), lambda c: c.dtype),
+        Factor("columns", columns, lambda c: _class(COLUMNS, c.hidden), lambda v: COLUMNS[v][0]),
+        Factor("tokens", tuple(TOKENS), _tokens, lambda v: TOKENS[v][0]),
+        Factor("room", ("just enough", "more"), lambda c: "more" if c.most > max(*c.tokens, 1) else "just enough"),
+        Factor("routing", ROUTINGS, lambda c: c.routing),
+        Factor("rows", ("contiguous", "padded"), lambda c: "padded" if c.pad else "contiguous"),
+    )
+    if nodes:
+        # By their ranks: where a node has one, all of its peers are far.
+        kinds = {"1" if size == 1 else "several" for n in ranks for size in node_sizes(declared, n)}
+        of_node: Factor[EpCase] = Factor(
+            "ranks of a node", tuple(sorted(kinds)), lambda c: "1" if c.per_node == 1 else "several"
+        )
+        return (*found, of_node)
+    return found
+
+
+def _finish(hook: bool, event: bool) -> tuple[str, ...]:
+    return tuple(kind for kind in FINISH if kind == "call" or (kind == "hook" and hook) or (kind == "event" and event))
+
+
+def _illegal(declared: EpCapabilities, factors: tuple[Factor[EpCase], ...], quantised: str) -> frozenset[Pair]:
+    """Pairs of values that no call has; ``quantised`` is the factor that makes FP8 rows of some."""
+    kinds = {factor.name: factor.values for factor in factors}
+    order = [factor.name for factor in factors]
+    sizes = [itemsize(name) for name in plain(declared)]
+    found: list[Pair] = []
+
+    def never(name: str, value: str, other: str, with_value: str) -> None:
+        if order.index(name) < order.index(other):
+            found.append((name, value, other, with_value))
+        else:
+            found.append((other, with_value, name, value))
+
+    for n in kinds["ranks"]:
+        for kind in kinds["experts of a rank"]:
+            if not experts_for(declared, kind, int(n)):
+                never("ranks", n, "experts of a rank", kind)
+        for of_node in kinds.get("ranks of a node", ()):
+            if not any((size == 1) == (of_node == "1") for size in node_sizes(declared, int(n))):
+                never("ranks", n, "ranks of a node", of_node)
+    for kind in kinds["topk"]:
+        if not topk_for(declared, kind, True) and "wider" in kinds["buffer's topk"]:
+            never("topk", kind, "buffer's topk", "wider")
+    for kind in kinds["columns"]:
+        for dtype in kinds["dtype"]:
+            if not columns_for(declared, kind, [itemsize(dtype)], False):
+                never("columns", kind, "dtype", dtype)
+        for value in kinds[quantised]:
+            if value != "none" and not columns_for(declared, kind, sizes, True):
+                never("columns", kind, quantised, value)
+    for value in ("none on a rank",):
+        # Of one rank nothing is sent at all, which has an obligation of its own.
+        never("ranks", "1", "tokens", value)
+    never("ranks", "1", "routing", "avoid")
+    return frozenset(found)
+
+
+@cache
+def normal(declared: EpCapabilities, nodes: bool = False) -> Cover[EpCase]:
+    """Everything that is chosen for a dispatch of the normal mode and its combine, on one node or over several."""
+    fp8 = "float8_e4m3fn" in declared.dtypes
+    overflow = [kind for kind in ("drop", "grow") if kind in declared.overflow]
+    if nodes:
+        overflow = [kind for kind in overflow if kind in declared.across_nodes]
+    factors: tuple[Factor[EpCase], ...] = (
+        *_sizes(declared, nodes),
+        Factor("scales", ("none", *(["float32", "int32"] if fp8 else [])), lambda c: c.scales or "none"),
+        Factor("data", ("normal", "bits"), lambda c: c.data),
+        Factor("weights", ("none", "usual", "any"), lambda c: c.weights or "none"),
+        Factor(
+            "layout",
+            tuple(name for name in ("rank", "expand") if name in declared.layouts),
+            lambda c: "expand" if c.expand else "rank",
+        ),
+        Factor(
+            "expert_alignment",
+            tuple(ALIGNMENT),
+            lambda c: _class(ALIGNMENT, c.alignment),
+            lambda v: {"128": 16}.get(v, 1),
+        ),
+        Factor("num_worst_tokens", ("no", "yes"), lambda c: "yes" if c.worst else "no"),
+        Factor("bias", ("0", "1", "2"), lambda c: str(c.bias)),
+        Factor("handle", ("new", *(["cached"] if declared.cached_handle else [])), lambda c: c.handle),
+        Factor("finish", _finish(declared.recv_hook, declared.async_finish), lambda c: c.finish),
+        Factor("overflow", ("none", *overflow), lambda c: "none" if c.overflow == "error" else c.overflow),
+    )
+    if nodes:
+        pre_reduce: Factor[EpCase] = Factor(
+            "pre_reduce", _flag(declared.pre_reduce), lambda c: "yes" if c.pre_reduce else "no"
+        )
+        factors = (*factors, pre_reduce)
+    return Cover(factors, _illegal(declared, factors, "scales"), _ELEMENTS)
+
+
+@cache
+def low_latency(declared: EpCapabilities, nodes: bool = False) -> Cover[EpCase]:
+    """Everything that is chosen for a low-latency dispatch and its combine, on one node or over several."""
+    factors: tuple[Factor[EpCase], ...] = (
+        *_sizes(declared, nodes),
+        Factor("cast", declared.casts, lambda c: c.cast),
+        Factor("data", ("normal", "extreme", *(["bits"] if "none" in declared.casts else [])), lambda c: c.data),
+        Factor("weights", ("usual", "any"), lambda c: c.weights or "none"),
+        Factor("finish", _finish(declared.recv_hook, declared.async_finish), lambda c: c.finish),
+        Factor("zero_copy", _flag(declared.zero_copy_combine), lambda c: "yes" if c.zero_copy else "no"),
+        Factor("out", ("none", "contiguous", "padded"), lambda c: c.out),
+        Factor("statistics", ("no", "yes"), lambda c: "yes" if c.statistics else "no"),
+    )
+    order = [factor.name for factor in factors]
+    assert order.index("cast") < order.index("data")
+    never = [("cast", cast, "data", "bits") for cast in declared.casts if cast != "none"]
+    return Cover(factors, _illegal(declared, factors, "cast") | frozenset(never), _PACKED_ELEMENTS)
