@@ -73,7 +73,7 @@ class Step:
     ----------
     op : str
         A method of `hal.EpBuffer`, or one of the player's own: group, open, close, finish, look, tell, drop, fill,
-        sleep, die, die_after, stop, files.
+        spoil, sleep, die, die_after, stop, files.
     name : str
         What its result is called.
     args : mapping of str to object
@@ -308,6 +308,13 @@ class _Player:
     def _fill(self, step: Step, done: Done) -> None:
         """Write into memory that the backend lent."""
         self.live[step.args["into"]].copy_(step.args["value"].to(self.device))
+
+    def _spoil(self, step: Step, done: Done) -> None:
+        """Put other, legal values into what a call was given to read, or into those of these names."""
+        for guard in self.guards[step.args["of"]]:
+            if guard.name not in OUTPUTS and guard.name in step.args.get("names", (guard.name,)):
+                guard.view.fill_(3.0 if guard.view.is_floating_point() else 0)
+                guard.seal()
 
     def _sleep(self, step: Step, done: Done) -> None:
         time.sleep(step.args["seconds"])

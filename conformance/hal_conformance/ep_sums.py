@@ -118,7 +118,7 @@ class Sums:
                 seen = dict.fromkeys(t.rank // self.per_node for t in chosen)
                 found = sorted(seen) if nodes == "rank" else [*reversed(seen)] if nodes == "reverse" else list(seen)
                 groups = [[t for t in chosen if t.rank // self.per_node == node] for node in found]
-            scale = sum(t.weight for t in terms) if normal else 1.0
+            scale = (sum(t.weight for t in terms) or 1.0) if normal else 1.0
             for group in groups:
                 part = torch.zeros(self._hidden()) if nodes else total
                 for term in group:

@@ -1088,7 +1088,7 @@ TABLE: Final = (
         "E3",
         "pre-reduced sums",
         "With pre_reduce the rows of a node are summed in top-k order from 0, and node sums are added in the order "
-        "in which nodes first appear.",
+        "in which nodes first appear in the top-k, whether or not a row was dropped.",
         "ep_pre_reduce",
         (4, 12, 60),
         _STARTING,

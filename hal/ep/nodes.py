@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,6 +46,12 @@ from hal.spec.ep import (
 from hal.spec.errors import SpecError
 
 _T = TypeVar("_T")
+
+_COUNTERS: Final = (
+    "cumulative_local_expert_recv_stats",
+    "dispatch_wait_recv_cost_stats",
+    "combine_wait_recv_cost_stats",
+)
 
 
 class NodesEngine(EpEngine):
@@ -114,7 +120,9 @@ class NodesEngine(EpEngine):
         )
         inner = self._wire.inside(lambda: self._node_engine.relay(relay, tokens))
         routes = Crossed(inner.handle, merged[1], tokens.begin, chosen)
-        handle = replace(inner.handle, owner=self._owner, num_tokens=n, topk_idx=idx, state=routes)
+        # The caller may use its topk_idx for something else; a cached handle's is nobody else's.
+        kept = idx.clone() if cached is None else idx
+        handle = replace(inner.handle, owner=self._owner, num_tokens=n, topk_idx=kept, state=routes)
         return replace(inner, handle=handle, finish=lambda: self._wire.inside(inner.finish))
 
     def combine(self, args: EpCombineArgs) -> EpCombined:
@@ -161,8 +169,8 @@ class NodesEngine(EpEngine):
             raise self.refuse("low_latency_dispatch", error) from None
         state = Crossed(reserved.handle, args.topk_idx, [], self._crossing.choose(args.topk_idx))
         deferred = args.async_finish or args.return_recv_hook
-        # A call that returns has no more use for what it was given.
-        given = replace(args, x=args.x.clone(), topk_idx=args.topk_idx.clone()) if deferred else args
+        # A call that returns has no more use for what it was given, and writes none of it before its hook runs.
+        given, settle = (args, _nothing) if not deferred else _with_own_counters(_sent(args, "x", "topk_idx"))
 
         def send() -> None:
             fields = [0, given.topk_idx.shape[1], CASTS.index(given.cast)]
@@ -175,7 +183,7 @@ class NodesEngine(EpEngine):
             relay = replace(given, x=merged[0], topk_idx=state.idx)
             self._wire.inside(lambda: self._node_engine.relay_packed(relay, reserved, tokens)())
 
-        finish = self._post(send, deferred)
+        finish = self._post(send, deferred, settle)
         handle = replace(
             reserved.handle, owner=self._owner, num_tokens=len(args.x), topk=args.topk_idx.shape[1], state=state
         )
@@ -185,25 +193,32 @@ class NodesEngine(EpEngine):
         """Bring packed rows to the ranks that relayed them, from there to their tokens' ranks, and sum weighted."""
         handle, state = args.handle, _state(args.handle)
         deferred = args.async_finish or args.return_recv_hook
+        total = torch.zeros(handle.num_tokens, self._args.hidden, dtype=torch.float32, device=args.x.device)
+        given, settle = args, _nothing
+        if deferred:
+            # What was lent for this handle is the caller's again only once the sums are there.
+            given, settle = _with_own_counters(args if args.zero_copy else _sent(args, "x"))
 
         def fetch() -> None:
             mine = self._crossing.own_idx(state)
-            idx = args.topk_idx
+            idx = given.topk_idx
             if bool(((idx != mine) & (idx >= 0)).any()):
                 legal = "what the dispatch of this handle was given, or -1"
                 raise self._refused("low_latency_combine", SpecError("topk_idx", "other routes", legal))
-            waits = args.combine_wait_recv_cost_stats
+            waits = given.combine_wait_recv_cost_stats
             self._agree("low_latency_combine", [0, handle.topk], (), waits)
-            relay = replace(args, topk_idx=state.idx, handle=state.inner)
+            relay = replace(given, topk_idx=state.idx, handle=state.inner)
             sent = self._wire.inside(lambda: self._node_engine.gather_packed(relay))
             table = self._crossing.table(sent, state, lambda idx: idx >= 0, "low_latency_combine")
-            total = torch.zeros(len(idx), self._args.hidden, dtype=torch.float32, device=args.x.device)
             for k in range(handle.topk):
-                weighted = table[:, k].float() * args.topk_weights[:, k, None]
-                total += weighted.where((idx[:, k] >= 0)[:, None], 0.0)
-            args.out.copy_(total)
+                weighted = table[:, k].float() * given.topk_weights[:, k, None]
+                total.add_(weighted.where((idx[:, k] >= 0)[:, None], 0.0))
 
-        return EpLowLatencyCombined(args.out, self._post(fetch, deferred))
+        def write() -> None:
+            args.out.copy_(total)
+            settle()
+
+        return EpLowLatencyCombined(args.out, self._post(fetch, deferred, write))
 
     def low_latency_combine_buffer(self, handle: EpLowLatencyHandle) -> Tensor:
         """Memory of the node engine."""
@@ -258,14 +273,24 @@ class NodesEngine(EpEngine):
             return self._wire.blamed(job, self._node_engine.fail)
         return self._submit(self._worker, job).result()
 
-    def _post(self, job: Callable[[], None], deferred: bool) -> Finish:
-        """Make a call now, or behind the caller's back, in the order of the calls; what is returned waits for it."""
+    def _post(self, job: Callable[[], None], deferred: bool, settle: Finish) -> Finish:
+        """Make a call now, or behind the caller's back, in the order of the calls; what is returned waits for it.
+
+        ``settle`` comes after it, where the caller waits: it alone writes to what the caller gave.
+        """
         if not deferred:
             self._run(job)
-            return lambda: None
+            settle()
+            return _nothing
         if self._worker is None:
             self._worker = ThreadPoolExecutor(1, "hal-ep-nodes")
-        return self._submit(self._worker, job).result
+        under_way = self._submit(self._worker, job)
+
+        def finish() -> None:
+            under_way.result()
+            settle()
+
+        return finish
 
     def _submit(self, worker: ThreadPoolExecutor, job: Callable[[], _T]) -> Future[_T]:
         within = current_stream(self._args.device)
@@ -292,6 +317,30 @@ class NodesEngine(EpEngine):
             legal = f"-1 (no expert) or 0…{self._args.num_experts - 1}"
             error = SpecError("topk_idx", f"an expert out of range on rank {self._args.rank}", legal)
             raise self._refused(phase, error) if phase == "dispatch" else self.refuse(phase, error)
+
+
+_Packed = TypeVar("_Packed", EpLowLatencyDispatchArgs, EpLowLatencyCombineArgs)
+
+
+def _nothing() -> None:
+    """Of a call that is complete."""
+
+
+def _sent(args: _Packed, *names: str) -> _Packed:
+    """The call with tensors of its own in place of these, which the caller may use for something else."""
+    return replace(args, **{name: getattr(args, name).clone() for name in names})
+
+
+def _with_own_counters(args: _Packed) -> tuple[_Packed, Finish]:
+    """The call with counters of its own, and what adds them to the caller's."""
+    counters = {name: given for name in _COUNTERS if (given := getattr(args, name, None)) is not None}
+    mine: dict[str, Any] = {name: torch.zeros_like(given) for name, given in counters.items()}
+
+    def add() -> None:
+        for name, given in counters.items():
+            given.add_(mine[name])
+
+    return replace(args, **mine), add
 
 
 def _state(handle: EpHandle | EpLowLatencyHandle) -> Crossed:

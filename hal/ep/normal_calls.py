@@ -64,7 +64,8 @@ class NormalCalls(Calls):
         previous_event : object with wait(), optional
             Waited for before x is read.
         async_finish, return_recv_hook : bool
-            Return before the rows are there; wait for ``event`` or call ``hook`` before using them.
+            Return before the rows are there; wait for ``event`` or call ``hook`` before using them. What the call was
+            given may be used for something else once it returned a hook, or once the event was waited for.
 
         Returns
         -------

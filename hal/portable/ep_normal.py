@@ -237,9 +237,11 @@ class NormalCalls(CombineCalls):
         counts = routes.per_expert(near.here)
         align = args.expert_alignment
         per_expert = () if args.num_worst_tokens else tuple(-(-count // align) * align for count in counts)
+        # A cached dispatch reads it again, when the caller may have used its own for something else.
+        idx = args.topk_idx.clone() if args.handle is None else args.topk_idx
         handle = EpHandle(
             self._owner,
-            args.topk_idx.shape[0],
+            idx.shape[0],
             rows,
             topk,
             args.expand,
@@ -247,7 +249,7 @@ class NormalCalls(CombineCalls):
             args.num_worst_tokens,
             per_expert,
             routes.dropped,
-            args.topk_idx,
+            idx,
             routes,
             Sources(routes),
         )

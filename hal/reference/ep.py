@@ -262,7 +262,8 @@ def combine(
     For each token the sum starts from the bias (the second added to the first; 0 without), and takes the rows in the
     order in which their ranks, or in the expand layout their experts, first appear in the token's top-k. Where nodes
     pre-reduce, each node's rows are summed in that order from 0, and the node sums are added in the order in which the
-    nodes first appear. The result is rounded once to the element type.
+    nodes first appear in the token's top-k, whether or not that row came. The result is rounded once to the element
+    type.
 
     Parameters
     ----------
@@ -326,7 +327,8 @@ def combine(
                 for rank, row, _ in rows:
                     total = total + outputs[rank][row].float()
             else:
-                for node in dict.fromkeys(rank // ranks_per_node for rank, _, _ in rows):
+                chosen = ranks_of(given.topk_idx[token], num_local)
+                for node in dict.fromkeys(rank // ranks_per_node for rank in chosen):
                     part = torch.zeros_like(total)
                     for rank, row, _ in rows:
                         if rank // ranks_per_node == node:

@@ -135,6 +135,7 @@ class Engine(EpEngine):
         self.broken: RankFailure | None = None
         self.live: list[weakref.ref[Packed]] = []
         self.log: list[Mapping[str, object]] = []
+        self.summing: Any = None
 
     @property
     def owner(self) -> object:
@@ -312,7 +313,7 @@ class Engine(EpEngine):
             args.num_worst_tokens,
             tuple(count),
             dropped[self.rank],
-            idx,
+            self.kept_idx(idx),
             self.kept_routes(args, routes),
             Sources(self, routes, rows),
         )
@@ -321,6 +322,9 @@ class Engine(EpEngine):
 
     def arranged(self, source: list[Source]) -> list[Source]:
         return source
+
+    def kept_idx(self, idx: Tensor) -> Tensor:
+        return idx.clone()
 
     def reported(self, counts: list[list[int]], rank: int) -> list[int]:
         return counts[rank]
@@ -360,6 +364,7 @@ class Engine(EpEngine):
 
         def finish() -> None:
             messages = self.hear(operation, "combine")
+            self.summing = routes.idx[self.rank]
             for token in range(handle.num_tokens):
                 terms = self.terms(routes, messages, token, handle)
                 self.summed(out, token, self.start(args.bias, token, out), self.ordered(terms))
@@ -395,7 +400,7 @@ class Engine(EpEngine):
 
     def summed(self, out: Tensor, token: int, total: Tensor, terms: list[tuple[int, int, Tensor]]) -> None:
         if self.args.pre_reduce and self.args.num_nodes > 1:
-            for node in self.nodes([home // self.args.ranks_per_node for home, _, _ in terms]):
+            for node in self.nodes([home // self.args.ranks_per_node for home in self.homes(self.summing[token])]):
                 part = torch.zeros_like(total)
                 for home, _, row in terms:
                     if home // self.args.ranks_per_node == node:

@@ -130,10 +130,19 @@ _FLAGS: Final[dict[str, dict[str, Any]]] = {
 }
 
 
+_SENT: Final = {True: ("x",), False: ("x", "topk_idx", "topk_weights")}
+"""What a combine, and what a dispatch, has sent when it returns a hook."""
+
+
 def _ended(case: EpCase, step: Step) -> list[Step]:
-    """A call and what completes it."""
+    """A call and what completes it; once it has what it was given, that is used for something else."""
     step = Step(step.op, step.name, {**step.args, **_FLAGS[case.finish]}, step.on)
-    return [step] if case.finish == "call" else [step, Step("finish", f"end of {step.name}", {"of": step.name})]
+    found = [step]
+    if case.finish != "call":
+        if case.finish == "hook":
+            found.append(Step("spoil", args={"of": step.name, "names": _SENT[step.op.endswith("combine")]}))
+        found.append(Step("finish", f"end of {step.name}", {"of": step.name}))
+    return [*found, Step("spoil", args={"of": step.name})]
 
 
 def _taken(case: EpCase, name: str) -> str:

@@ -72,7 +72,7 @@ class EpHandle:
     num_dropped : int
         Rows meant for this rank that overflow policy ``drop`` left out.
     topk_idx : Tensor
-        [n, K], the routes.
+        [n, K], the routes. Of an engine that never reads it again it may be the caller's own tensor.
     state : object
         The engine's own data.
     sources : EpSources or None
