@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from hal_conformance import cover
 from hal_conformance.case import MlaCase
 from hal_conformance.checks import load
 from hal_conformance.checks.capability import declared_calls
+from hal_conformance.checks.ep_pairs import realise as realise_ep
 from hal_conformance.checks.pairs import realise
 from hal_conformance.context import BackendRaised, Context, Settings
+from hal_conformance.cover import MOST_CASES, Pair, _plan
+from hal_conformance.cover_mla import decode
+from hal_conformance.covers import covers
 from hal_conformance.docs import spec
 from hal_conformance.draw import MOST_HEADS, MOST_PAGE, MOST_QUERIES, Draw, notable, within
 from hal_conformance.ep_draw import MOST_EXPERTS, MOST_RANKS, MOST_ROW, MOST_TOKENS, MOST_TOPK, EpDraw
@@ -139,29 +142,81 @@ def test_ordinary_lengths_keep_off_the_edges_of_their_page() -> None:
 @pytest.mark.parametrize("name", DECLARED)
 def test_every_legal_pair_meets_in_a_plan_and_its_cases_are_what_it_says(name: str) -> None:
     declared = DECLARED[name]
-    rows = cover.plan(declared, str(SEED))
-    met: set[cover.Pair] = set()
+    cover = decode(declared)
+    rows = cover.plan(str(SEED))
+    met: set[Pair] = set()
     for index, row in enumerate(rows):
         case = realise(context("MLA-46", index, declared).draw(), row)
-        assert cover.labels(case, declared) == row
+        assert cover.labels(case) == row
         sizes = {"h_q": case.h_q, "h_kv": case.h_kv, "page_size": case.page, "head_dim": case.d, "head_dim_v": case.d_v}
         assert all(value in getattr(declared, field) for field, value in sizes.items()), sizes
         assert max(case.queries) in declared.s_q
         assert case.h_q % case.h_kv == 0
         assert case.d_v <= case.d
-        met |= cover.pairs_of(row, declared)
-    assert met == set(cover.legal_pairs(declared))
-    assert len(rows) < cover.MOST_CASES
-    assert rows == cover.plan.__wrapped__(declared, str(SEED))
+        met |= cover.pairs_of(row)
+    assert met == set(cover.legal_pairs())
+    assert len(rows) < MOST_CASES
+    assert rows == _plan.__wrapped__(cover, str(SEED))
     if len(rows) > 1:
-        assert rows != cover.plan(declared, f"{SEED} other")
+        assert rows != cover.plan(f"{SEED} other")
 
 
 def test_the_first_cases_of_a_plan_bring_most_pairs_together() -> None:
-    declared = dense()
-    rows = cover.plan(declared, str(SEED))[:20]
-    met = set().union(*(cover.pairs_of(row, declared) for row in rows))
-    assert len(met) > 0.55 * len(cover.legal_pairs(declared))
+    for cover in (decode(dense()), *EP_COVERS["everything"]):
+        rows = cover.plan(str(SEED))[:20]
+        met = set().union(*(cover.pairs_of(row) for row in rows))
+        assert len(met) > 0.55 * len(cover.legal_pairs())
+
+
+EP_DECLARED = {
+    "everything": communicates(),
+    "modest": Modest().declared(),
+    "unusual": communicates(
+        dtypes=("float32", "float8_e4m3fn"),
+        casts=("fp8",),
+        layouts=("rank",),
+        ranks=only(2, 6),
+        nodes=only(1, 2),
+        topk=Ints(2, 6, 2),
+        num_experts=Ints(12, 48, 12),
+        row_bytes=Ints(16, 4096, 16),
+        overflow=("error", "drop"),
+        recv_hook=False,
+        across_nodes=("normal", "error"),
+    ),
+}
+EP_COVERS = {name: list(covers(Capabilities(("cpu",), None, None, e)).values()) for name, e in EP_DECLARED.items()}
+
+
+@pytest.mark.parametrize("name", EP_DECLARED)
+def test_every_legal_pair_of_an_ep_call_meets_in_a_plan_and_its_cases_are_what_it_says(name: str) -> None:
+    declared = EP_DECLARED[name]
+    assert len(EP_COVERS[name]) == {"everything": 4, "modest": 1, "unusual": 3}[name]
+    for cover in EP_COVERS[name]:
+        met: set[Pair] = set()
+        for index, row in enumerate(cover.plan(str(SEED))):
+            case = realise_ep(random.Random(f"{SEED}/{index}"), declared, cover.chosen(row))
+            assert cover.labels(case) == row
+            assert case.ranks == len(case.tokens) and case.ranks in declared.ranks
+            assert case.experts in declared.num_experts
+            assert {case.topk, case.width or case.topk} <= {n for n in range(32) if n in declared.topk}
+            assert case.hidden * case.torch_dtype.itemsize in declared.row_bytes
+            assert case.hidden in declared.row_bytes or (not case.scales and case.cast == "none")
+            if case.per_node is not None:
+                assert case.ranks // case.per_node in declared.nodes
+            met |= cover.pairs_of(row)
+        assert met == set(cover.legal_pairs())
+        assert len(cover.plan(str(SEED))) < 80
+
+
+def test_groups_of_the_size_that_was_asked_for_are_planned() -> None:
+    everything = Capabilities(("cpu",), None, None, communicates())
+    assert {name: cover.values()["ranks"] for name, cover in covers(everything, 16).items()} == {
+        "EP normal": ("16",),
+        "EP normal across nodes": ("16",),
+        "EP low_latency": ("16",),
+        "EP low_latency across nodes": ("16",),
+    }
 
 
 def test_a_causal_ragged_case_has_a_sequence_with_fewer_keys_than_queries() -> None:
@@ -278,8 +333,8 @@ def test_what_was_once_certified_is_not_any_more(name: str, obligation: str, mod
 
 @pytest.mark.usefixtures("_mutants_are_installed")
 def test_a_pair_that_is_wrong_fails_in_the_case_of_the_plan_that_has_it(kept_worker: Worker) -> None:
-    names = [factor.name for factor in cover.factors(dense())]
-    rows = [dict(zip(names, row, strict=True)) for row in cover.plan(dense(), f"{SEED}/0")]
+    cover = decode(dense())
+    rows = [cover.chosen(row) for row in cover.plan(f"{SEED}/0")]
     index = next(at for at, row in enumerate(rows) if (row["h_kv"], row["page_size"]) == ("3", "1"))
     session = Session(Settings("mutant-three-kv-heads-on-tiny-pages", SEED), ["MLA-46"], index, witness=WITNESS)
     session.worker = kept_worker
@@ -306,20 +361,21 @@ def test_a_draw_is_the_same_in_every_mode_but_for_how_much_of_it_there_is() -> N
     assert dataclasses.replace(draws("default"), index=1).hand("h_q", range(1, 161)) != whole
 
 
-_LARGE = [operator.attrgetter(name) for name in ("many", "wide", "long")]
+_LARGE = [operator.attrgetter(name) for name in ("many", "wide", "crowd", "long")]
 
 
 @pytest.mark.parametrize("declared", [communicates(), Modest().declared()])
 def test_large_groups_and_long_rows_are_drawn_as_far_as_they_are_declared(declared: EpCapabilities) -> None:
     made = [EpDraw(random.Random(seed), declared, seed) for seed in range(20)]
-    many, wide, long = ([make(d)(d.base()) for d in made] for make in _LARGE)
-    for case in many + wide + long:
+    many, wide, crowd, long = ([make(d)(d.base()) for d in made] for make in _LARGE)
+    for case in many + wide + crowd + long:
         assert case.ranks == len(case.tokens) and case.ranks in declared.ranks
         assert case.experts in declared.num_experts and case.topk in declared.topk
         assert case.hidden * case.torch_dtype.itemsize in declared.row_bytes
     if declared == communicates():
         assert {case.ranks for case in many} == {5, 6, 7, 8}
-        assert min(case.experts for case in many + wide) > 128 and min(case.topk for case in many) > 6
+        assert min(case.experts for case in many) > 128 and min(case.topk for case in many) > 6
+        assert min(case.experts for case in wide) > 512 and min(max(case.tokens) for case in crowd) >= 650
         assert min(max(case.tokens) for case in many) > 64
         assert min(case.hidden * case.torch_dtype.itemsize for case in long) > 8192
 

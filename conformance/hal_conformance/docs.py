@@ -38,7 +38,8 @@ met, of how many, and how large each size was.
 
 **Expert-parallel calls** have no limits: what `hal.reference.ep` says is meant bit for bit. Rows are moved, not
 computed, and sums are float32 additions in a stated order, rounded once. As far as they are declared, sizes go up to 8
-ranks, 256 experts, a top-k of 16, 160 tokens of a rank, and rows of 16384 bytes; with `--ranks` groups are larger.
+ranks, 1024 experts, a top-k of 16, 1300 tokens of a rank, and rows of 16384 bytes; with `--ranks` groups are larger.
+Every pair of notable values meets in one call of either mode, on one node and over several.
 """
 
 

@@ -18,11 +18,17 @@ TOPK: Final = (3, 2, 5, 1, 8)
 EXPERTS: Final = (8, 9, 7, 16, 12, 5, 64)
 
 MOST_RANKS: Final = 8
-MOST_EXPERTS: Final = 256
+MOST_EXPERTS: Final = 1024
 MOST_TOPK: Final = 16
-MOST_TOKENS: Final = 160
+MOST_TOKENS: Final = 1300
 MOST_ROW: Final = 16384
 """Up to where sizes are drawn, from the upper half: what no short list holds, a block of threads or one pass of it."""
+
+_TOGETHER: Final = {"experts": 256, "tokens": 160}
+"""How far experts and tokens go in groups of many ranks: a low-latency result has room for all of them."""
+
+_QUANTISED: Final = (272, 656, 144, 1168, 2064)
+"""Columns of rows that have scales: whole groups of 128 and parts of one, fewer and more than a warp half holds."""
 
 
 @dataclass(slots=True)
@@ -83,9 +89,17 @@ class EpDraw:
         """As many ranks as a node has, with more experts, choices and tokens than a group of threads; of short rows."""
         world = self.ranks or self._upper(self.declared.ranks, MOST_RANKS)
         crowded = self.rng.randrange(world)
-        tokens = (self.rng.randint(MOST_TOKENS // 2, MOST_TOKENS) if r == crowded else r % 3 for r in range(world))
-        large = self.wide(case).but(ranks=world, topk=self._upper(self.declared.topk, MOST_TOPK), tokens=tuple(tokens))
-        return self.sized(large, ROWS[1:4:2])
+        most = _TOGETHER["tokens"]
+        tokens = tuple(self.rng.randint(most // 2, most) if r == crowded else r % 3 for r in range(world))
+        experts = self._upper(self.declared.num_experts, _TOGETHER["experts"])
+        topk = self._upper(self.declared.topk, MOST_TOPK)
+        return self.sized(case.but(ranks=world, experts=experts, topk=topk, tokens=tokens), ROWS[1:4:2])
+
+    def crowd(self, case: EpCase) -> EpCase:
+        """So many tokens on a rank that no block of threads has one each; of short rows."""
+        crowded = self.rng.randrange(case.ranks)
+        tokens = (self.rng.randint(MOST_TOKENS // 2, MOST_TOKENS) if r == crowded else 3 for r in range(case.ranks))
+        return self.sized(case.but(tokens=tuple(tokens)), ROWS[1:4:2])
 
     def wide(self, case: EpCase) -> EpCase:
         """So many experts that on few ranks each has more than a group of threads."""
@@ -115,7 +129,7 @@ class EpDraw:
         usual = [n for n in members(declared, rows) if n % 16 == 0 and n % itemsize == 0]
         if fp8:
             # An FP8 row of so many bytes has so many columns, and the same columns unquantised must be legal too.
-            usual = [n * itemsize for n in members(declared, (272, 656, 144)) if n % 16 == 0]
+            usual = [n * itemsize for n in members(declared, _QUANTISED) if n % 16 == 0]
             usual = [n for n in usual if n in declared] or [self._smallest() * itemsize]
         row = self.rng.choice(usual or [self._smallest()])
         return case.but(hidden=row // itemsize)

@@ -50,7 +50,9 @@ def skewed(context: Context) -> None:
 
 
 def _cast(context: Context, cast: str) -> None:
-    case = base(context, (2, 3), cast=cast, data=("extreme", "normal")[context.index % 2])
+    plain = [d for d in context.ep.dtypes if d != "float8_e4m3fn"]
+    data = ("extreme", "normal")[context.index % 2]
+    case = base(context, (2, 3), cast=cast, data=data, dtype=context.rng.choice(plain))
     low_latency(context, case)
 
 
@@ -108,6 +110,7 @@ def any_sizes(context: Context) -> None:
     if context.index % LARGE == LARGE - 1:
         low_latency(context, draw(context).many(base(context)))
         low_latency(context, draw(context).wide(base(context, (2, 3))))
+        low_latency(context, draw(context).crowd(base(context, (2,))))
         low_latency(context, draw(context).long(base(context, (2, 3))))
         return
     plain = [d for d in context.ep.dtypes if d != "float8_e4m3fn"]

@@ -60,6 +60,7 @@ def any_sizes(context: Context) -> None:
     if context.index % LARGE == LARGE - 1:
         normal(context, draw(context).many(draw(context).base()).but(bias=1))
         normal(context, draw(context).wide(draw(context).base((2, 3))))
+        normal(context, draw(context).crowd(draw(context).base((2,))))
         normal(context, draw(context).long(draw(context).base((2, 3), bias=1)))
         return
     case = draw(context).odd(draw(context).base((3, 2, 1, 4)))
@@ -90,7 +91,9 @@ def expand(context: Context) -> None:
 def fp8_rows(context: Context) -> None:
     """FP8 rows with float32 scales, and with packed ones."""
     data = context.rng.choice(("normal", "bits"))
-    case = draw(context).base((2, 3), scales=("float32", "int32")[context.index % 2], data=data)
+    plain = [d for d in context.ep.dtypes if d != "float8_e4m3fn"]
+    scales = ("float32", "int32")[context.index % 2]
+    case = draw(context).base((2, 3), scales=scales, data=data, dtype=context.rng.choice(plain))
     normal(context, case.but(expand=bool(context.index // 2 % 2) and "expand" in context.ep.layouts))
 
 
