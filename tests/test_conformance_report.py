@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 from hal_conformance import certificate, diff, facts, html, report, verdict
+from hal_conformance.case import MlaCase
+from hal_conformance.checks import planned
 from hal_conformance.cli import app
-from hal_conformance.context import Settings
+from hal_conformance.context import Context, Settings
+from hal_conformance.ep_case import EpCase
 from hal_conformance.facts import environment
 from hal_conformance.requirements import REQUIREMENTS
 from hal_conformance.schema import schema_errors
@@ -58,16 +61,20 @@ def made(*waivers: Waiver, mode: str = "default", **changed: str) -> dict[str, A
     for o in OBLIGATIONS:
         declared = REQUIREMENTS[o.requires].declared(capabilities)
         status = changed.get(o.id.replace("-", "_"), "PASS" if declared else "REFUSED")
-        count = max(o.count("default"), 1)
+        count = planned(Context(session.settings, capabilities, o, 0)) if declared else 1
         result = Result(o.id, status, "", count, count, count, seconds=0.1, witnessed=[*range(count)])  # type: ignore[arg-type]
         if status == "FAIL":
             result.message = "out differs"
             result.failures = [{"status": "FAIL", "problems": ["out differs"], "reproduce": "hal conform", "index": 0}]
         if o.id.startswith("MLA"):
             result.errors = {"out": dict(_ERRORS), "lse": dict(_ERRORS)}
-            result.launches = {"acme:decode@acme0": 3}
+            result.launches = {"acme:decode@acme0": count}
+        launched = dict.fromkeys(result.launches, 1)
+        result.cases = [{"index": i, "calls": 1, "launches": launched, "seconds": 0.1} for i in range(count)]
         session._waive(result)
         session.results[o.id] = result
+    for case in (MlaCase(), EpCase(scales="float32")):
+        session.sizes.add(case)
     points = [{"name": "b1 h16 s4096", "seconds": 1e-3, "flops": 1e8, "bytes": 5e6}]
     return report.make(session, {"points": points, "flops": 2e11, "bytes": 1e10, "dtype": "bfloat16"})
 
@@ -122,6 +129,14 @@ def test_a_passing_report_certifies_and_verifies() -> None:
         lambda r: forge(r, lambda: r["obligations"][20].update(status="REFUSED")),
         lambda r: forge(r, lambda: r["obligations"][20].update(status="UNCOVERED")),
         lambda r: forge(r, lambda: r["backend"]["capabilities"].update(mla_dense=None)),
+        lambda r: forge(r, lambda: _row(r, "MLA-46").update(planned=3, executed=3, calls=3, cases=_cases(r, 3))),
+        lambda r: forge(r, lambda: _row(r, "MLA-07").update(calls=99)),
+        lambda r: forge(r, lambda: _row(r, "MLA-07").update(cases=_row(r, "MLA-07")["cases"][:1])),
+        lambda r: forge(r, lambda: _row(r, "MLA-07").update(launches={"acme:decode@acme0": 10**6})),
+        lambda r: forge(r, lambda: r["coverage"].update(pairs=10)),
+        lambda r: forge(r, lambda: r.pop("coverage")),
+        lambda r: forge(r, lambda: r["sizes"].clear()),
+        lambda r: forge(r, lambda: r["sizes"].pop()),
         lambda r: r.update(schema=2),
         lambda r: r.pop("environment"),
     ],
@@ -130,6 +145,21 @@ def test_a_report_that_was_changed_does_not_verify(change: Any) -> None:
     one = made()
     change(one)
     assert certificate.verify(one)[0]
+
+
+def _row(one: dict[str, Any], obligation: str) -> dict[str, Any]:
+    found: dict[str, Any] = next(row for row in one["obligations"] if row["id"] == obligation)
+    return found
+
+
+def _cases(one: dict[str, Any], count: int) -> list[Any]:
+    return list(_row(one, "MLA-46")["cases"][:count])
+
+
+def test_a_waiver_of_a_certificate_lasts_a_year_at_most() -> None:
+    one = made(Waiver("MLA-32", "one day", datetime.date.today() + datetime.timedelta(days=900)), MLA_32="FAIL")
+    (error,) = certificate.verify(one)[0]
+    assert "a year is the longest" in error
 
 
 def test_a_report_of_another_suite_says_which_one_judged_and_which_is_here() -> None:

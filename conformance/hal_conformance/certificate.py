@@ -13,13 +13,11 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from hal import plugins
-from hal.spec.capability import Capabilities
 from hal_conformance import SUITE_VERSION
+from hal_conformance.consistency import consistency, declared_in
 from hal_conformance.facts import distribution, suite_hash
-from hal_conformance.requirements import REQUIREMENTS
 from hal_conformance.schema import schema_errors
-from hal_conformance.table import BY_ID, OBLIGATIONS
-from hal_conformance.verdict import levels, overall
+from hal_conformance.waivers import LONGEST
 from hal_conformance.witness import is_judged_apart, is_judged_twice
 
 REQUIRED = ("L0",)
@@ -62,7 +60,7 @@ def obstacles(report: dict[str, Any]) -> list[str]:
     alone = [o["id"] for o in report["obligations"] if _judged_once(o)]
     if alone:
         found.append(f"too few cases were judged apart from the backend: {', '.join(alone)}")
-    readable = _capabilities(report)
+    readable = declared_in(report)
     if isinstance(readable, str):
         found.append(readable)
     if backend["evidence"] == "compiled" or backend["evidence"] is None:
@@ -114,7 +112,7 @@ def verify(report: Any, today: datetime.date | None = None) -> tuple[list[str], 
     broken = schema_errors(report)
     if broken:
         return [f"not a report of this schema: {text}" for text in broken[:3]], []
-    errors = _consistency(report)
+    errors = consistency(report)
     certificate = report["certificate"]
     if certificate is None:
         return [*errors, f"there is no certificate: {'; '.join(obstacles(report)) or 'it was removed'}"], []
@@ -132,6 +130,10 @@ def verify(report: Any, today: datetime.date | None = None) -> tuple[list[str], 
     for waiver in certificate["waivers"]:
         if waiver["expires"] < day.isoformat():
             errors.append(f"the waiver of {waiver['obligation']} expired on {waiver['expires']}")
+        if waiver["expires"] > (day + LONGEST).isoformat():
+            errors.append(
+                f"the waiver of {waiver['obligation']} lasts until {waiver['expires']}: a year is the longest"
+            )
     notes = []
     if not list(entry_points(group=plugins.GROUP, name=certificate["backend"])):
         notes.append(f"backend {certificate['backend']!r} is not installed here: its files were not compared")
@@ -155,58 +157,3 @@ def _changed(certified: list[dict[str, Any]], here: list[dict[str, Any]]) -> lis
         for name in sorted(was.keys() | now.keys())
         if was.get(name) != now.get(name)
     ]
-
-
-def _consistency(report: dict[str, Any]) -> list[str]:
-    """Whether the verdicts follow from the results, and the results are complete."""
-    errors = []
-    results = {row["id"]: row for row in report["obligations"]}
-    if set(results) != {o.id for o in OBLIGATIONS} or len(results) != len(report["obligations"]):
-        errors.append("the obligations are not those of this suite, each once")
-        return errors
-    for row in report["obligations"]:
-        if row["status"] == "PASS" and (row["failures"] or not row["calls"] or row["executed"] != row["planned"]):
-            ran = f"{row['executed']} of {row['planned']} cases ran, of {row['calls']} calls"
-            errors.append(f"{row['id']} says PASS, but {ran}, and {len(row['failures'])} failed")
-        least = BY_ID[row["id"]].count(report["run"]["mode"])
-        if row["status"] == "PASS" and not report["run"]["filtered"] and row["planned"] < least:
-            errors.append(f"{row['id']} ran {row['planned']} cases where this mode has {least}")
-        if row["status"] == "WAIVED" and row["id"] not in {w["obligation"] for w in report["waivers"]}:
-            errors.append(f"{row['id']} says WAIVED without a waiver")
-    waived = {row["id"] for row in report["obligations"] if row["status"] == "WAIVED"}
-    errors += [
-        f"{w['obligation']} has a waiver, but none was used" for w in report["waivers"] if w["obligation"] not in waived
-    ]
-    errors += _undeclared(report)
-    rows = levels({row["id"]: row["status"] for row in report["obligations"]})
-    if rows != report["levels"]:
-        errors.append("the verdicts of the levels do not follow from the obligations")
-    if overall(rows, report["run"]["filtered"], report["problems"])[0] != report["verdict"]:
-        errors.append("the verdict does not follow from the levels")
-    return errors
-
-
-def _capabilities(report: dict[str, Any]) -> Capabilities | str:
-    """What the report says is declared, or why it says nothing."""
-    try:
-        found = Capabilities.from_dict(report["backend"]["capabilities"])
-    except Exception as error:
-        return f"the capabilities cannot be read: {error}"
-    return found if found.device_types else "the capabilities cannot be read: they name no device_types"
-
-
-def _undeclared(report: dict[str, Any]) -> list[str]:
-    """Obligations left out as not declared that are, and the reverse."""
-    capabilities = _capabilities(report)
-    if isinstance(capabilities, str):
-        return [capabilities]
-    errors = []
-    for row in report["obligations"]:
-        declared = REQUIREMENTS[BY_ID[row["id"]].requires].declared(capabilities)
-        if declared and row["status"] == "REFUSED":
-            errors.append(f"{row['id']} says REFUSED, but {BY_ID[row['id']].requires} is declared")
-        if not declared and row["status"] in ("PASS", "UNCOVERED"):
-            errors.append(f"{row['id']} says {row['status']}, but {BY_ID[row['id']].requires} is not declared")
-        if row["status"] == "UNCOVERED" and BY_ID[row["id"]].covered:
-            errors.append(f"{row['id']} says UNCOVERED, but this suite tests it")
-    return errors

@@ -257,19 +257,27 @@ def _needle(case: MlaCase, q: torch.Size, kv: torch.Size, table: Tensor, rng: to
 def _underflow(
     case: MlaCase, q: torch.Size, kv: torch.Size, table: Tensor, rng: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Scores hundreds apart: all but the best underflow, and without the running maximum everything overflows."""
+    """Scores hundreds apart: all but the best underflow, and without the running maximum everything overflows.
+
+    Every query of every head has its own best token: another's maximum leaves nothing of it.
+    """
     sign = torch.where(torch.rand(case.d, generator=rng) < 0.5, -1.0, 1.0)
     strength = torch.rand(*kv[:3], 1, generator=rng) * 2 - 1
-    return 4 * sign * torch.ones(q), 3 * strength * sign + 0.01 * torch.randn(kv, generator=rng)
+    own = (torch.rand(*q[:-1], 1, generator=rng) + 0.5).copysign(torch.rand(*q[:-1], 1, generator=rng) - 0.5)
+    return 4 * own * sign * torch.ones(q), 3 * strength * sign + 0.01 * torch.randn(kv, generator=rng)
 
 
 def _negative(
     case: MlaCase, q: torch.Size, kv: torch.Size, table: Tensor, rng: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Scores below -10,000: a running maximum that starts at 0, or a mask of -10,000, makes all weights vanish."""
+    """Scores below -10,000, other ones of every query and head.
+
+    A running maximum that starts at 0 or is another's, or a mask of -10,000, makes all weights vanish.
+    """
     sign = torch.where(torch.rand(case.d, generator=rng) < 0.5, -1.0, 1.0)
     strength = 0.9 + 0.1 * torch.rand(*kv[:3], 1, generator=rng)
-    return 24 * sign * torch.ones(q), -24 * strength * sign + 0.05 * torch.randn(kv, generator=rng)
+    own = 0.95 + 0.25 * torch.rand(*q[:-1], 1, generator=rng)
+    return 24 * own * sign * torch.ones(q), -24 * strength * sign + 0.05 * torch.randn(kv, generator=rng)
 
 
 def _equal(case: MlaCase, q: torch.Size, kv: torch.Size, table: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -485,8 +485,8 @@ TABLE: Final = (
     Obligation(
         "MLA-52",
         "L2",
-        "sequences apart",
-        "NaN or inf among the keys of a sequence reach no row of another one.",
+        "rows apart",
+        "NaN or inf among the keys of a sequence, or in the query of a head, reach no other row.",
     ),
     Obligation(
         "SPA-01",

@@ -19,7 +19,7 @@ from typing import Any, Final
 from hal import plugins
 from hal.spec.capability import Capabilities
 from hal_conformance import manners
-from hal_conformance.checks import Check, load
+from hal_conformance.checks import Check, load, planned
 from hal_conformance.checks.capability import as_it_was
 from hal_conformance.context import BackendRaised, Context, Settings, Stop
 from hal_conformance.requirements import REQUIREMENTS
@@ -75,14 +75,14 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
             if not requirement.declared(context.capabilities):
                 return {"refused": f"{requirement.title} is not declared"}
             contexts = (_context(replace(settings, mode=mode), request["obligation"], 0) for mode in _MODES)
-            count = max(map(_count, contexts))
+            count = max(map(planned, contexts))
             if request["index"] >= count:
                 return {"legal": f"0…{count - 1}"}
             with within_reach():
                 return bisect(_context(settings, request["obligation"], request["index"]))
         context = _context(settings, request["obligation"], request.get("index", 0))
         if operation == "count":
-            return {"count": _count(context)}
+            return {"count": planned(context)}
         if operation == "refusal":
             return _refusal(context)
         assert operation == "case", operation
@@ -103,11 +103,6 @@ def _context(settings: Settings, obligation: str, index: int) -> Context:
 
 def _check(context: Context) -> Check:
     return load()[context.obligation.id]
-
-
-def _count(context: Context) -> int:
-    count = _check(context).count
-    return context.obligation.count(context.settings.mode) if count is None else count(context)
 
 
 def _refusal(context: Context) -> dict[str, Any]:

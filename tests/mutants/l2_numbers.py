@@ -87,3 +87,16 @@ class SplitsSharedOut(Sample):
     def splits(self, args: Any, j: int, length: int) -> Any:
         mine = super().splits(args, j, length)
         return mine[: max(8, 48 // args.batch)] if args.batch > 8 else mine
+
+
+@mutant("L2", "one running maximum for all heads of a tile, and all queries", "")
+class MaximumOfAllHeads(Sample):
+    def weights(self, scores: Any) -> Any:
+        m = scores.amax()
+        return m.expand(scores.shape[:-1]), torch.exp(scores - (0 if m == -torch.inf else m))
+
+
+@mutant("L2", "heads of a tile are told apart by a product with ones and zeros: 0 * NaN", "what belongs to others")
+class HeadsToldApartByZeros(Sample):
+    def scores(self, args: Any, q: Any, keys: Any) -> Any:
+        return super().scores(args, q + 0 * q.sum(1, keepdim=True), keys)

@@ -66,3 +66,9 @@ def load() -> dict[str, Check]:
     )
 
     return CHECKS
+
+
+def planned(context: Context) -> int:
+    """How many cases a run has of the obligation of a context."""
+    count = load()[context.obligation.id].count
+    return context.obligation.count(context.settings.mode) if count is None else count(context)

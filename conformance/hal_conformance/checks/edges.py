@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import torch
+
 import hal
 from hal.spec.validation import set_validation, validation_level
 from hal_conformance.case import MlaCase
@@ -238,29 +240,37 @@ _SPOILS = (float("nan"), float("inf"), -float("inf"))
 
 
 @holds("MLA-52")
-def sequences_apart(context: Context) -> None:
-    """Keys of some sequences are NaN or inf, as after an overflow upstream: the others are right all the same."""
+def rows_apart(context: Context) -> None:
+    """Keys of some sequences, or queries of some heads, are NaN or inf, as after an overflow: the others are right."""
     draw = context.draw()
-    lengths = draw.lengths(most=300, batch=(3, 6))
-    case = draw.base().but(lengths=lengths, data="hot", out_layout=draw.rng.choice(("none", "contiguous")))
+    several = draw.several_queries(4) if context.index % 3 == 2 else draw.queries()[0]
+    lengths = tuple(n + several for n in draw.lengths(most=300, batch=(3, 6)))
+    case = draw.base().but(lengths=lengths, data="hot", out_layout=draw.rng.choice(("none", "contiguous")), s_q=several)
     case = case.but(plan=context.index % 2 == 1)
     inputs = context.make(case)
-    spoiled = [j for j in range(case.batch) if j % 2 == context.index // 2 % 2]
-    for j in spoiled:
-        pages = inputs.table[j, : -(-lengths[j] // case.page)].long().to(case.device)
-        inputs.kv_cache.view[pages] = draw.rng.choice(_SPOILS)
+    spoiled = torch.zeros(case.batch, case.s_q, case.h_q, dtype=torch.bool)
+    if context.index % 4 < 2:
+        for j in range(context.index // 2 % 2, case.batch, 2):
+            pages = inputs.table[j, : -(-lengths[j] // case.page)].long().to(case.device)
+            inputs.kv_cache.view[pages] = draw.rng.choice(_SPOILS)
+            spoiled[j] = True
+    else:
+        for at in draw.rng.sample(range(spoiled.numel()), -(-spoiled.numel() // 3)):
+            spoiled.view(-1)[at] = True
+        inputs.q.view[spoiled.to(case.device)] = draw.rng.choice(_SPOILS)
     inputs.seal()
     outcome = context.run(inputs)
     if context.blind:
         return
     expected = context.expect(inputs)
-    # What the spoiled sequences give nobody says: NaN, or inf, or what a maximum leaves of it.
-    for rows in (outcome.out, outcome.lse, expected.out, expected.lse):
-        rows[spoiled] = 0
-    for magnitude in (expected.out_magnitude, expected.lse_magnitude):
-        magnitude[spoiled] = 1
+    # What the spoiled rows give nobody says: NaN, or inf, or what a maximum leaves of it.
+    flat = spoiled.transpose(1, 2)
+    for rows, where in ((outcome.out, spoiled), (outcome.lse, flat), (expected.out, spoiled), (expected.lse, flat)):
+        rows[where] = 0
+    expected.out_magnitude[spoiled] = 1
+    expected.lse_magnitude[flat] = 1
     rounding = expected.rounding
     expected.rounding = None if rounding is None else lambda: rounding().nan_to_num(0.0, 0.0, 0.0)
     context.wants_diagnosis = False
-    if not context.compare(inputs, outcome, expected, what="sequences beside those of NaN or inf: ").ok:
-        context.record.diagnosis = {"cause": "a sequence is reached by another's keys, if only with weights of 0"}
+    if not context.compare(inputs, outcome, expected, what="rows beside those of NaN or inf: ").ok:
+        context.record.diagnosis = {"cause": "a row is reached by what belongs to others, if only with weights of 0"}
