@@ -442,3 +442,55 @@ def returns_at_once(rank: int, per_node: int | None = None) -> tuple[float, floa
         for local, count in enumerate(got.recv_count.tolist()):
             same("recv_x", got.recv_x[local, :count], want[rank].x[local, :count])
         return called, time.monotonic() - start
+
+
+def arguments_used_again(rank: int, per_node: int | None = None, backend: str = "cpu") -> None:
+    """What a call was given is written over once it returned, and before its hook where it has one."""
+    case = Case(tokens=(6, 6), hidden=128, per_node=per_node, routing="distinct", backend=backend)
+    inputs = case.inputs()
+    mine, local, slots = inputs[rank], oracle.local_experts(case.experts, 2), 12
+    outputs = [one.view(local, slots, case.hidden) for one in _random_rows(2, local * slots, case.hidden)]
+    packed = oracle.low_latency_dispatch(inputs, case.experts, 6)
+    sums = oracle.low_latency_combine(outputs, packed, inputs)
+    received = oracle.dispatch(inputs, case.experts)
+    rows = [torch.ones_like(one.x) for one in received]
+    with case.buffer() as buffer:
+        x, idx, stats = mine.x.clone(), mine.topk_idx.clone(), torch.zeros(local, dtype=torch.int32)
+        got = buffer.low_latency_dispatch(
+            x, idx, use_fp8=False, cumulative_local_expert_recv_stats=stats, return_recv_hook=True
+        )
+        x.fill_(7.0)
+        idx.fill_(0)
+        dist.barrier()
+        time.sleep(0.3)  # What is written behind the caller's back is written by now.
+        assert not stats.any()
+        got.hook()
+        same("stats", stats, packed[rank].count)
+        for at, count in enumerate(packed[rank].count.tolist()):
+            same("recv_x", got.recv_x[at, :count], packed[rank].x[at, :count])
+        y, out = outputs[rank].clone(), torch.full((6, case.hidden), 7.0, dtype=torch.bfloat16)
+        done = buffer.low_latency_combine(
+            y, mine.topk_idx, mine.topk_weights, got.handle, out=out, return_recv_hook=True
+        )
+        y.fill_(7.0)
+        dist.barrier()
+        time.sleep(0.3)
+        assert bool((out == 7.0).all())
+        done.hook()
+        same("out", out, sums[rank])
+
+        x, idx = mine.x.clone(), mine.topk_idx.clone()
+        plain = buffer.dispatch(x, idx)
+        x.fill_(7.0)
+        idx.fill_(0)
+        same("recv_x", plain.recv_x, received[rank].x)
+        again = buffer.dispatch(mine.x, handle=plain.handle)
+        same("cached", again.recv_x, received[rank].x)
+        same("cached routes", again.recv_topk_idx, received[rank].topk_idx)
+        summed = buffer.combine(rows[rank], plain.handle)
+        same("combined_x", summed.combined_x, oracle.combine(rows, received, inputs, case.experts)[rank][0])
+
+
+def _random_rows(count: int, rows: int, hidden: int) -> list[torch.Tensor]:
+    seed = torch.Generator().manual_seed(3)
+    return [torch.randn(rows, hidden, generator=seed).bfloat16() for _ in range(count)]

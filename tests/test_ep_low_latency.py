@@ -47,6 +47,10 @@ def test_backward_is_the_mirrored_call() -> None:
     run_ranks(2, ep_cases.gradients)
 
 
+def test_what_a_call_was_given_may_be_used_again_when_it_returned() -> None:
+    run_ranks(2, ep_cases.arguments_used_again)
+
+
 def test_a_hooked_call_does_not_wait_for_late_ranks() -> None:
     (called, hooked), _ = (outcome.value for outcome in run_ranks(2, ep_cases.returns_at_once))
     assert called < 0.5

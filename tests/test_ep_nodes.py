@@ -64,12 +64,18 @@ def test_a_hooked_call_over_nodes_does_not_wait_for_late_ranks() -> None:
     assert hooked > 0.3
 
 
+def test_what_a_call_was_given_may_be_used_again_when_it_returned() -> None:
+    run_ranks(2, ep_cases.arguments_used_again, 1)
+
+
 def test_pre_reduced_sums_are_node_by_node() -> None:
     cases = [
         Case(
             ranks=4, tokens=TOKENS, per_node=2, pre_reduce=True, weights=False, routing="distinct", experts=16, topk=6
         ),
         Case(ranks=4, tokens=TOKENS, per_node=2, pre_reduce=True, expand=True, bias=1),
+        # Some rows are dropped: the order of the nodes is that of the choices all the same.
+        Case(ranks=4, tokens=(9, 9, 9, 9), per_node=2, pre_reduce=True, topk=6, room=11, overflow="drop"),
     ]
     run_ranks(4, ep_cases.normal, cases, limit=90)
 

@@ -73,6 +73,10 @@ def test_both_modes_are_the_oracle(before: partial[None]) -> None:
 
 
 @pytest.mark.sampled
+def test_what_a_call_was_given_may_be_used_again_when_it_returned(before: partial[None]) -> None:
+    run_ranks(2, ep_cases.arguments_used_again, None, FIBRES.backend, limit=60, before=before)
+
+
 def test_other_group_sizes(before: partial[None]) -> None:
     run_ranks(1, ep_cases.normal, [replace(FIBRES, ranks=1, tokens=(5,))], limit=60, before=before)
     three = replace(FIBRES, ranks=3, tokens=(5, 0, 9), experts=10, topk=4, room=7, overflow="drop")

@@ -146,6 +146,21 @@ def test_node_sums_are_rounded_in_between() -> None:
     assert nodes[0, 0] == 2.0**24 + 2
 
 
+def test_nodes_are_added_in_the_order_of_the_choices_whatever_was_dropped() -> None:
+    # Choices of ranks 0, 2, 1; rank 0 has no room for the last token. Its node is the first all the same: the bias of 1
+    # and the other node's 1 are lost beside 2^24, one after the other. Added first, they would be 2.
+    idx = torch.tensor([[0, 0, 0]] * 2 + [[0, 2, 1]])
+    inputs = [RankInput(torch.zeros(3, H), idx)]
+    inputs += [RankInput(torch.zeros(0, H), torch.zeros(0, 3, dtype=torch.int64)) for _ in range(3)]
+    received = ep.dispatch(inputs, 4, max_recv_tokens=2)
+    assert [got.num_dropped for got in received] == [1, 0, 0, 0]
+    value = {1: 2.0**24, 2: 1.0}
+    outputs = [torch.full((len(got.x), H), value.get(rank, 0.0)) for rank, got in enumerate(received)]
+    bias = [[torch.ones(len(one.x), H)] for one in inputs]
+    sums = ep.combine(outputs, received, inputs, 4, ranks_per_node=2, bias=bias)[0][0]
+    assert sums[2, 0] == 2.0**24
+
+
 @unhurried
 @given(groups(), st.integers(1, 4))
 def test_dropping_keeps_the_first_rows(group: tuple[list[RankInput], int], room: int) -> None:
