@@ -20,7 +20,7 @@ from hal_conformance import manners
 from hal_conformance.case import MlaCase
 from hal_conformance.cli import app
 from hal_conformance.decode import call
-from hal_conformance.facts import of_dependencies, reaches, required, unlisted
+from hal_conformance.facts import dependencies, of_dependencies, reaches, required, unlisted
 from hal_conformance.inputs import build
 from hal_conformance.parcel import pack, unpack_plain
 from hal_conformance.process import Secluded, Worker
@@ -192,7 +192,7 @@ def test_a_dependency_that_reaches_into_its_judge_is_named(tmp_path: Path, monke
     record.write_text(record.read_text() + "deep.pth,,\ntorch/sly.py,,\n")
     monkeypatch.syspath_prepend(str(folder))
     assert required("hal-far") > {"hal-far", "far-below", "deep-down", "torch"}
-    assert of_dependencies(importlib.metadata.distribution("hal-far")) == [
+    assert of_dependencies(dependencies(importlib.metadata.distribution("hal-far"))) == [
         "its dependency deep-down: deep.pth is executed wherever Python starts",
         "its dependency deep-down: torch/sly.py lies in the package torch",
     ]

@@ -89,6 +89,7 @@ def test_what_holds_is_said_with_the_first_level_that_is_open(marked: Path) -> N
     (marked / "backend.py").write_text("# step L3: packed caches\n")
     assert next_step(report())[-1] == "hal_acme/backend.py:1: packed caches"
     assert next_step(report(only=("L0",))) == ["what was run holds; the rest: hal conform --backend acme --quick"]
+    assert next_step(report("full", only=("L0",)))[0].endswith("the rest: hal conform --backend acme --full")
 
 
 def test_what_is_said_to_be_run_next_has_the_patience_of_this_run(marked: Path) -> None:

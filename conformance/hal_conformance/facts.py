@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+from collections.abc import Iterable
 from importlib import metadata
 from importlib.metadata import Distribution, EntryPoint, entry_points
 from importlib.util import find_spec
@@ -88,13 +89,14 @@ def distribution(backend: str) -> dict[str, Any]:
     entry, dist = entries[0], entries[0].dist
     editable = _editable(dist)
     files = _package_files(entry) if editable else _installed_files(dist)
+    needed = [] if editable else dependencies(dist)
     return {
         "name": dist.name,
         "version": dist.version,
         "editable": editable,
         "hash": _hash(files),
-        "requires": [] if editable else [_dependency(name) for name in dependencies(dist)],
-        "reaches": [] if editable else reaches(dist) + unlisted(entry, dist) + of_dependencies(dist),
+        "requires": [_dependency(name) for name in needed],
+        "reaches": [] if editable else reaches(dist) + unlisted(entry, dist) + of_dependencies(needed),
     }
 
 
@@ -109,10 +111,10 @@ def _dependency(name: str) -> dict[str, Any]:
     return {"name": name, "version": dist.version, "hash": None if _editable(dist) else _hash(_installed_files(dist))}
 
 
-def of_dependencies(dist: Distribution) -> list[str]:
+def of_dependencies(names: Iterable[str]) -> list[str]:
     """Where what a distribution requires reaches beyond its own packages."""
     found = []
-    for name in dependencies(dist):
+    for name in names:
         # Plugins of pytest are not among it: runs by pytest certify nothing.
         found += [f"its dependency {name}: {text}" for text in reaches(metadata.distribution(name), plugins=False)]
     return found

@@ -80,7 +80,8 @@ def next_step(report: Mapping[str, Any]) -> list[str]:
     base = f"hal conform --backend {backend}"
     patience = "" if run["patience"] == 1 else f" --patience {run['patience']:g}"
     if run["only"] or run["case"] is not None:
-        return [f"what was run holds; the rest: {base} --quick{patience}"]
+        mode = "--full" if run["mode"] == "full" else "--quick"
+        return [f"what was run holds; the rest: {base} {mode}{patience}"]
     if any(row["status"] == "SKIPPED" for row in report["obligations"]):
         mode = "" if run["mode"] == "default" else f" --{run['mode']}"
         return [f"what was run holds, and the run was interrupted; all of it: {base}{mode}{patience}"]

@@ -208,7 +208,7 @@ def load(bindings: Bindings, compiles_only: bool = False) -> Runtime:
     try:
         package = importlib.import_module(bindings.package)
         module, rtc = getattr(package, bindings.runtime), getattr(package, bindings.compiler)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # it may fail at its import in any way
         raise BackendUnavailable(f"the package {bindings.package} does not import: {first_line(error)}") from error
     files = bindings.files
     simulates = bool(sim.asked(bindings.prefix))

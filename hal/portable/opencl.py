@@ -22,7 +22,7 @@ from torch import Tensor
 from hal.portable import cache, compiling
 from hal.portable.runtime import LESS, Argument, Facts, Handle, Program, Source, out_of_memory
 from hal.portable.shared import SharedMemory
-from hal.spec.errors import BackendUnavailable, DeviceError, SpecError
+from hal.spec.errors import BackendUnavailable, DeviceError, SpecError, first_line
 
 PLATFORM_ENV: Final = "HAL_OPENCL_PLATFORM"
 """Part of the name or vendor of the platform to use."""
@@ -71,8 +71,8 @@ def platforms() -> list[Platform]:
     """
     try:
         import pyopencl
-    except ImportError as error:
-        raise BackendUnavailable(f"pyopencl does not import: {error}; {_INSTALL}") from error
+    except Exception as error:  # it may fail at its import in any way
+        raise BackendUnavailable(f"pyopencl does not import: {first_line(error)}; {_INSTALL}") from error
     try:
         found = pyopencl.get_platforms()
     except pyopencl.Error:

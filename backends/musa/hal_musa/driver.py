@@ -133,7 +133,7 @@ def missing() -> str:
         return first_line(error)
     try:
         import torch_musa  # noqa: F401  (registers torch's device type)
-    except ImportError as error:
+    except Exception as error:  # it may fail at its import in any way
         return f"torch_musa does not import: {first_line(error)}"
     return ""
 

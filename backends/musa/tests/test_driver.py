@@ -146,6 +146,12 @@ def test_code_is_kept_for_an_architecture(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert driver.missing().startswith("torch_musa does not import")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "torch_musa.py").write_text("raise RuntimeError('built for another torch')\n")
+    with monkeypatch.context() as patched:
+        patched.syspath_prepend(broken)
+        assert driver.missing() == "torch_musa does not import: built for another torch"
     monkeypatch.setenv(driver.HOME_ENV, str(tmp_path))
     assert driver.missing().startswith("no mcc on PATH nor in")
     monkeypatch.setenv(driver.LIBRARY_ENV, "libnowhere.so")

@@ -188,6 +188,15 @@ def test_what_is_missing_of_the_bindings_is_said(changed: dict[str, str], reason
         bindings.load(replace(vendor().bindings(), **changed))
 
 
+def test_bindings_that_fail_at_their_import_in_any_way_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hip_of_old.py").write_text("raise RuntimeError('built for ROCm 5')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(BackendUnavailable, match="the package hip_of_old does not import: built for ROCm 5"):
+        bindings.load(replace(vendor().bindings(), package="hip_of_old"))
+
+
 def test_the_simulator_is_found_although_the_bindings_found_nothing_before() -> None:
     """As in a process that has asked every installed backend whether it is there."""
     code = (
