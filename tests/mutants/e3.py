@@ -11,9 +11,7 @@ from typing import Any
 
 from hal.spec.errors import RankFailure
 from mutants.ep_sample import Engine
-from mutants.registry import engine
-
-WINDOWS = "/dev/shm/hal-mutant-"
+from mutants.registry import LEFT, engine
 
 
 @engine("E3", "node sums are added by the number of the node", "nodes are summed by number")
@@ -194,7 +192,7 @@ class WindowsLeft(Engine):
         from hal.ep.rendezvous import exchange_over
 
         exchange = exchange_over(args.group, args.timeout)
-        self.path = f"{WINDOWS}{self.mail.folder.name}-{self.rank}"
+        self.path = f"{LEFT}{self.mail.folder.name}-{self.rank}"
         with open(self.path, "wb") as file:
             file.truncate(4096)
         self.maps = []

@@ -13,6 +13,9 @@ from mutants.sample import Plugin
 _MLA = ("l0", "l1", "l2_memory", "l2_numbers", "l2_options", "fatal", "hostile", "sizes", "beyond")
 CATALOGUES = (*_MLA, "e1_routes", "e1_sums", "e2", "e3", "between", "ep_pairs")
 
+LEFT = "/dev/shm/hal-mutant-"
+"""What mutants that leave files leave begins with this."""
+
 CORRECT = (
     "sample = mutants.sample:plugin",
     "ep-sample = mutants.ep_sample:plugin",

@@ -19,7 +19,7 @@ from hal_conformance.process import Secluded, Worker
 from hal_conformance.session import RED, Result, Session, fresh_seed
 from hal_conformance.table import BY_ID, LEVEL_IDS, OBLIGATIONS, Mode
 
-from mutants.registry import Mutant, install, load
+from mutants.registry import LEFT, Mutant, install, load
 
 WITNESS = Secluded()
 """Judges cases of every backend: it loads none."""
@@ -112,6 +112,8 @@ def kill(mutant: Mutant, kept: Worker | None = None) -> Kill:
     worker = kept if mutant.level.startswith("E") and not mutant.tampers else None
     patience = 0.1 if mutant.name in _HANGS else 1.0
     results = run(mutant.name, patience=patience, until=mutant.level, enough=3, worker=worker, only=mutant.only)
+    for left in Path(LEFT).parent.glob(f"{Path(LEFT).name}*"):
+        left.unlink()
     red = [r for r in results if r.status in RED]
     level = red[0].obligation.level if red else ""
     causes = [f["diagnosis"]["cause"] for r in red for f in r.failures if f.get("diagnosis")]
