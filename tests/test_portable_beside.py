@@ -129,6 +129,15 @@ def ahead(rank: int) -> None:
             ep_cases.same("recv_x", again.recv_x, got.recv_x * 2)
             sums = hooked("ep_gather", buffer.combine, again.recv_x, again.handle)
             assert torch.equal(sums.combined_x, returned(mine, CASE) * 2)
+        # What is done beside writes to nothing that the caller gave.
+        packed = hooked("ep_fetch", buffer.low_latency_dispatch, x, idx, use_fp8=False)
+        out = torch.full((len(x), CASE.hidden), 7.0, dtype=x.dtype)
+        back = buffer.low_latency_combine(packed.recv_x, idx, weights, packed.handle, out=out, return_recv_hook=True)
+        dist.barrier()
+        device.join()
+        assert bool((out == 7.0).all())
+        back.hook()
+        close(out, weighted(mine))
         # Where nothing is put off nothing stands beside.
         buffer.low_latency_dispatch(x, idx, use_fp8=False)
         assert not device.beside

@@ -200,11 +200,15 @@ class _Player:
         done.end = time.monotonic()
         self.live[step.name] = result
         if arguments.get("return_recv_hook"):
-            for guard in guards:
-                if guard.name in OUTPUTS and guard.modified():
-                    done.problems.append(f"{guard.name} was written before the hook ran")
+            self._unwritten(step.name, done)
         elif not arguments.get("async_finish"):
             self._collect(step.name, done)
+
+    def _unwritten(self, name: str, done: Done) -> None:
+        """See that a call whose hook has not run has written nothing of the caller's."""
+        for guard in self.guards[name]:
+            if guard.name in OUTPUTS and guard.modified():
+                done.problems.append(f"{guard.name} was written before the hook ran")
 
     def _argument(self, key: str, value: Any, guards: list[Guarded]) -> Any:
         if isinstance(value, Ref):
@@ -283,6 +287,8 @@ class _Player:
         """Complete an asynchronous call, by its hook where it has one; on a thread of its own if told so."""
         result = self.live[step.args["of"]]
         wait = result.event.wait if result.hook is None else result.hook
+        if result.hook is not None:
+            self._unwritten(step.args["of"], done)
         done.begin = time.monotonic()
         if step.args.get("elsewhere"):
             with ThreadPoolExecutor(1) as other:

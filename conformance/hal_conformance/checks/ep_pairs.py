@@ -134,6 +134,10 @@ _SENT: Final = {True: ("x",), False: ("x", "topk_idx", "topk_weights")}
 """What a combine, and what a dispatch, has sent when it returns a hook."""
 
 
+_MEANWHILE: Final = 0.02
+"""Seconds in which what is done behind the caller's back is done, before its hook runs."""
+
+
 def _ended(case: EpCase, step: Step) -> list[Step]:
     """A call and what completes it; once it has what it was given, that is used for something else."""
     step = Step(step.op, step.name, {**step.args, **_FLAGS[case.finish]}, step.on)
@@ -141,6 +145,7 @@ def _ended(case: EpCase, step: Step) -> list[Step]:
     if case.finish != "call":
         if case.finish == "hook":
             found.append(Step("spoil", args={"of": step.name, "names": _SENT[step.op.endswith("combine")]}))
+            found.append(Step("sleep", args={"seconds": _MEANWHILE}))
         found.append(Step("finish", f"end of {step.name}", {"of": step.name}))
     return [*found, Step("spoil", args={"of": step.name})]
 

@@ -165,8 +165,11 @@ class DirectPackedCalls(DirectNormalCalls):
                 state.lent = None
             self._kernels.lend(ways)
 
+            # Rows are pulled and summed ahead of the hook, and the caller's memory is not written before it.
+            sums = torch.empty_like(args.out) if args.return_recv_hook and args.out_is_given else args.out
+
             def gather(queue: Queue, met: Memory | int) -> None:
-                kernels.gather(queue, met, ways, args.out, None, 0, (), args.topk_idx, args.topk_weights)
+                kernels.gather(queue, met, ways, sums, None, 0, (), args.topk_idx, args.topk_weights)
                 kernels.done(queue, turn, met, False)
 
             receive = self._received_by(op, channel, staging, MAX_INT32, gather)
@@ -180,6 +183,8 @@ class DirectPackedCalls(DirectNormalCalls):
                     if args.zero_copy:
                         state.lent = x
                     raise
+                if sums is not args.out:
+                    args.out.copy_(sums)
 
             return EpLowLatencyCombined(args.out, self._finished_by(op, channel, finish, receive, args, waits))
 

@@ -90,7 +90,8 @@ def _rows(rows, tile, group, ROWS: tl.constexpr):
 def _offsets(i, stride_i, h, stride_h, WIDE: tl.constexpr):
     """Offsets within a tile; 32 bits are enough for most strides and take half the registers."""
     if WIDE:
-        return i.to(tl.int64) * stride_i + h.to(tl.int64) * stride_h
+        # One return: a function of which two have unlike types does not compile, whichever is never reached.
+        i, h = i.to(tl.int64), h.to(tl.int64)
     return i * stride_i + h * stride_h
 
 

@@ -47,17 +47,20 @@ class Build:
     kernel : str
         ``schedule``, ``decode`` or ``merge``.
     geometry : MlaGeometry
+    far : bool
+        Strides that are counted in single elements, and beyond what 32 bits hold.
     """
 
     arch: str
     kernel: str
     geometry: MlaGeometry
+    far: bool = False
 
     def __str__(self) -> str:
         g = self.geometry
         options = "-causal" * g.causal + "-ragged" * g.ragged_q + "-invariant" * g.batch_invariant
         shape = f"h{g.h_q}-d{g.head_dim}v{g.head_dim_v}-p{g.page_size}-{dtype_name(g.dtype)}"
-        return f"{self.arch}-{self.kernel}-{shape}{options}"
+        return f"{self.arch}-{self.kernel}-{shape}{options}{'-far' * self.far}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,7 @@ def builds(arch: str) -> Iterator[Build]:
         yield Build(arch, "decode", usual(64, *dims))
     yield Build(arch, "decode", usual(16, 192, 128))
     yield Build(arch, "decode", usual(16, 65, 33))
+    yield Build(arch, "decode", usual(16, 576, 512), far=True)
     kinds: list[dict[str, Any]] = [{}, {"ragged_q": True}, {"batch_invariant": True}]
     for changed in kinds:
         yield Build(arch, "schedule", usual(64, 576, 512, **changed))
@@ -149,7 +153,8 @@ def compile_build(build: Build, processors: int = 132) -> Code:
     g = build.geometry
     sizes = Sizes.of(build.arch, processors, g)
     kernel = getattr(kernels, build.kernel)
-    constants = sizes.constants(g) | sizes.compiled(build.kernel, g)
+    strides: dict[str, Any] = {"token": 0, "unit": 1, "wide": True} if build.far else {}
+    constants = sizes.constants(g) | sizes.compiled(build.kernel, g, **strides)
     signature: dict[str, str] = {}
     aligned: dict[tuple[int], list[list[Any]]] = {}
     for place, name in enumerate(kernel.arg_names):

@@ -194,6 +194,8 @@ class EpLowLatencyCombineArgs:
     zero_copy : bool
     out : Tensor
         [n, H] of the buffer's dtype.
+    out_is_given : bool
+        Whether it is the caller's, who may see it before its hook has run.
     combine_wait_recv_cost_stats : Tensor or None
         [R] int64, as in dispatch.
     async_finish, return_recv_hook : bool
@@ -206,6 +208,7 @@ class EpLowLatencyCombineArgs:
     handle: EpLowLatencyHandle
     zero_copy: bool
     out: Tensor
+    out_is_given: bool
     combine_wait_recv_cost_stats: Tensor | None
     async_finish: bool
     return_recv_hook: bool

@@ -139,6 +139,7 @@ def check_low_latency_combine(
         handle,
         zero_copy,
         x.new_empty(handle.num_tokens, buffer.hidden) if out is None else out,
+        out is not None,
         combine_wait_recv_cost_stats,
         async_finish,
         return_recv_hook,
