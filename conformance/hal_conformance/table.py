@@ -863,7 +863,8 @@ TABLE: Final = (
         "every pair of values",
         "Any two legal values work together, not only each alone: of ranks, experts of a rank, top-k and the buffer's, "
         "dtype, columns, tokens, room, routing, padded rows, scales, data, weights, layout, expert_alignment, "
-        "num_worst_tokens, bias, handle, how a call ends, and overflow; layout agrees.",
+        "num_worst_tokens, bias, handle, how a call ends, and overflow; layout agrees. "
+        "What a call was given may be used for something else once it returned.",
         "ep_normal",
         _BY_CHECK,
         _STARTING,
@@ -1066,7 +1067,8 @@ TABLE: Final = (
         "every pair of values",
         "Any two legal values work together, not only each alone: of ranks, experts of a rank, top-k and the buffer's, "
         "dtype, columns, tokens, room, routing, padded rows, cast, data, weights, how a call ends, zero_copy, out and "
-        "statistics.",
+        "statistics. What a dispatch was given, and x of a combine, may be used for something else once it returned "
+        "a hook.",
         "ep_low_latency",
         _BY_CHECK,
         _STARTING,

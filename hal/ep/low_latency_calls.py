@@ -113,6 +113,8 @@ class LowLatencyCalls(Calls):
         combine_wait_recv_cost_stats : Tensor, optional
             [R] int64.
         zero_copy, async_finish, return_recv_hook : bool
+            As in `dispatch`; ``topk_idx`` and ``topk_weights`` stay as they are until the hook has run, as does memory
+            that was lent.
         """
         self._require_own()
         try:

@@ -134,7 +134,7 @@ class NormalCalls(Calls):
         bias : Tensor or tuple of two, optional
             [n, H], added first.
         previous_event, async_finish, return_recv_hook
-            As in `dispatch`.
+            As in `dispatch`; ``bias`` stays as it is until the hook has run.
         """
         self._require_own()
         try:

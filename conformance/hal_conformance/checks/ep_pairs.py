@@ -130,12 +130,13 @@ _FLAGS: Final[dict[str, dict[str, Any]]] = {
 }
 
 
-_SENT: Final = {True: ("x",), False: ("x", "topk_idx", "topk_weights")}
-"""What a combine, and what a dispatch, has sent when it returns a hook."""
-
-
 _MEANWHILE: Final = 0.02
 """Seconds in which what is done behind the caller's back is done, before its hook runs."""
+
+
+def _sent(op: str) -> tuple[str, ...]:
+    """What a call has sent when it returns a hook; choices, weights and biases of a combine are read until that ran."""
+    return ("x",) if op.endswith("combine") else ("x", "topk_idx", "topk_weights")
 
 
 def _ended(case: EpCase, step: Step) -> list[Step]:
@@ -144,7 +145,7 @@ def _ended(case: EpCase, step: Step) -> list[Step]:
     found = [step]
     if case.finish != "call":
         if case.finish == "hook":
-            found.append(Step("spoil", args={"of": step.name, "names": _SENT[step.op.endswith("combine")]}))
+            found.append(Step("spoil", args={"of": step.name, "names": _sent(step.op)}))
             found.append(Step("sleep", args={"seconds": _MEANWHILE}))
         found.append(Step("finish", f"end of {step.name}", {"of": step.name}))
     return [*found, Step("spoil", args={"of": step.name})]
