@@ -185,13 +185,26 @@ EP_DECLARED = {
         across_nodes=("normal", "error"),
     ),
 }
+EP_DECLARED["DeepSeek's"] = communicates(
+    dtypes=("bfloat16", "float8_e4m3fn"),
+    ranks=only(8, 16),
+    nodes=only(1, 2),
+    topk=only(8),
+    num_experts=only(256),
+    row_bytes=only(14336, 7168),
+)
+EP_DECLARED["tiny"] = communicates(
+    ranks=only(1), nodes=only(1), topk=only(13), num_experts=only(257), row_bytes=only(16)
+)
+EP_DECLARED["large"] = communicates(num_experts=Ints(512, 1024, 128), row_bytes=only(14336, 7168), ranks=only(2))
 EP_COVERS = {name: list(covers(Capabilities(("cpu",), None, None, e)).values()) for name, e in EP_DECLARED.items()}
 
 
 @pytest.mark.parametrize("name", EP_DECLARED)
 def test_every_legal_pair_of_an_ep_call_meets_in_a_plan_and_its_cases_are_what_it_says(name: str) -> None:
     declared = EP_DECLARED[name]
-    assert len(EP_COVERS[name]) == {"everything": 4, "modest": 1, "unusual": 3}[name]
+    count = {"everything": 4, "modest": 1, "unusual": 3, "DeepSeek's": 4, "tiny": 2, "large": 4}
+    assert len(EP_COVERS[name]) == count[name]
     for cover in EP_COVERS[name]:
         met: set[Pair] = set()
         for index, row in enumerate(cover.plan(str(SEED))):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
@@ -66,15 +66,16 @@ class Cover(Generic[Case]):
     Attributes
     ----------
     factors : tuple of Factor
-    illegal : frozenset of Pair
-        Pairs that no legal call has.
+        With at least one value each.
+    allowed : callable
+        Whether a call may have these values, of some factors or of all, by their names.
     elements : int
         How large a planned case may be, by the sizes of its factors: several large sizes at once take long and show no
         more than each two.
     """
 
     factors: tuple[Factor[Case], ...]
-    illegal: frozenset[Pair]
+    allowed: Callable[[Mapping[str, str]], bool]
     elements: int
 
     def labels(self, case: Case) -> Labels:
@@ -118,13 +119,8 @@ class Cover(Generic[Case]):
 
 @cache
 def _legal_pairs(cover: Cover[Any]) -> tuple[Pair, ...]:
-    return tuple(
-        (f.name, a, g.name, b)
-        for f, g in combinations(cover.factors, 2)
-        for a in f.values
-        for b in g.values
-        if (f.name, a, g.name, b) not in cover.illegal
-    )
+    every = [(f.name, a, g.name, b) for f, g in combinations(cover.factors, 2) for a in f.values for b in g.values]
+    return tuple(pair for pair in every if _whole(cover, pair, cover.factors, lambda factor, _: factor.values))
 
 
 @cache
@@ -146,25 +142,44 @@ def _plan(cover: Cover[Any], seed: str) -> tuple[Labels, ...]:
 
 def _row(cover: Cover[Any], first: Pair, wanted: set[Pair], rng: random.Random) -> Labels:
     """A case with the pair ``first``; each further value is the one that meets most that is still wanted."""
-    every = cover.factors
-    place = {factor.name: at for at, factor in enumerate(every)}
-    chosen = {first[0]: first[1], first[2]: first[3]}
-    rest = [factor for factor in every if factor.name not in chosen]
-    rng.shuffle(rest)
+    place = {factor.name: at for at, factor in enumerate(cover.factors)}
+    order = list(cover.factors)
+    rng.shuffle(order)
 
-    def pair(name: str, value: str, other: str) -> Pair:
-        if place[name] < place[other]:
-            return name, value, other, chosen[other]
-        return other, chosen[other], name, value
+    def gain(name: str, value: str, chosen: Mapping[str, str]) -> int:
+        met = ((name, value, o, c) if place[name] < place[o] else (o, c, name, value) for o, c in chosen.items())
+        return sum(pair in wanted for pair in met)
 
-    def met_by(factor: Factor[Any], value: str) -> list[Pair]:
-        return [pair(factor.name, value, other) for other in chosen]
+    def best_first(factor: Factor[Any], chosen: Mapping[str, str]) -> list[str]:
+        so_far = math.prod(f.size(chosen[f.name]) for f in cover.factors if f.name in chosen)
+        drawn = rng.sample(factor.values, len(factor.values))
+        too_large = {value: so_far * factor.size(value) > cover.elements for value in drawn}
+        return sorted(drawn, key=lambda value: (too_large[value], -gain(factor.name, value, chosen)))
 
-    for factor in rest:
-        legal = [value for value in factor.values if not any(one in cover.illegal for one in met_by(factor, value))]
-        so_far = math.prod(f.size(chosen[f.name]) for f in every if f.name in chosen)
-        small = [value for value in legal if so_far * factor.size(value) <= cover.elements] or legal
-        gains = {value: sum(one in wanted for one in met_by(factor, value)) for value in small}
-        most = max(gains.values())
-        chosen[factor.name] = rng.choice([value for value in small if gains[value] == most])
-    return tuple(chosen[factor.name] for factor in every)
+    found = _whole(cover, first, order, best_first)
+    assert found is not None, f"{first} was found to be legal"
+    return tuple(found[factor.name] for factor in cover.factors)
+
+
+def _whole(
+    cover: Cover[Any],
+    pair: Pair,
+    order: Sequence[Factor[Any]],
+    values: Callable[[Factor[Any], Mapping[str, str]], Sequence[str]],
+) -> dict[str, str] | None:
+    """All values of a call with this pair, each the first one that leaves a call allowed; None if there is none."""
+    chosen = {pair[0]: pair[1], pair[2]: pair[3]}
+    rest = [factor for factor in order if factor.name not in chosen]
+
+    def choose(at: int) -> bool:
+        if at == len(rest):
+            return True
+        factor = rest[at]
+        for value in values(factor, chosen):
+            chosen[factor.name] = value
+            if cover.allowed(chosen) and choose(at + 1):
+                return True
+            del chosen[factor.name]
+        return False
+
+    return chosen if cover.allowed(chosen) and choose(0) else None

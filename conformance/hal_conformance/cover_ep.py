@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Final
 
 import torch
 
 from hal.spec.capability import EpCapabilities
-from hal_conformance.cover import Cover, Factor, Pair
+from hal_conformance.cover import Cover, Factor
 from hal_conformance.draw import members, within
 from hal_conformance.ep_case import EpCase
 
 Range = tuple[int, int]
 
 RANKS: Final = (1, 2, 3, 4)
+RANKS_OF_NODES: Final = (2, 3, 4, 6)
 EXPERTS: Final[dict[str, Callable[[int, int], bool]]] = {
     "1": lambda experts, ranks: _local(experts, ranks) == 1,
     "2…8": lambda experts, ranks: 2 <= _local(experts, ranks) <= 8 and experts % ranks == 0,
     "2…8 uneven": lambda experts, ranks: 2 <= _local(experts, ranks) <= 8 and experts % ranks != 0,
     "9…32": lambda experts, ranks: 9 <= _local(experts, ranks) <= 32,
     "33…64": lambda experts, ranks: 33 <= _local(experts, ranks) <= 64,
+    "65…": lambda experts, ranks: _local(experts, ranks) >= 65,
 }
 """Of a rank: by all experts and the ranks they are shared by."""
 
@@ -33,7 +35,8 @@ COLUMNS: Final[dict[str, Range]] = {
     "part of a group": (1, 127),
     "one group": (128, 128),
     "2…8 groups": (129, 1024),
-    "9… groups": (1025, 1600),
+    "9…32 groups": (1025, 4096),
+    "33… groups": (4097, 16384),
 }
 """Of 128 columns, which have a scale."""
 
@@ -42,12 +45,10 @@ ALIGNMENT: Final[dict[str, Range]] = {"1": (1, 1), "2…16": (2, 16), "128": (12
 ROUTINGS: Final = ("mixed", "distinct", "zipf", "one", "one_rank", "avoid", "same", "half")
 FINISH: Final = ("call", "event", "hook")
 
-_MOST_EXPERTS: Final = 64 * max(RANKS)
+_MOST_EXPERTS: Final = 1024
 _ELEMENTS: Final = 400_000
 _PACKED_ELEMENTS: Final = 1_500_000
 """Low-latency results have room for what every rank might send to every expert."""
-
-_Flags = tuple[str, ...]
 
 
 def _local(experts: int, ranks: int) -> int:
@@ -58,26 +59,32 @@ def _class(ranges: dict[str, Range], value: int) -> str:
     return next((name for name, (a, z) in ranges.items() if a <= value <= z), "")
 
 
-def _flag(declared_too: bool) -> _Flags:
+def _flag(declared_too: bool) -> tuple[str, ...]:
     return ("no", "yes") if declared_too else ("no",)
 
 
+@cache
 def ranks_of(declared: EpCapabilities, nodes: bool) -> list[int]:
     """Sizes of groups; over several nodes those that are shared evenly by a declared number of them."""
-    found = members(declared.ranks, RANKS)
-    return [n for n in found if node_sizes(declared, n)] if nodes else found
+    if not nodes:
+        return members(declared.ranks, RANKS)
+    shared = [n for n in range(2, 65) if n in declared.ranks and node_sizes(declared, n)]
+    return [n for n in RANKS_OF_NODES if n in shared] or shared[:1]
 
 
+@cache
 def node_sizes(declared: EpCapabilities, ranks: int) -> list[int]:
     """How many ranks each of several nodes may have."""
     return [size for size in range(1, ranks) if ranks % size == 0 and ranks // size in declared.nodes]
 
 
+@cache
 def experts_for(declared: EpCapabilities, kind: str, ranks: int) -> list[int]:
     """Declared numbers of experts of this kind."""
     return [n for n in within(declared.num_experts, _MOST_EXPERTS) if EXPERTS[kind](n, ranks)]
 
 
+@cache
 def topk_for(declared: EpCapabilities, kind: str, wider: bool) -> list[tuple[int, int]]:
     """Declared numbers of choices of this kind, and how many the buffer is made for."""
     low, high = TOPK[kind]
@@ -87,16 +94,16 @@ def topk_for(declared: EpCapabilities, kind: str, wider: bool) -> list[tuple[int
     return [(n, n + more) for n in found for more in WIDER if n + more in declared.topk]
 
 
-def columns_for(declared: EpCapabilities, kind: str, itemsizes: Iterable[int], fp8: bool) -> list[int]:
-    """Declared numbers of columns of this kind, of elements of one of these sizes, of FP8 rows too if they are."""
+@cache
+def columns_for(declared: EpCapabilities, kind: str, size: int, fp8: bool) -> list[int]:
+    """Declared numbers of columns of this kind, of elements of so many bytes, of FP8 rows too if they are."""
     low, high = COLUMNS[kind]
     step = 16 if fp8 else 4
     every = range(-(-low // step) * step, high + 1, step)
     return [
         n
         for n in every
-        if any(n * size % 16 == 0 and n * size in declared.row_bytes for size in itemsizes)
-        and (not fp8 or n in declared.row_bytes)
+        if n * size % 16 == 0 and n * size in declared.row_bytes and (not fp8 or n in declared.row_bytes)
     ]
 
 
@@ -130,7 +137,7 @@ def _sizes(declared: EpCapabilities, nodes: bool) -> tuple[Factor[EpCase], ...]:
     experts = tuple(kind for kind in EXPERTS if any(experts_for(declared, kind, n) for n in ranks))
     topk = tuple(kind for kind in TOPK if topk_for(declared, kind, False))
     sizes = [itemsize(name) for name in plain(declared)]
-    columns = tuple(kind for kind in COLUMNS if columns_for(declared, kind, sizes, False))
+    columns = tuple(kind for kind in COLUMNS if any(columns_for(declared, kind, size, False) for size in sizes))
     found: tuple[Factor[EpCase], ...] = (
         Factor("ranks", tuple(map(str, ranks)), lambda c: str(c.ranks), lambda v: int(v)),
         Factor("experts of a rank", experts, _experts, lambda v: int(v.split("…")[0])),
@@ -161,41 +168,35 @@ def _finish(hook: bool, event: bool) -> tuple[str, ...]:
     return tuple(kind for kind in FINISH if kind == "call" or (kind == "hook" and hook) or (kind == "event" and event))
 
 
-def _illegal(declared: EpCapabilities, factors: tuple[Factor[EpCase], ...], quantised: str) -> frozenset[Pair]:
-    """Pairs of values that no call has; ``quantised`` is the factor that makes FP8 rows of some."""
-    kinds = {factor.name: factor.values for factor in factors}
-    order = [factor.name for factor in factors]
-    sizes = [itemsize(name) for name in plain(declared)]
-    found: list[Pair] = []
+def _allowed(declared: EpCapabilities, quantised: str) -> Callable[[Mapping[str, str]], bool]:
+    """Whether a call may have such values; ``quantised`` is the factor that makes FP8 rows of some."""
 
-    def never(name: str, value: str, other: str, with_value: str) -> None:
-        if order.index(name) < order.index(other):
-            found.append((name, value, other, with_value))
-        else:
-            found.append((other, with_value, name, value))
-
-    for n in kinds["ranks"]:
-        for kind in kinds["experts of a rank"]:
-            if not experts_for(declared, kind, int(n)):
-                never("ranks", n, "experts of a rank", kind)
-        for of_node in kinds.get("ranks of a node", ()):
-            if not any((size == 1) == (of_node == "1") for size in node_sizes(declared, int(n))):
-                never("ranks", n, "ranks of a node", of_node)
-    for kind in kinds["topk"]:
-        if not topk_for(declared, kind, True) and "wider" in kinds["buffer's topk"]:
-            never("topk", kind, "buffer's topk", "wider")
-    for kind in kinds["columns"]:
-        for dtype in kinds["dtype"]:
-            if not columns_for(declared, kind, [itemsize(dtype)], False):
-                never("columns", kind, "dtype", dtype)
-        for value in kinds[quantised]:
-            if value != "none" and not columns_for(declared, kind, sizes, True):
-                never("columns", kind, quantised, value)
-    for value in ("none on a rank",):
+    def allowed(chosen: Mapping[str, str]) -> bool:
+        ranks, columns, dtype = int(chosen.get("ranks", 0)), chosen.get("columns"), chosen.get("dtype")
+        if ranks:
+            if "experts of a rank" in chosen and not experts_for(declared, chosen["experts of a rank"], ranks):
+                return False
+            if "ranks of a node" in chosen and not sizes_of(declared, ranks, chosen["ranks of a node"]):
+                return False
         # Of one rank nothing is sent at all, which has an obligation of its own.
-        never("ranks", "1", "tokens", value)
-    never("ranks", "1", "routing", "avoid")
-    return frozenset(found)
+        if ranks == 1 and (chosen.get("tokens") == "none on a rank" or chosen.get("routing") == "avoid"):
+            return False
+        wider = chosen.get("buffer's topk") == "wider"
+        if "topk" in chosen and not topk_for(declared, chosen["topk"], wider):
+            return False
+        fp8 = chosen.get(quantised, "none") != "none"
+        if quantised == "cast" and fp8 and chosen.get("data") == "bits":
+            return False
+        kinds = [columns] if columns else list(COLUMNS)
+        dtypes = [dtype] if dtype else list(plain(declared))
+        return any(columns_for(declared, kind, itemsize(name), fp8) for kind in kinds for name in dtypes)
+
+    return allowed
+
+
+def sizes_of(declared: EpCapabilities, ranks: int, kind: str) -> list[int]:
+    """How many ranks of several nodes may be one each, or several."""
+    return [size for size in node_sizes(declared, ranks) if (size == 1) == (kind == "1")]
 
 
 @cache
@@ -232,7 +233,7 @@ def normal(declared: EpCapabilities, nodes: bool = False) -> Cover[EpCase]:
             "pre_reduce", _flag(declared.pre_reduce), lambda c: "yes" if c.pre_reduce else "no"
         )
         factors = (*factors, pre_reduce)
-    return Cover(factors, _illegal(declared, factors, "scales"), _ELEMENTS)
+    return Cover(factors, _allowed(declared, "scales"), _ELEMENTS)
 
 
 @cache
@@ -248,7 +249,4 @@ def low_latency(declared: EpCapabilities, nodes: bool = False) -> Cover[EpCase]:
         Factor("out", ("none", "contiguous", "padded"), lambda c: c.out),
         Factor("statistics", ("no", "yes"), lambda c: "yes" if c.statistics else "no"),
     )
-    order = [factor.name for factor in factors]
-    assert order.index("cast") < order.index("data")
-    never = [("cast", cast, "data", "bits") for cast in declared.casts if cast != "none"]
-    return Cover(factors, _illegal(declared, factors, "cast") | frozenset(never), _PACKED_ELEMENTS)
+    return Cover(factors, _allowed(declared, "cast"), _PACKED_ELEMENTS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from functools import cache
 from itertools import product
 from typing import Final
@@ -79,10 +79,13 @@ def start_of(case: MlaCase) -> str:
 @cache
 def decode(declared: MlaCapabilities) -> Cover[MlaCase]:
     """Everything that is chosen for a call of decode."""
-    every = _factors(declared)
-    kinds = {factor.name: factor.values for factor in every}
-    heads = [("h_q", a, "h_kv", b) for a in kinds["h_q"] for b in kinds["h_kv"] if not head_choices(declared, a, b)]
-    return Cover(every, frozenset([*heads, ("out", "none", "unaligned", "out")]), ELEMENTS)
+
+    def allowed(chosen: Mapping[str, str]) -> bool:
+        if "h_q" in chosen and "h_kv" in chosen and not head_choices(declared, chosen["h_q"], chosen["h_kv"]):
+            return False
+        return (chosen.get("out"), chosen.get("unaligned")) != ("none", "out")
+
+    return Cover(_factors(declared), allowed, ELEMENTS)
 
 
 def _factors(declared: MlaCapabilities) -> tuple[Factor[MlaCase], ...]:
@@ -142,6 +145,7 @@ def _batch_class(case: MlaCase) -> str:
     return next((name for name, (a, z) in BATCH_CLASSES.items() if a <= case.batch <= z), OTHER)
 
 
+@cache
 def head_choices(declared: MlaCapabilities, h_q: str, h_kv: str) -> list[tuple[int, int]]:
     """Declared h_q and h_kv of these kinds that divide."""
     values = _numbers(declared.h_kv, KV_HEADS, MOST_KV_HEADS)

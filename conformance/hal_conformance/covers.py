@@ -25,6 +25,6 @@ def covers(capabilities: Capabilities, ranks: int = 0) -> dict[str, Cover[Any]]:
         for mode, plan in (("normal", cover_ep.normal), ("low_latency", cover_ep.low_latency)):
             if mode in declared.modes:
                 found[f"EP {mode}"] = plan(declared)
-                if mode in declared.across_nodes and cover_ep.ranks_of(declared, nodes=True):
+                if {mode, "error"} <= set(declared.across_nodes) and cover_ep.ranks_of(declared, nodes=True):
                     found[f"EP {mode} across nodes"] = plan(declared, nodes=True)
     return found

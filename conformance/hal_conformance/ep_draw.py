@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from hal.spec.capability import EpCapabilities, Ints
+from hal_conformance.cover_ep import COLUMNS, columns_for, itemsize, node_sizes, plain
 from hal_conformance.draw import members, within
 from hal_conformance.ep_case import EpCase
 
@@ -55,6 +56,15 @@ class EpDraw:
             dtype=dtypes[0],
         )
         return self.sized(case.but(**changes))
+
+    def across(self, ranks: tuple[int, ...] = (4, 2), *, alone: bool = False, **changes: Any) -> EpCase:
+        """A case over several nodes, of one rank each if they are to be alone, else of several where declared."""
+        shared = [n for n in range(2, 65) if n in self.declared.ranks and node_sizes(self.declared, n)]
+        usual = [n for n in ranks if n in shared] or shared[:1]
+        case = self.base((usual[self.index % len(usual)],), **changes)
+        sizes = node_sizes(self.declared, case.ranks)
+        several = [n for n in sizes if n > 1]
+        return case.but(per_node=1 if 1 in sizes and (alone or not several) else self.rng.choice(several))
 
     def odd(self, case: EpCase) -> EpCase:
         """Sizes nobody tunes for; now and then fewer choices than the buffer has."""
@@ -122,17 +132,21 @@ class EpDraw:
         return self.rng.choice(found) if found else min(every, key=lambda n: abs(n - most))
 
     def sized(self, case: EpCase, rows: tuple[int, ...] = (128, 256)) -> EpCase:
-        """With a declared hidden, of FP8 rows too where the case has some."""
-        itemsize = case.torch_dtype.itemsize
-        declared = self.declared.row_bytes
-        fp8 = bool(case.scales) or case.cast != "none"
-        usual = [n for n in members(declared, rows) if n % 16 == 0 and n % itemsize == 0]
-        if fp8:
-            # An FP8 row of so many bytes has so many columns, and the same columns unquantised must be legal too.
-            usual = [n * itemsize for n in members(declared, _QUANTISED) if n % 16 == 0]
-            usual = [n for n in usual if n in declared] or [self._smallest() * itemsize]
-        row = self.rng.choice(usual or [self._smallest()])
-        return case.but(hidden=row // itemsize)
+        """With a declared hidden, of FP8 rows too where the case has some; of another dtype if this one has none."""
+        if case.scales or case.cast != "none":
+            for dtype in (case.dtype, *plain(self.declared)):
+                usual = [n for n in _QUANTISED if n in legal_columns(self.declared, dtype)]
+                found = usual or legal_columns(self.declared, dtype)[:1]
+                if found:
+                    return case.but(dtype=dtype, hidden=self.rng.choice(found))
+        size = case.torch_dtype.itemsize
+        found = [n for n in members(self.declared.row_bytes, rows) if n % 16 == 0]
+        return case.but(hidden=(self.rng.choice(found) if found else self._smallest()) // size)
 
     def _smallest(self) -> int:
         return next(n for n in range(16, 1 << 20, 16) if n in self.declared.row_bytes)
+
+
+def legal_columns(declared: EpCapabilities, dtype: str) -> list[int]:
+    """Columns of which rows of a dtype are declared, and FP8 rows too."""
+    return [n for kind in COLUMNS for n in columns_for(declared, kind, itemsize(dtype), True)]

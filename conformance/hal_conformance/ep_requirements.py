@@ -7,9 +7,10 @@ from typing import Any, Final
 
 from hal.spec.capability import Capabilities, EpCapabilities
 from hal_conformance.context import Context, Stop
+from hal_conformance.cover_ep import plain, ranks_of
 from hal_conformance.ep import Ref, Step
 from hal_conformance.ep_case import EpCase
-from hal_conformance.ep_draw import EpDraw
+from hal_conformance.ep_draw import EpDraw, legal_columns
 from hal_conformance.ep_play import play
 from hal_conformance.ep_round import PackedRound, Round, scripts
 
@@ -86,6 +87,16 @@ def _both(case: EpCase, context: Context) -> Any:
     return case, ("normal", "low_latency"), {}, lambda rank: [made.dispatch(rank)]
 
 
+def _crosses(e: EpCapabilities, mode: str) -> bool:
+    """Whether a mode works over several nodes, of whatever size; by default a buffer has the policy ``error``."""
+    return mode in e.modes and {mode, "error"} <= set(e.across_nodes) and bool(ranks_of(e, nodes=True))
+
+
+def _scales(e: EpCapabilities) -> bool:
+    """Whether there are rows whose columns are declared as FP8 too."""
+    return any(legal_columns(e, dtype) for dtype in plain(e))
+
+
 EP_REQUIREMENTS: Final[dict[str, tuple[str, Declared, Calls]]] = {
     "ep": ("EP, any mode", lambda e: "normal" in e.modes, _normal()),
     "ep_normal": ("EP, normal mode", lambda e: "normal" in e.modes, _normal()),
@@ -94,7 +105,7 @@ EP_REQUIREMENTS: Final[dict[str, tuple[str, Declared, Calls]]] = {
     "ep_expand": ("EP, expand layout", lambda e: "normal" in e.modes and "expand" in e.layouts, _normal(expand=True)),
     "ep_fp8": (
         "EP, FP8 rows",
-        lambda e: "normal" in e.modes and "float8_e4m3fn" in e.dtypes,
+        lambda e: "normal" in e.modes and "float8_e4m3fn" in e.dtypes and _scales(e),
         _normal(scales="float32", hidden=256),
     ),
     "ep_cached": ("EP, cached handles", lambda e: "normal" in e.modes and e.cached_handle, _cached),
@@ -143,22 +154,22 @@ EP_REQUIREMENTS: Final[dict[str, tuple[str, Declared, Calls]]] = {
     ),
     "ep_nodes": (
         "EP over several nodes",
-        lambda e: "normal" in e.across_nodes and 4 in e.ranks and 2 in e.nodes,
+        lambda e: _crosses(e, "normal"),
         _normal(ranks=4, tokens=(3, 4, 5, 6), per_node=2),
     ),
     "ep_ll_nodes": (
         "EP, low-latency mode over several nodes",
-        lambda e: "low_latency" in e.across_nodes and 4 in e.ranks and 2 in e.nodes,
+        lambda e: _crosses(e, "low_latency"),
         _packed(ranks=4, tokens=(3, 4, 5, 6), per_node=2),
     ),
     "ep_pre_reduce": (
         "EP, pre-reduced sums",
-        lambda e: "normal" in e.across_nodes and 4 in e.ranks and 2 in e.nodes and e.pre_reduce,
+        lambda e: _crosses(e, "normal") and e.pre_reduce,
         _normal(ranks=4, tokens=(3, 4, 5, 6), per_node=2, pre_reduce=True),
     ),
     "ep_mask": (
         "EP, masked ranks",
-        lambda e: "normal" in e.modes and e.mask_ranks and 3 in e.ranks,
+        lambda e: "normal" in e.modes and e.mask_ranks and any(n in e.ranks for n in range(2, 65)),
         _normal(buffer={"mask_ranks": True}),
     ),
 }

@@ -232,9 +232,10 @@ def _named_as(name: str, step: Step, on: str = "buffer") -> Step:
 @patiently
 def killed_across_nodes(context: Context, scale: float) -> None:
     """A rank killed on one node is named, by its number in the whole group, on all nodes."""
-    case = draw(context).base((4,)).but(per_node=2)
+    case = draw(context).across((4,))
     # Its number in the group differs from that in its node, but for every other case.
-    _fatal(context, case, [Step("die")], scale, spared=0 if context.index % 2 else 2)
+    assert case.per_node is not None
+    _fatal(context, case, [Step("die")], scale, spared=0 if context.index % 2 else case.per_node)
 
 
 @holds("EPX-16")

@@ -11,6 +11,7 @@ from hal.spec.ep import MODES, OVERFLOW
 from hal_conformance.checks import holds
 from hal_conformance.checks.ep_normal import draw
 from hal_conformance.context import Context
+from hal_conformance.draw import members
 from hal_conformance.ep import Ref, Step
 from hal_conformance.ep_case import EpCase
 from hal_conformance.ep_draw import EpDraw
@@ -60,7 +61,7 @@ def _play_wrong(
 @holds("EPN-30")
 def wrong_calls(context: Context) -> None:
     """One rank's wrong dtype, shape, expert; calls that differ between ranks; a handle of another dispatch."""
-    case = draw(context).base((3, 2), topk=3 if 3 in context.ep.topk else 2)
+    case = draw(context).base((3, 2), topk=members(context.ep.topk, (3, 2))[0])
     case = case.but(tokens=tuple(max(n, 3) for n in case.tokens))
     made = Round(context, case)
     odd = context.rng.randrange(case.ranks)
@@ -69,40 +70,52 @@ def wrong_calls(context: Context) -> None:
     def one(change: Callable[[Step], Step], of: Callable[[int], Step] = right) -> Callable[[int], Step]:
         return lambda rank: change(of(rank)) if rank == odd else of(rank)
 
+    def beyond(step: Step) -> Step:
+        return _but(step, topk_idx=torch.full_like(step.args["topk_idx"], case.experts))
+
     other = torch.float32 if case.dtype != "float32" else torch.bfloat16
     wrong: list[Wrong] = [
         ("x of another dtype on one rank", "x", one(lambda s: _but(s, x=s.args["x"].to(other)))),
-        ("x of another width on one rank", "x", one(lambda s: _but(s, x=s.args["x"][:, :8].contiguous()))),
-        ("an expert out of range on one rank", "topk_idx", one(lambda s: _but(s, topk_idx=s.args["topk_idx"] + 99))),
+        ("x of another width on one rank", "x", one(lambda s: _but(s, x=s.args["x"][:, :-1].contiguous()))),
+        (
+            "an expert out of range on one rank",
+            "topk_idx",
+            one(beyond),
+        ),
         ("an expert below -1 on one rank", "topk_idx", one(lambda s: _but(s, topk_idx=s.args["topk_idx"] * 0 - 2))),
         ("topk_idx of int32 on one rank", "topk_idx", one(lambda s: _but(s, topk_idx=s.args["topk_idx"].int()))),
+        ("a row too few in combine on one rank", "x", one(lambda s: _short(s), sums)),
+    ]
+    # Wrong beside what the others call, and by itself right.
+    unlike: list[Wrong] = [
         ("weights on all ranks but one", "topk_weights", one(lambda s: _but(s, topk_weights=_GONE))),
         ("expert_alignment differs", "expert_alignment", one(lambda s: _but(s, expert_alignment=4))),
-        (
-            "fewer choices on one rank",
-            "topk_idx|topk_weights",
-            one(lambda s: _but(s, topk_idx=s.args["topk_idx"][:, :1], topk_weights=s.args["topk_weights"][:, :1])),
-        ),
-        ("a row too few in combine on one rank", "x", one(lambda s: _short(s), sums)),
         (
             "combine on one rank, dispatch on the others",
             "",
             lambda rank: sums(rank) if rank == odd else right(rank),
         ),
+        ("handles of different dispatches", "handle", one(lambda s: _but(s, handle=Ref("second")), sums)),
     ]
+    if case.topk > 1:
+        unlike.append(
+            (
+                "fewer choices on one rank",
+                "topk_idx|topk_weights",
+                one(lambda s: _but(s, topk_idx=s.args["topk_idx"][:, :1], topk_weights=s.args["topk_weights"][:, :1])),
+            )
+        )
     if "expand" in context.ep.layouts:
-        wrong.append(("the expand layout on one rank", "expand", one(lambda s: _but(s, expand=True))))
+        unlike.append(("the expand layout on one rank", "expand", one(lambda s: _but(s, expand=True))))
     if context.ep.cached_handle:
-        wrong.append(
+        unlike.append(
             (
                 "a cached dispatch on one rank",
                 "handle|topk_idx",
                 one(lambda s: _but(s, topk_idx=_GONE, handle=Ref("first"))),
             )
         )
-    wrong.append(
-        ("handles of different dispatches", "handle", one(lambda s: _but(s, handle=Ref("second")), sums)),
-    )
+    wrong += unlike if case.ranks > 1 else []
     chosen = wrong if context.settings.mode == "full" else context.rng.sample(wrong, 5)
 
     def before(rank: int) -> list[Step]:
@@ -149,21 +162,22 @@ def foreign_handles(context: Context) -> None:
 @holds("EPN-32")
 def buffers_differ(context: Context) -> None:
     """Buffers whose arguments differ between ranks, or are wrong on one; then one that works."""
-    case = draw(context).base((2, 3), topk=2 if 2 in context.ep.topk else 1)
+    case = draw(context).base((2, 3), topk=members(context.ep.topk, (2, 1))[0])
     made = Round(context, case)
     odd = context.rng.randrange(case.ranks)
     changes: list[tuple[str, dict[str, Any]]] = [
-        ("max_tokens_per_rank", {"max_tokens_per_rank": case.most + 1}),
-        ("max_recv_tokens", {"max_recv_tokens": case.ranks * case.most + 1}),
         ("hidden", {"hidden": case.hidden + 1}),
         ("num_experts", {"num_experts": 0}),
         ("modes", {"modes": ("fast",)}),
         ("timeout", {"timeout": -1.0}),
     ]
     # What differs must be legal by itself, and declared: else it is refused for another reason.
-    if case.experts + 1 in context.ep.num_experts:
+    if case.ranks > 1:
+        changes.append(("max_tokens_per_rank", {"max_tokens_per_rank": case.most + 1}))
+        changes.append(("max_recv_tokens", {"max_recv_tokens": case.ranks * case.most + 1}))
+    if case.ranks > 1 and case.experts + 1 in context.ep.num_experts:
         changes.append(("num_experts", {"num_experts": case.experts + 1}))
-    if 2 * case.hidden * case.torch_dtype.itemsize in context.ep.row_bytes:
+    if case.ranks > 1 and 2 * case.hidden * case.torch_dtype.itemsize in context.ep.row_bytes:
         changes.append(("hidden", {"hidden": 2 * case.hidden}))
     chosen = changes if context.settings.mode == "full" else context.rng.sample(changes, 4)
 
@@ -230,12 +244,19 @@ def wrong_low_latency_calls(context: Context) -> None:
     def one(change: Callable[[Step], Step], of: Callable[[int], Step] = right) -> Callable[[int], Step]:
         return lambda rank: change(of(rank)) if rank == odd else of(rank)
 
+    def beyond(step: Step) -> Step:
+        return _but(step, topk_idx=torch.full_like(step.args["topk_idx"], case.experts))
+
     other = torch.float32 if case.dtype != "float32" else torch.bfloat16
     rows = made.inputs[odd].x
     many = torch.cat([rows] * (case.most // len(rows) + 1))[: case.most + 1]
     wrong: list[Wrong] = [
         ("x of another dtype on one rank", "x", one(lambda s: _but(s, x=s.args["x"].to(other)))),
-        ("an expert out of range on one rank", "topk_idx", one(lambda s: _but(s, topk_idx=s.args["topk_idx"] + 99))),
+        (
+            "an expert out of range on one rank",
+            "topk_idx",
+            one(beyond),
+        ),
         (
             "more tokens than max_tokens_per_rank on one rank",
             "x",
@@ -248,9 +269,11 @@ def wrong_low_latency_calls(context: Context) -> None:
             "topk_weights",
             one(lambda s: _but(s, topk_weights=s.args["topk_weights"][1:]), sums),
         ),
-        ("combine on one rank, dispatch on the others", "", lambda rank: sums(rank) if rank == odd else right(rank)),
     ]
-    if case.hidden % 16 == 0 and "fp8" in context.ep.casts and "none" in context.ep.casts:
+    if case.ranks > 1:
+        title = "combine on one rank, dispatch on the others"
+        wrong.append((title, "", lambda rank: sums(rank) if rank == odd else right(rank)))
+    if case.ranks > 1 and case.hidden % 16 == 0 and "fp8" in context.ep.casts and "none" in context.ep.casts:
         wrong.append(("use_fp8 on one rank", "use_fp8", one(lambda s: _but(s, use_fp8=True))))
     chosen = wrong if context.settings.mode == "full" else context.rng.sample(wrong, 4)
     _play_wrong(context, made, lambda rank: [made.dispatch(rank, "dispatch")], chosen, "low_latency")

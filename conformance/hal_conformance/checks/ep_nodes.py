@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from hal_conformance.checks import holds
 from hal_conformance.checks.ep_normal import draw
 from hal_conformance.context import Context
@@ -19,9 +21,8 @@ def modes(packed: PackedRound | None) -> tuple[str, ...]:
 
 
 def _nodes(context: Context, **changes: object) -> EpCase:
-    case = draw(context).base((4, 2) if context.index % 3 else (4,), **changes)
-    per_node = 1 if case.ranks == 2 or context.index % 4 == 3 else 2
-    return case.but(per_node=per_node)
+    ranks = (6,) if context.index % 6 == 5 else (4, 2) if context.index % 3 else (4,)
+    return draw(context).across(ranks, alone=context.index % 4 == 3, **changes)
 
 
 @holds("EPX-01")
@@ -71,9 +72,10 @@ def nodes_like_one(context: Context) -> None:
 def pre_reduced(context: Context) -> None:
     """Sums of each node first, then the nodes in top-k order: seen with three addends or more, the bias one of them."""
     topk = [n for n in (5, 4, 6, 3) if n in context.ep.topk]
-    case = draw(context).base((4,), pre_reduce=True, routing="distinct", weights="", bias=1 + context.index // 2 % 2)
-    alone = context.index % 2 == 1 and 4 in context.ep.nodes
-    case = case.but(per_node=1 if alone else 2, topk=topk[0] if topk else case.topk)
+    bias, alone = 1 + context.index // 2 % 2, context.index % 2 == 1
+    ranks = (6,) if context.index % 4 == 2 else (4,)
+    case = draw(context).across(ranks, alone=alone, pre_reduce=True, routing="distinct", weights="", bias=bias)
+    case = case.but(topk=topk[0] if topk else case.topk)
     made = Round(context, case)
     played = play(context, case, scripts(case, lambda r: [made.dispatch(r), made.combine(r)]))
     made.judge_dispatch(played)
@@ -83,16 +85,18 @@ def pre_reduced(context: Context) -> None:
 @holds("EPX-03")
 def wrong_calls_across_nodes(context: Context) -> None:
     """Misuse on a rank of one node is told on all nodes."""
-    case = _nodes(context).but(ranks=4, per_node=2, tokens=(4, 5, 6, 3))
+    case = draw(context).across((4,))
+    case = case.but(tokens=tuple(context.rng.randint(3, 6) for _ in range(case.ranks)))
     made = Round(context, case)
-    odd = context.rng.randrange(4)
+    odd = context.rng.randrange(case.ranks)
 
     def steps(rank: int) -> list[Step]:
         right = made.dispatch(rank)
         wide = {**right.args, "x": right.args["x"].double().float()} if rank == odd else right.args
         if case.dtype == "float32":
             wide = {**right.args, "x": right.args["x"].bfloat16()} if rank == odd else right.args
-        far = {**right.args, "topk_idx": right.args["topk_idx"] + 99} if rank == odd else right.args
+        beyond = torch.full_like(right.args["topk_idx"], case.experts)
+        far = {**right.args, "topk_idx": beyond} if rank == odd else right.args
         aligned = {**right.args, "expert_alignment": 4} if rank == odd else right.args
         found = []
         for number, args in enumerate((wide, far, aligned)):

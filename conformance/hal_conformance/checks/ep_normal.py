@@ -7,6 +7,7 @@ import torch
 from hal.reference import ep as oracle
 from hal_conformance.checks import holds
 from hal_conformance.context import Context
+from hal_conformance.draw import members
 from hal_conformance.ep import Step
 from hal_conformance.ep_draw import ROWS, EpDraw
 from hal_conformance.ep_judge import differ, laid_out, note
@@ -110,8 +111,8 @@ def element_types(context: Context) -> None:
 def fixed_order(context: Context) -> None:
     """Sums of rows of very different sizes, where every other order or a shorter accumulator gives other bits."""
     case = draw(context).base((4, 3, 2), routing="distinct", topk=0)
-    topk = max(n for n in range(1, 9) if n in context.ep.topk)
-    normal(context, case.but(topk=min(topk, case.experts), bias=context.index % 2))
+    topk = max(members(context.ep.topk, tuple(range(1, 9))))
+    normal(context, case.but(topk=topk, bias=context.index % 2))
 
 
 @holds("EPN-11")

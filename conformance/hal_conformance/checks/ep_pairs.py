@@ -27,6 +27,12 @@ _QUICK: Final = 12
 
 _QUICK_NODES: Final = 6
 
+_LONG: Final = 1024
+"""Columns up to which any are drawn."""
+
+_MANY: Final = 256
+"""Experts up to which any are drawn."""
+
 
 def _cover(context: Context, plan: Plan, nodes: bool) -> Cover[EpCase]:
     return plan(at(context.ep, context.settings.ranks), nodes)
@@ -55,7 +61,7 @@ def realise(rng: random.Random, declared: EpCapabilities, chosen: dict[str, str]
     tokens = _tokens(rng, ranks, chosen["tokens"])
     case = EpCase(
         ranks=ranks,
-        experts=rng.choice(cover_ep.experts_for(declared, chosen["experts of a rank"], ranks)),
+        experts=_near_the_least(rng, cover_ep.experts_for(declared, chosen["experts of a rank"], ranks), _MANY),
         topk=topk,
         width=width,
         hidden=_columns(rng, declared, chosen, fp8),
@@ -69,8 +75,7 @@ def realise(rng: random.Random, declared: EpCapabilities, chosen: dict[str, str]
         finish=chosen["finish"],
     )
     if "ranks of a node" in chosen:
-        sizes = cover_ep.node_sizes(declared, ranks)
-        case = case.but(per_node=rng.choice([n for n in sizes if (n == 1) == (chosen["ranks of a node"] == "1")]))
+        case = case.but(per_node=rng.choice(cover_ep.sizes_of(declared, ranks, chosen["ranks of a node"])))
     return _packed(case, chosen) if "cast" in chosen else _normal(rng, case, chosen)
 
 
@@ -85,10 +90,14 @@ def _tokens(rng: random.Random, ranks: int, kind: str) -> tuple[int, ...]:
 
 
 def _columns(rng: random.Random, declared: EpCapabilities, chosen: dict[str, str], fp8: bool) -> int:
-    """Of the kind asked for; where no such row of this dtype may be quantised too, of any kind that may."""
-    sizes = [cover_ep.itemsize(chosen["dtype"])]
-    kinds = (chosen["columns"], *cover_ep.COLUMNS)
-    return rng.choice(next(filter(None, (cover_ep.columns_for(declared, kind, sizes, fp8) for kind in kinds))))
+    """Of the kind asked for; long rows of about the least such length."""
+    found = cover_ep.columns_for(declared, chosen["columns"], cover_ep.itemsize(chosen["dtype"]), fp8)
+    return _near_the_least(rng, found, _LONG)
+
+
+def _near_the_least(rng: random.Random, found: list[int], any_up_to: int) -> int:
+    """Any of them up to a bound; beyond it one that is not much larger than it must be."""
+    return rng.choice([n for n in found if n <= max(any_up_to, found[0] * 5 // 4)])
 
 
 def _normal(rng: random.Random, case: EpCase, chosen: dict[str, str]) -> EpCase:
