@@ -72,11 +72,14 @@ class Cover(Generic[Case]):
     elements : int
         How large a planned case may be, by the sizes of its factors: several large sizes at once take long and show no
         more than each two.
+    first : tuple of str
+        Factors that decide what others may be, and are chosen before them, so that no choice has to be taken back late.
     """
 
     factors: tuple[Factor[Case], ...]
     allowed: Callable[[Mapping[str, str]], bool]
     elements: int
+    first: tuple[str, ...] = ()
 
     def labels(self, case: Case) -> Labels:
         """What a case has of each factor."""
@@ -170,6 +173,7 @@ def _whole(
     """All values of a call with this pair, each the first one that leaves a call allowed; None if there is none."""
     chosen = {pair[0]: pair[1], pair[2]: pair[3]}
     rest = [factor for factor in order if factor.name not in chosen]
+    rest.sort(key=lambda factor: factor.name not in cover.first)
 
     def choose(at: int) -> bool:
         if at == len(rest):

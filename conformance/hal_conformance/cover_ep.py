@@ -233,7 +233,7 @@ def normal(declared: EpCapabilities, nodes: bool = False) -> Cover[EpCase]:
             "pre_reduce", _flag(declared.pre_reduce), lambda c: "yes" if c.pre_reduce else "no"
         )
         factors = (*factors, pre_reduce)
-    return Cover(factors, _allowed(declared, "scales"), _ELEMENTS)
+    return Cover(factors, _allowed(declared, "scales"), _ELEMENTS, ("ranks", "topk", "dtype", "scales"))
 
 
 @cache
@@ -249,4 +249,4 @@ def low_latency(declared: EpCapabilities, nodes: bool = False) -> Cover[EpCase]:
         Factor("out", ("none", "contiguous", "padded"), lambda c: c.out),
         Factor("statistics", ("no", "yes"), lambda c: "yes" if c.statistics else "no"),
     )
-    return Cover(factors, _allowed(declared, "cast"), _PACKED_ELEMENTS)
+    return Cover(factors, _allowed(declared, "cast"), _PACKED_ELEMENTS, ("ranks", "topk", "dtype", "cast"))

@@ -85,7 +85,7 @@ def decode(declared: MlaCapabilities) -> Cover[MlaCase]:
             return False
         return (chosen.get("out"), chosen.get("unaligned")) != ("none", "out")
 
-    return Cover(_factors(declared), allowed, ELEMENTS)
+    return Cover(_factors(declared), allowed, ELEMENTS, ("h_kv", "out"))
 
 
 def _factors(declared: MlaCapabilities) -> tuple[Factor[MlaCase], ...]:

@@ -169,7 +169,7 @@ EP_REQUIREMENTS: Final[dict[str, tuple[str, Declared, Calls]]] = {
     ),
     "ep_mask": (
         "EP, masked ranks",
-        lambda e: "normal" in e.modes and e.mask_ranks and any(n in e.ranks for n in range(2, 65)),
+        lambda e: "normal" in e.modes and e.mask_ranks,
         _normal(buffer={"mask_ranks": True}),
     ),
 }

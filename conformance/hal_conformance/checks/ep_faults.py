@@ -13,7 +13,7 @@ from hal_conformance.context import Context
 from hal_conformance.ep import CALLS, Ref, Step
 from hal_conformance.ep_case import EpCase
 from hal_conformance.ep_play import Played, patiently, play
-from hal_conformance.ep_round import PackedRound, Round, scripts
+from hal_conformance.ep_round import PackedRound, Round, normal, scripts
 
 PATIENCE = 2.0
 """``timeout`` of buffers whose ranks fail."""
@@ -109,8 +109,9 @@ def _fatal(context: Context, case: EpCase, dying: list[Step], scale: float, spar
     played = play(context, case, whole, raising=names, mortal=(culprit,), timeout=30.0 * scale)
     _named(context, played, culprit, PATIENCE * scale, names)
     first = _calls(_work(made, packed, 0, turns))[0]
-    if after and "dispatch 0" in played.steps[(culprit + 1) % case.ranks] and first == "dispatch 0":
-        others = [r for r in range(case.ranks) if r != culprit and played[r, first].raised is None]
+    if after and first == "dispatch 0":
+        whole_ranks = [r for r in range(case.ranks) if r != culprit and first in played.steps[r]]
+        others = [r for r in whole_ranks if played[r, first].raised is None]
         made.judge_dispatch(played, first, ranks=others)
 
 
@@ -180,6 +181,10 @@ def masked(context: Context, scale: float) -> None:
     case = draw(context).base((3, 4), routing="distinct")
     if case.ranks < 3:
         case = draw(context).base((3,))
+    if case.ranks == 1:
+        # Nobody can be missed.
+        normal(context, case)
+        return
     culprit = context.rng.randrange(case.ranks)
     by_hand = context.index % 2 == 1
     whole, whole_packed = _rounds(context, case)
