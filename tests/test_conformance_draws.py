@@ -214,7 +214,8 @@ def test_every_legal_pair_of_an_ep_call_meets_in_a_plan_and_its_cases_are_what_i
             assert case.experts in declared.num_experts
             assert {case.topk, case.width or case.topk} <= {n for n in range(32) if n in declared.topk}
             assert case.hidden * case.torch_dtype.itemsize in declared.row_bytes
-            assert case.hidden in declared.row_bytes or (not case.scales and case.cast == "none")
+            assert case.hidden in declared.row_bytes or not case.scales
+            assert case.hidden % 16 == 0 or case.cast == "none"
             if case.per_node is not None:
                 assert case.ranks // case.per_node in declared.nodes
             met |= cover.pairs_of(row)

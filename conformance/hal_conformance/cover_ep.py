@@ -95,15 +95,19 @@ def topk_for(declared: EpCapabilities, kind: str, wider: bool) -> list[tuple[int
 
 
 @cache
-def columns_for(declared: EpCapabilities, kind: str, size: int, fp8: bool) -> list[int]:
-    """Declared numbers of columns of this kind, of elements of so many bytes, of FP8 rows too if they are."""
+def columns_for(declared: EpCapabilities, kind: str, size: int, scaled: str) -> list[int]:
+    """Declared numbers of columns of this kind, of elements of so many bytes.
+
+    ``scaled`` says what else they are to be: ``none``; ``cast``, which takes multiples of 16; or ``sent``, as FP8 rows,
+    whose bytes are declared like any.
+    """
     low, high = COLUMNS[kind]
-    step = 16 if fp8 else 4
+    step = 4 if scaled == "none" else 16
     every = range(-(-low // step) * step, high + 1, step)
     return [
         n
         for n in every
-        if n * size % 16 == 0 and n * size in declared.row_bytes and (not fp8 or n in declared.row_bytes)
+        if n * size % 16 == 0 and n * size in declared.row_bytes and (scaled != "sent" or n in declared.row_bytes)
     ]
 
 
@@ -137,7 +141,7 @@ def _sizes(declared: EpCapabilities, nodes: bool) -> tuple[Factor[EpCase], ...]:
     experts = tuple(kind for kind in EXPERTS if any(experts_for(declared, kind, n) for n in ranks))
     topk = tuple(kind for kind in TOPK if topk_for(declared, kind, False))
     sizes = [itemsize(name) for name in plain(declared)]
-    columns = tuple(kind for kind in COLUMNS if any(columns_for(declared, kind, size, False) for size in sizes))
+    columns = tuple(kind for kind in COLUMNS if any(columns_for(declared, kind, size, "none") for size in sizes))
     found: tuple[Factor[EpCase], ...] = (
         Factor("ranks", tuple(map(str, ranks)), lambda c: str(c.ranks), lambda v: int(v)),
         Factor("experts of a rank", experts, _experts, lambda v: int(v.split("…")[0])),
@@ -168,8 +172,15 @@ def _finish(hook: bool, event: bool) -> tuple[str, ...]:
     return tuple(kind for kind in FINISH if kind == "call" or (kind == "hook" and hook) or (kind == "event" and event))
 
 
-def _allowed(declared: EpCapabilities, quantised: str) -> Callable[[Mapping[str, str]], bool]:
-    """Whether a call may have such values; ``quantised`` is the factor that makes FP8 rows of some."""
+def scaled_in(chosen: Mapping[str, str]) -> str:
+    """What `columns_for` is to be asked for a call of these values."""
+    if chosen.get("scales", "none") != "none":
+        return "sent"
+    return "cast" if chosen.get("cast", "none") != "none" else "none"
+
+
+def _allowed(declared: EpCapabilities) -> Callable[[Mapping[str, str]], bool]:
+    """Whether a call may have such values."""
 
     def allowed(chosen: Mapping[str, str]) -> bool:
         ranks, columns, dtype = int(chosen.get("ranks", 0)), chosen.get("columns"), chosen.get("dtype")
@@ -184,12 +195,12 @@ def _allowed(declared: EpCapabilities, quantised: str) -> Callable[[Mapping[str,
         wider = chosen.get("buffer's topk") == "wider"
         if "topk" in chosen and not topk_for(declared, chosen["topk"], wider):
             return False
-        fp8 = chosen.get(quantised, "none") != "none"
-        if quantised == "cast" and fp8 and chosen.get("data") == "bits":
+        scaled = scaled_in(chosen)
+        if scaled == "cast" and chosen.get("data") == "bits":
             return False
         kinds = [columns] if columns else list(COLUMNS)
         dtypes = [dtype] if dtype else list(plain(declared))
-        return any(columns_for(declared, kind, itemsize(name), fp8) for kind in kinds for name in dtypes)
+        return any(columns_for(declared, kind, itemsize(name), scaled) for kind in kinds for name in dtypes)
 
     return allowed
 
@@ -224,6 +235,7 @@ def normal(declared: EpCapabilities, nodes: bool = False) -> Cover[EpCase]:
         ),
         Factor("num_worst_tokens", ("no", "yes"), lambda c: "yes" if c.worst else "no"),
         Factor("bias", ("0", "1", "2"), lambda c: str(c.bias)),
+        Factor("weights back", ("yes", "no"), lambda c: "yes" if c.back else "no"),
         Factor("handle", ("new", *(["cached"] if declared.cached_handle else [])), lambda c: c.handle),
         Factor("finish", _finish(declared.recv_hook, declared.async_finish), lambda c: c.finish),
         Factor("overflow", ("none", *overflow), lambda c: "none" if c.overflow == "error" else c.overflow),
@@ -233,7 +245,7 @@ def normal(declared: EpCapabilities, nodes: bool = False) -> Cover[EpCase]:
             "pre_reduce", _flag(declared.pre_reduce), lambda c: "yes" if c.pre_reduce else "no"
         )
         factors = (*factors, pre_reduce)
-    return Cover(factors, _allowed(declared, "scales"), _ELEMENTS, ("ranks", "topk", "dtype", "scales"))
+    return Cover(factors, _allowed(declared), _ELEMENTS, ("ranks", "topk", "dtype", "scales"))
 
 
 @cache
@@ -249,4 +261,4 @@ def low_latency(declared: EpCapabilities, nodes: bool = False) -> Cover[EpCase]:
         Factor("out", ("none", "contiguous", "padded"), lambda c: c.out),
         Factor("statistics", ("no", "yes"), lambda c: "yes" if c.statistics else "no"),
     )
-    return Cover(factors, _allowed(declared, "cast"), _PACKED_ELEMENTS, ("ranks", "topk", "dtype", "cast"))
+    return Cover(factors, _allowed(declared), _PACKED_ELEMENTS, ("ranks", "topk", "dtype", "cast"))

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import torch
@@ -35,6 +36,9 @@ OUTPUTS: Final = (
 """Arguments that a call writes."""
 
 CALLS: Final = ("dispatch", "combine", "low_latency_dispatch", "low_latency_combine")
+RECEIVED: Final = ("recv_x", "recv_topk_idx", "recv_topk_weights")
+"""Tensors of the result of a normal dispatch; scales come with recv_x."""
+
 TOLD: Final = ("recv_src_rank", "recv_src_position", "recv_src_choice", "recv_counts", "sent_counts")
 """What the handle of a normal dispatch tells when it is asked."""
 
@@ -73,18 +77,21 @@ class Step:
     ----------
     op : str
         A method of `hal.EpBuffer`, or one of the player's own: group, open, close, finish, look, tell, drop, fill,
-        spoil, sleep, die, die_after, stop, files.
+        spoil, scribble, sleep, die, die_after, stop, files.
     name : str
         What its result is called.
     args : mapping of str to object
     on : str
         The name of the buffer.
+    elsewhere : bool
+        Whether the call is made on a thread of its own, as a backward pass is.
     """
 
     op: str
     name: str = ""
     args: Mapping[str, Any] = field(default_factory=dict)
     on: str = "buffer"
+    elsewhere: bool = False
 
 
 @dataclass(slots=True)
@@ -196,13 +203,21 @@ class _Player:
         positional = [arguments.pop("rank")] if step.op == "set_mask" else []
         method = getattr(self.live[step.on], step.op)
         done.begin = time.monotonic()
-        result = method(*positional, **arguments)
+        result = self._elsewhere(method, arguments) if step.elsewhere else method(*positional, **arguments)
         done.end = time.monotonic()
         self.live[step.name] = result
         if arguments.get("return_recv_hook"):
             self._unwritten(step.name, done)
         elif not arguments.get("async_finish"):
             self._collect(step.name, done)
+
+    def _elsewhere(self, method: Any, arguments: dict[str, Any]) -> Any:
+        def call() -> Any:
+            own_device(self.rank.payload["device"], self.rank.rank)
+            return method(**arguments)
+
+        with ThreadPoolExecutor(1) as other:
+            return other.submit(call).result()
 
     def _unwritten(self, name: str, done: Done) -> None:
         """See that a call whose hook has not run has written nothing of the caller's."""
@@ -321,6 +336,16 @@ class _Player:
             if guard.name not in OUTPUTS and guard.name in step.args.get("names", (guard.name,)):
                 guard.view.fill_(3.0 if guard.view.is_floating_point() else 0)
                 guard.seal()
+
+    def _scribble(self, step: Step, done: Done) -> None:
+        """Use the tensors of a result for something else, and let go of them: only its handle stays."""
+        result = self.live[step.args["of"]]
+        for name in RECEIVED:
+            value = getattr(result, name)
+            for one in value if isinstance(value, tuple) else (value,):
+                if one is not None:
+                    one.view(torch.uint8).fill_(1)
+        self.live[step.args["of"]] = SimpleNamespace(handle=result.handle)
 
     def _sleep(self, step: Step, done: Done) -> None:
         time.sleep(step.args["seconds"])

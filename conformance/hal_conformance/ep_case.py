@@ -58,6 +58,8 @@ class EpCase:
         The buffer's ``topk`` where that is more than the choices of this call.
     handle : str
         ``new``, or ``cached``: other rows over the routes of an earlier dispatch.
+    back : bool
+        Whether weights that came go back in combine.
     finish : str
         How its calls end: ``call``, ``event`` or ``hook``.
     zero_copy : bool
@@ -90,6 +92,7 @@ class EpCase:
     pad: int = 0
     width: int = 0
     handle: str = "new"
+    back: bool = True
     finish: str = "call"
     zero_copy: bool = False
     out: str = "none"
@@ -267,11 +270,13 @@ class EpCase:
         shape = (rows, self.hidden)
         if self.data == "bits":
             # Denormal numbers with a quarter of what the mantissa holds: sums are exact, mostly denormal too, and need
-            # all of its bits.
+            # all of its bits. A few are inf or NaN, and so is what they are added to.
             numbers = torch.finfo(self.torch_dtype)
             most = round(0.25 / numbers.eps)
             whole = torch.randint(-most, most + 1, shape, generator=rng)
-            return (whole.double() * numbers.smallest_normal * numbers.eps).to(self.torch_dtype)
+            tiny = (whole.double() * numbers.smallest_normal * numbers.eps).to(self.torch_dtype)
+            chance = torch.rand(shape, generator=rng)
+            return tiny.masked_fill(chance < 0.02, torch.inf).masked_fill(chance > 0.99, torch.nan)
         signs = torch.randint(0, 2, shape, generator=rng) * 2 - 1
         large = torch.rand(shape, generator=rng) < 0.4
         return torch.where(large, signs * _LARGE, torch.randn(shape, generator=rng) * _SMALL).to(self.torch_dtype)

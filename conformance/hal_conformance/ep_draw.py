@@ -57,6 +57,16 @@ class EpDraw:
         )
         return self.sized(case.but(**changes))
 
+    def casts(self) -> list[str]:
+        """Declared casts, of which there are rows to be cast."""
+        possible = any(legal_columns(self.declared, dtype, "cast") for dtype in plain(self.declared))
+        return [cast for cast in self.declared.casts if cast == "none" or possible]
+
+    def sends_fp8(self) -> bool:
+        """Whether FP8 rows are declared, of columns that others may have too."""
+        fits = any(legal_columns(self.declared, dtype, "sent") for dtype in plain(self.declared))
+        return "float8_e4m3fn" in self.declared.dtypes and fits
+
     def across(self, ranks: tuple[int, ...] = (4, 2), *, alone: bool = False, **changes: Any) -> EpCase:
         """A case over several nodes, of one rank each if they are to be alone, else of several where declared."""
         shared = [n for n in range(2, 65) if n in self.declared.ranks and node_sizes(self.declared, n)]
@@ -103,13 +113,13 @@ class EpDraw:
         tokens = tuple(self.rng.randint(most // 2, most) if r == crowded else r % 3 for r in range(world))
         experts = self._upper(self.declared.num_experts, _TOGETHER["experts"])
         topk = self._upper(self.declared.topk, MOST_TOPK)
-        return self.sized(case.but(ranks=world, experts=experts, topk=topk, tokens=tokens), ROWS[1:4:2])
+        return self._short(case.but(ranks=world, experts=experts, topk=topk, tokens=tokens))
 
     def crowd(self, case: EpCase) -> EpCase:
         """So many tokens on a rank that no block of threads has one each; of short rows."""
         crowded = self.rng.randrange(case.ranks)
         tokens = (self.rng.randint(MOST_TOKENS // 2, MOST_TOKENS) if r == crowded else 3 for r in range(case.ranks))
-        return self.sized(case.but(tokens=tuple(tokens)), ROWS[1:4:2])
+        return self._short(case.but(tokens=tuple(tokens)))
 
     def wide(self, case: EpCase) -> EpCase:
         """So many experts that on few ranks each has more than a group of threads."""
@@ -125,6 +135,13 @@ class EpDraw:
         few = case.but(tokens=tuple(self.rng.randint(1, 3) for _ in case.tokens))
         return few.but(hidden=self.rng.choice(rows) // itemsize) if rows else few
 
+    def _short(self, case: EpCase) -> EpCase:
+        """Of short rows, since there are many; where they have scales, of as few columns as may be."""
+        case = self.sized(case, ROWS[1:4:2])
+        if case.scales or case.cast != "none":
+            case = case.but(hidden=min(legal_columns(self.declared, case.dtype, "sent" if case.scales else "cast")))
+        return case
+
     def _upper(self, declared: Ints, most: int) -> int:
         """A declared value of the upper half up to ``most``, or the one nearest to it."""
         every = within(declared, most)
@@ -134,9 +151,10 @@ class EpDraw:
     def sized(self, case: EpCase, rows: tuple[int, ...] = (128, 256)) -> EpCase:
         """With a declared hidden, of FP8 rows too where the case has some; of another dtype if this one has none."""
         if case.scales or case.cast != "none":
+            scaled = "sent" if case.scales else "cast"
             for dtype in (case.dtype, *plain(self.declared)):
-                usual = [n for n in _QUANTISED if n in legal_columns(self.declared, dtype)]
-                found = usual or legal_columns(self.declared, dtype)[:1]
+                every = legal_columns(self.declared, dtype, scaled)
+                found = [n for n in _QUANTISED if n in every] or every[:1]
                 if found:
                     return case.but(dtype=dtype, hidden=self.rng.choice(found))
         size = case.torch_dtype.itemsize
@@ -147,6 +165,6 @@ class EpDraw:
         return next(n for n in range(16, 1 << 20, 16) if n in self.declared.row_bytes)
 
 
-def legal_columns(declared: EpCapabilities, dtype: str) -> list[int]:
-    """Columns of which rows of a dtype are declared, and FP8 rows too."""
-    return [n for kind in COLUMNS for n in columns_for(declared, kind, itemsize(dtype), True)]
+def legal_columns(declared: EpCapabilities, dtype: str, scaled: str) -> list[int]:
+    """Columns of which rows of a dtype are declared, and what they are to be beside that (`columns_for`)."""
+    return [n for kind in COLUMNS for n in columns_for(declared, kind, itemsize(dtype), scaled)]

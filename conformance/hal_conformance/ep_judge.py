@@ -185,10 +185,16 @@ def combined(
     def where(row: int) -> str:
         return f"token {row} of rank {rank}, experts {sums.experts(row)}"
 
-    problems = [differ("combined_x", got.get("combined_x"), want[0], where)]
+    # Which NaN a sum is, nobody says.
+    have, right = (_one_nan(one) for one in (got.get("combined_x"), want[0]))
+    problems = [differ("combined_x", have, right, where)]
     if want[1] is not None:
         problems.append(differ("combined_topk_weights", got.get("combined_topk_weights"), want[1], where))
     return note(context, rank, what, problems, lambda: sums.cause(got.get("combined_x"), want[0]))
+
+
+def _one_nan(tensor: Any) -> Any:
+    return tensor.masked_fill(tensor.isnan(), torch.nan) if isinstance(tensor, Tensor) else tensor
 
 
 def packed(

@@ -92,9 +92,14 @@ def _crosses(e: EpCapabilities, mode: str) -> bool:
     return mode in e.modes and {mode, "error"} <= set(e.across_nodes) and bool(ranks_of(e, nodes=True))
 
 
-def _scales(e: EpCapabilities) -> bool:
-    """Whether there are rows whose columns are declared as FP8 too."""
-    return any(legal_columns(e, dtype) for dtype in plain(e))
+def _scales(e: EpCapabilities, scaled: str = "sent") -> bool:
+    """Whether there are rows whose columns may be FP8 too."""
+    return any(legal_columns(e, dtype, scaled) for dtype in plain(e))
+
+
+def _casts(e: EpCapabilities, cast: str) -> bool:
+    """Whether a low-latency dispatch may cast so."""
+    return "low_latency" in e.modes and cast in e.casts and _scales(e, "cast")
 
 
 EP_REQUIREMENTS: Final[dict[str, tuple[str, Declared, Calls]]] = {
@@ -124,17 +129,17 @@ EP_REQUIREMENTS: Final[dict[str, tuple[str, Declared, Calls]]] = {
     ),
     "ep_cast_fp8": (
         "EP, low-latency cast to FP8",
-        lambda e: "low_latency" in e.modes and "fp8" in e.casts,
+        lambda e: _casts(e, "fp8"),
         _packed(cast="fp8", hidden=256),
     ),
     "ep_cast_pow2": (
         "EP, power-of-two scales",
-        lambda e: "low_latency" in e.modes and "fp8_pow2" in e.casts,
+        lambda e: _casts(e, "fp8_pow2"),
         _packed(cast="fp8_pow2", hidden=256),
     ),
     "ep_cast_ue8m0": (
         "EP, UE8M0 scales",
-        lambda e: "low_latency" in e.modes and "fp8_ue8m0" in e.casts,
+        lambda e: _casts(e, "fp8_ue8m0"),
         _packed(cast="fp8_ue8m0", hidden=256),
     ),
     "ep_zero_copy": (

@@ -57,7 +57,7 @@ class Round:
         )
         self.outputs = case.outputs([len(want.x) for want in self.wants], context.tensor_seed())
         self.bias = case.biases(context.tensor_seed())
-        self.weights = [want.topk_weights for want in self.wants] if case.weights else None
+        self.weights = [want.topk_weights for want in self.wants] if case.weights and case.back else None
         self._sums: list[tuple[Tensor, Tensor | None]] | None = None
 
     @property
@@ -78,11 +78,12 @@ class Round:
             )
         return self._sums
 
-    def again(self) -> Round:
-        """Other rows, weights and outputs over the same routes, as a cached dispatch sends them."""
-        others = zip(self.case.inputs(self.context.tensor_seed()), self.inputs, strict=True)
+    def again(self, *, weights: bool = True) -> Round:
+        """Other rows and outputs, and weights if any, over the same routes, as a cached dispatch has them."""
+        case = self.case if weights else self.case.but(weights="")
+        others = zip(case.inputs(self.context.tensor_seed()), self.inputs, strict=True)
         rows = [RankInput(o.x, mine.topk_idx, o.topk_weights, o.scales) for o, mine in others]
-        return Round(self.context, self.case, rows)
+        return Round(self.context, case, rows)
 
     def dispatch(self, rank: int, name: str = "dispatch", *, handle: Ref | None = None, **flags: Any) -> Step:
         """The step of a rank; with a handle a cached one."""
@@ -219,9 +220,9 @@ def scripts(case: EpCase, steps: Any, mode: Any = "normal", **buffer: Any) -> li
     return [[opened, *steps(rank), Step("close", "close")] for rank in range(case.ranks)]
 
 
-def normal(context: Context, case: EpCase, **flags: Any) -> Round:
+def normal(context: Context, case: EpCase, inputs: Sequence[RankInput] | None = None, **flags: Any) -> Round:
     """Play and judge one normal round."""
-    made = Round(context, case)
+    made = Round(context, case, inputs)
     steps = scripts(case, lambda r: [made.dispatch(r, **flags), made.combine(r, **flags)])
     played = play(context, case, steps, first=made.judge_dispatch)
     made.judge_dispatch(played)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from typing import Any
 
 import torch
@@ -164,3 +165,93 @@ class OutClearedByTheCall(Engine):
         if self.args.num_nodes > 1:
             args.out.zero_()
         return super().low_latency_combine(args)
+
+
+@engine("E1", "weights that came and do not go back: the sum takes the path of none at all")
+class NothingWithoutWeights(Engine):
+    def dispatch(self, args: Any) -> Any:
+        done = super().dispatch(args)
+        self.weighed = {**self.__dict__.get("weighed", {}), done.handle.state.operation: args.topk_weights is not None}
+        return done
+
+    def combine(self, args: Any) -> Any:
+        done = super().combine(args)
+        if not (args.topk_weights is None and self.weighed[args.handle.state.operation]):
+            return done
+        return dataclasses.replace(done, finish=lambda: (done.finish(), done.combined_x.zero_(), None)[-1])
+
+
+@engine("E1", "routes lie in a ring of four: an older handle has a later one's", only="EPN-25")
+class RoutesInARing(Engine):
+    def kept_routes(self, args: Any, routes: Any) -> Any:
+        self.ring = [*self.__dict__.get("ring", []), routes][-4:]
+        return routes
+
+    def combine(self, args: Any) -> Any:
+        if args.handle.state not in self.ring and len(self.ring[-1].idx[self.rank]) == args.handle.num_tokens:
+            state = dataclasses.replace(self.ring[-1], operation=args.handle.state.operation)
+            args = dataclasses.replace(args, handle=dataclasses.replace(args.handle, state=state))
+        return super().combine(args)
+
+
+@engine("E1", "combine finds a row's choices in the recv_topk_idx that it gave, which is the caller's to change")
+class ChoicesOfTheResult(Engine):
+    def dispatch(self, args: Any) -> Any:
+        done = super().dispatch(args)
+        both = (done.recv_topk_idx, done.recv_topk_idx.clone())
+        self.given = {**self.__dict__.get("given", {}), done.handle.state.operation: both}
+        return done
+
+    def combine(self, args: Any) -> Any:
+        done = super().combine(args)
+        now, then = self.given[args.handle.state.operation]
+        if torch.equal(now, then):
+            return done
+        return dataclasses.replace(done, finish=lambda: (done.finish(), done.combined_x.zero_(), None)[-1])
+
+
+@engine("E1", "of one rank the rows that come are those that were given, without a copy", only="EPN-34")
+class RowsOfTheCaller(Engine):
+    def dispatch(self, args: Any) -> Any:
+        done = super().dispatch(args)
+        same = self.ranks == 1 and done.recv_x.shape == args.x.shape and torch.equal(plain(done.recv_x), plain(args.x))
+        return dataclasses.replace(done, recv_x=args.x) if same else done
+
+
+@engine("E1", "sums are rounded to bfloat16 as integers: NaN becomes a number")
+class NanSumsRounded(Engine):
+    def stored(self, total: Any, dtype: Any) -> Any:
+        return super().stored(total.nan_to_num(0.0, torch.inf, -torch.inf), dtype)
+
+
+@engine("E1", "the buffer lives on the thread that opened it: a backward pass on another finds none")
+class BufferOfItsThread(Engine):
+    def __init__(self, args: Any, launched: Any) -> None:
+        super().__init__(args, launched)
+        self.home = threading.get_ident()
+
+    def combine(self, args: Any) -> Any:
+        if threading.get_ident() != self.home:
+            raise RuntimeError("no buffer on this thread")
+        return super().combine(args)
+
+
+@engine("E2", "there is one place for what a hook is to sum: a call made before it runs takes it", only="EPL-16")
+class OneSumUnderWay(Engine):
+    latest = 0
+
+    def begin(self, kind: str, fields: Any, content: Any) -> int:
+        self.latest = super().begin(kind, fields, content)
+        return self.latest
+
+    def low_latency_combine(self, args: Any) -> Any:
+        done = super().low_latency_combine(args)
+        mine = self.latest
+
+        def finish() -> None:
+            late = self.latest != mine
+            done.finish()
+            if late:
+                args.out.zero_()
+
+        return dataclasses.replace(done, finish=finish)

@@ -125,6 +125,11 @@ def lengths_differ(context: Context) -> None:
         context.check(_few_heads(draw, 8).but(lengths=draw.large_batch()))
         d, d_v = draw.smallest_dims()
         context.check(_few_heads(draw, 1).but(d=d, d_v=d_v, lengths=draw.large_batch(HUGE_BATCHES, 5)))
+        if context.index % 8 == 7:
+            # As many rows as they have who serve: all usual sizes at once, and hardly a token.
+            pairs = head_pairs(context.dense)
+            h_q, h_kv = max([pair for pair in pairs if pair[0] <= 128] or [min(pairs)])
+            context.check(draw.base().but(h_q=h_q, h_kv=h_kv, lengths=draw.large_batch((65, 80), 3)))
         return
     lengths = [draw.rng.choice((1, 2, 17, 63, 100, 250, 600)) + draw.rng.randint(0, 9) for _ in range(4)]
     lengths += [*draw.hand("length", LENGTHS)[:1], 512 * draw.rng.randint(1, 5)]

@@ -247,13 +247,21 @@ def rows_apart(context: Context) -> None:
     lengths = tuple(n + several for n in draw.lengths(most=300, batch=(3, 6)))
     case = draw.base().but(lengths=lengths, data="hot", out_layout=draw.rng.choice(("none", "contiguous")), s_q=several)
     case = case.but(plan=context.index % 2 == 1)
+    several_kv = [n for n in (2, 3, 4, 8) if n in context.dense.h_kv]
+    if context.index % 4 == 1 and several_kv:
+        case = case.but(**draw.heads(tuple(several_kv)))
     inputs = context.make(case)
     spoiled = torch.zeros(case.batch, case.s_q, case.h_q, dtype=torch.bool)
     if context.index % 4 < 2:
+        # Of all KV heads, or where there are several of one.
+        head = draw.rng.randrange(case.h_kv)
+        kv = slice(None) if case.h_kv == 1 else slice(head, head + 1)
+        group = case.h_q // case.h_kv
+        mine = slice(None) if case.h_kv == 1 else slice(head * group, (head + 1) * group)
         for j in range(context.index // 2 % 2, case.batch, 2):
             pages = inputs.table[j, : -(-lengths[j] // case.page)].long().to(case.device)
-            inputs.kv_cache.view[pages] = draw.rng.choice(_SPOILS)
-            spoiled[j] = True
+            inputs.kv_cache.view[pages, :, kv] = draw.rng.choice(_SPOILS)
+            spoiled[j, :, mine] = True
     else:
         for at in draw.rng.sample(range(spoiled.numel()), -(-spoiled.numel() // 3)):
             spoiled.view(-1)[at] = True

@@ -165,22 +165,23 @@ def previous_event(context: Context) -> None:
     made.judge_combine(played, step="summed" if asynchronous else "")
 
 
-@holds("EPN-24")
-def asynchronous(context: Context) -> None:
+def _under_way(context: Context, **flags: Any) -> None:
     """Several calls under way, finished in another order than they were made; in turn on another thread."""
     elsewhere = context.index % 2 == 1
     case = draw(context).base((2, 3, 4), bias=1)
-    rounds = [Round(context, case) for _ in range(3)]
+    rounds = [Round(context, case) for _ in range(4)]
     order = context.rng.sample(range(3), 3)
 
     def steps(rank: int) -> list[Step]:
-        found = [made.dispatch(rank, f"dispatch {i}", async_finish=True) for i, made in enumerate(rounds)]
+        *first, last = rounds
+        found = [made.dispatch(rank, f"dispatch {i}", **flags) for i, made in enumerate(first)]
         found += [Step("finish", f"received {i}", {"of": f"dispatch {i}", "elsewhere": elsewhere}) for i in order]
-        found += [
-            made.combine(rank, f"combine {i}", of=f"dispatch {i}", async_finish=True) for i, made in enumerate(rounds)
-        ]
+        found += [made.combine(rank, f"combine {i}", of=f"dispatch {i}", **flags) for i, made in enumerate(first)]
+        # A whole round while sums are under way.
+        found += [last.dispatch(rank, "dispatch 3", **flags), Step("finish", "received 3", {"of": "dispatch 3"})]
+        found += [last.combine(rank, "combine 3", of="dispatch 3", **flags)]
         late = [Step("finish", f"summed {i}", {"of": f"combine {i}", "elsewhere": elsewhere}) for i in reversed(order)]
-        return found + late
+        return [*found, *late, Step("finish", "summed 3", {"of": "combine 3"})]
 
     played = play(context, case, scripts(case, steps))
     for i, made in enumerate(rounds):
@@ -188,22 +189,28 @@ def asynchronous(context: Context) -> None:
         made.judge_combine(played, f"combine {i}", step=f"summed {i}")
 
 
+@holds("EPN-24")
+def asynchronous(context: Context) -> None:
+    """Several calls under way, finished in another order than they were made."""
+    _under_way(context, async_finish=True)
+
+
 @holds("EPN-25")
 def results_stay(context: Context) -> None:
     """Results of earlier calls after later calls, and after the buffer is closed."""
     case = draw(context).base((2, 3), bias=1)
-    rounds = [Round(context, case) for _ in range(4)]
+    count = 4 if context.settings.mode == "quick" else 12
+    rounds = [Round(context, case) for _ in range(count)]
+    order = context.rng.sample(range(count), count)
 
     def steps(rank: int) -> list[Step]:
-        found = []
-        for i, made in enumerate(rounds):
-            found += [made.dispatch(rank, f"dispatch {i}"), made.combine(rank, f"combine {i}", of=f"dispatch {i}")]
-        return found
+        found = [made.dispatch(rank, f"dispatch {i}") for i, made in enumerate(rounds)]
+        return found + [rounds[i].combine(rank, f"combine {i}", of=f"dispatch {i}") for i in order]
 
     def later(step: str) -> Step:
         return Step("look", f"later {step}", {"of": step})
 
-    every = [f"{kind} {i}" for i in range(4) for kind in ("dispatch", "combine")]
+    every = [f"{kind} {i}" for i in range(count) for kind in ("dispatch", "combine")]
     looked = [script + [later(name) for name in every] for script in scripts(case, steps)]
     played = play(context, case, looked)
     for i, made in enumerate(rounds):
@@ -233,6 +240,7 @@ def receive_hook(context: Context) -> None:
     played = play(context, case, scripts(case, steps))
     made.judge_dispatch(played, step="received")
     made.judge_combine(played, step="summed")
+    _under_way(context, **flags)
 
 
 @holds("EPN-27")
@@ -283,6 +291,8 @@ def overflow_grows(context: Context) -> None:
     case = draw(context).base((2, 3), routing="one", bias=1).but(overflow="grow", room=2)
     small = Round(context, case.but(tokens=(1,) * case.ranks, capacity=case.most))
     large = Round(context, case)
+    # Of fewer tokens than a call then has, too.
+    few = {"max_tokens_per_rank": 1} if context.index % 2 else {}
     played = play(
         context,
         case,
@@ -295,6 +305,7 @@ def overflow_grows(context: Context) -> None:
                 large.combine(r, "combine large", of="large"),
                 small.combine(r, "combine small", of="small"),
             ],
+            **few,
         ),
     )
     small.judge_dispatch(played, "small", step="small again")

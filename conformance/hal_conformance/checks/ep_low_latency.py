@@ -108,9 +108,10 @@ def weighted_sums(context: Context) -> None:
 def any_sizes(context: Context) -> None:
     """Odd sizes and every declared dtype, rows of any bits too; large sizes."""
     if context.index % LARGE == LARGE - 1:
-        low_latency(context, draw(context).many(base(context)))
+        cast = context.rng.choice(draw(context).casts())
+        low_latency(context, draw(context).many(base(context, cast=cast)))
         low_latency(context, draw(context).wide(base(context, (2, 3))))
-        low_latency(context, draw(context).crowd(base(context, (2,))))
+        low_latency(context, draw(context).crowd(base(context, (2,), cast=context.rng.choice(draw(context).casts()))))
         low_latency(context, draw(context).long(base(context, (2, 3))))
         return
     plain = [d for d in context.ep.dtypes if d != "float8_e4m3fn"]

@@ -9,6 +9,7 @@ import torch
 
 from hal.spec.ep import MODES, OVERFLOW
 from hal_conformance.checks import holds
+from hal_conformance.checks.ep_low_latency import base
 from hal_conformance.checks.ep_normal import draw
 from hal_conformance.context import Context
 from hal_conformance.draw import members
@@ -17,7 +18,7 @@ from hal_conformance.ep_case import EpCase
 from hal_conformance.ep_draw import EpDraw
 from hal_conformance.ep_play import Played, play
 from hal_conformance.ep_refused import refused_alike
-from hal_conformance.ep_round import PackedRound, Round, scripts
+from hal_conformance.ep_round import CASTS, PackedRound, Round, scripts
 
 Wrong = tuple[str, str, Callable[[int], Step]]
 """What is wrong, the argument that must be named (or several, with |), and the call of each rank."""
@@ -235,7 +236,7 @@ def undeclared_is_refused(context: Context) -> None:
 @holds("EPL-15")
 def wrong_low_latency_calls(context: Context) -> None:
     """The same for the low-latency mode."""
-    case = draw(context).base((2, 3))
+    case = base(context, (2, 3))
     case = case.but(tokens=tuple(max(n, 3) for n in case.tokens))
     made = PackedRound(context, case)
     odd = context.rng.randrange(case.ranks)
@@ -252,17 +253,12 @@ def wrong_low_latency_calls(context: Context) -> None:
     many = torch.cat([rows] * (case.most // len(rows) + 1))[: case.most + 1]
     wrong: list[Wrong] = [
         ("x of another dtype on one rank", "x", one(lambda s: _but(s, x=s.args["x"].to(other)))),
-        (
-            "an expert out of range on one rank",
-            "topk_idx",
-            one(beyond),
-        ),
+        ("an expert out of range on one rank", "topk_idx", one(beyond)),
         (
             "more tokens than max_tokens_per_rank on one rank",
             "x",
             one(lambda s: _but(s, x=many, topk_idx=torch.zeros(len(many), case.topk, dtype=torch.int64))),
         ),
-        ("use_ue8m0 without round_scale", "use_ue8m0", lambda rank: _but(right(rank), use_ue8m0=True)),
         ("another topk_idx in combine", "topk_idx", one(lambda s: _but(s, topk_idx=s.args["topk_idx"][1:]), sums)),
         (
             "weights of another shape",
@@ -270,10 +266,13 @@ def wrong_low_latency_calls(context: Context) -> None:
             one(lambda s: _but(s, topk_weights=s.args["topk_weights"][1:]), sums),
         ),
     ]
+    if not CASTS[case.cast].get("round_scale"):
+        title = "use_ue8m0 without round_scale"
+        wrong.append((title, "use_ue8m0", lambda rank: _but(right(rank), use_ue8m0=True)))
     if case.ranks > 1:
         title = "combine on one rank, dispatch on the others"
         wrong.append((title, "", lambda rank: sums(rank) if rank == odd else right(rank)))
     if case.ranks > 1 and case.hidden % 16 == 0 and "fp8" in context.ep.casts and "none" in context.ep.casts:
         wrong.append(("use_fp8 on one rank", "use_fp8", one(lambda s: _but(s, use_fp8=True))))
-    chosen = wrong if context.settings.mode == "full" else context.rng.sample(wrong, 4)
+    chosen = wrong if context.settings.mode == "full" else context.rng.sample(wrong, min(4, len(wrong)))
     _play_wrong(context, made, lambda rank: [made.dispatch(rank, "dispatch")], chosen, "low_latency")

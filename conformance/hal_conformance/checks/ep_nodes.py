@@ -38,11 +38,12 @@ def nodes_like_one(context: Context) -> None:
     elif context.index % 3 == 2 and not expand:
         case = case.but(worst=case.ranks * case.most + context.rng.randrange(3))
     packed = None
-    if context.index % 4 == 2 and "float8_e4m3fn" in context.ep.dtypes:
+    if context.index % 4 == 2 and draw(context).sends_fp8():
         case = draw(context).sized(case.but(scales="float32"))
     elif "low_latency" in context.ep.across_nodes:
         # With columns that are legal for both.
-        case = draw(context).sized(case.but(cast=context.ep.casts[context.index % len(context.ep.casts)]))
+        casts = draw(context).casts()
+        case = draw(context).sized(case.but(cast=casts[context.index % len(casts)]))
         packed = PackedRound(context, case)
         case = case.but(cast="none")
     made = Round(context, case)

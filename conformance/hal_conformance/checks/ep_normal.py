@@ -59,9 +59,11 @@ def no_tokens(context: Context) -> None:
 def any_sizes(context: Context) -> None:
     """Odd numbers of experts, choices, ranks and columns; more experts than tokens and fewer than ranks; large ones."""
     if context.index % LARGE == LARGE - 1:
-        normal(context, draw(context).many(draw(context).base()).but(bias=1))
-        normal(context, draw(context).wide(draw(context).base((2, 3))))
-        normal(context, draw(context).crowd(draw(context).base((2,))))
+        layouts = [name == "expand" for name in context.ep.layouts]
+        many, wide, crowd = (context.rng.choice(layouts) for _ in range(3))
+        normal(context, draw(context).many(draw(context).base()).but(bias=1, expand=many))
+        normal(context, draw(context).wide(draw(context).base((2, 3))).but(expand=wide))
+        normal(context, draw(context).crowd(draw(context).base((2,))).but(expand=crowd))
         normal(context, draw(context).long(draw(context).base((2, 3), bias=1)))
         return
     case = draw(context).odd(draw(context).base((3, 2, 1, 4)))
@@ -74,10 +76,13 @@ def alignment_and_worst(context: Context) -> None:
     """Counts rounded up; a fixed number of rows."""
     case = draw(context).base((2, 3, 4))
     if context.index % 2:
-        normal(context, case.but(worst=case.ranks * case.most + context.rng.randrange(3)))
+        # As many rows as may come, or where the caller knows better as many as do.
+        made = Round(context, case)
+        most = case.ranks * case.most if context.index % 4 == 1 else max(1, *(len(want.x) for want in made.wants))
+        normal(context, case.but(worst=most + context.rng.randrange(3)), made.inputs)
     else:
         routing = context.rng.choice(("mixed", "zipf", "avoid"))
-        normal(context, case.but(alignment=context.rng.choice((2, 3, 4, 8, 128)), routing=routing))
+        normal(context, case.but(alignment=context.rng.choice((2, 3, 4, 8, 128, 256, 300)), routing=routing))
 
 
 @holds("EPN-07")
@@ -95,6 +100,8 @@ def fp8_rows(context: Context) -> None:
     plain = [d for d in context.ep.dtypes if d != "float8_e4m3fn"]
     scales = ("float32", "int32")[context.index % 2]
     case = draw(context).base((2, 3), scales=scales, data=data, dtype=context.rng.choice(plain))
+    if context.index % LARGE == LARGE - 1:
+        case = draw(context).sized(draw(context).many(case))
     normal(context, case.but(expand=bool(context.index // 2 % 2) and "expand" in context.ep.layouts))
 
 

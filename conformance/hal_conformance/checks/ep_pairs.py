@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 from typing import Any, Final
@@ -33,6 +34,9 @@ _LONG: Final = 1024
 _MANY: Final = 256
 """Experts up to which any are drawn."""
 
+_PACKED: Final = 500_000
+"""Experts times columns times tokens of a rank that a low-latency case may have where each is drawn by itself."""
+
 
 def _cover(context: Context, plan: Plan, nodes: bool) -> Cover[EpCase]:
     return plan(at(context.ep, context.settings.ranks), nodes)
@@ -56,17 +60,23 @@ def _case(context: Context, plan: Plan, nodes: bool) -> tuple[EpCase, Labels]:
 def realise(rng: random.Random, declared: EpCapabilities, chosen: dict[str, str]) -> EpCase:
     """A case of these kinds; whatever they leave open is drawn."""
     ranks = int(chosen["ranks"])
-    fp8 = chosen.get("scales", "none") != "none" or chosen.get("cast", "none") != "none"
+    scaled = cover_ep.scaled_in(chosen)
     topk, width = rng.choice(cover_ep.topk_for(declared, chosen["topk"], chosen["buffer's topk"] == "wider"))
-    tokens = _tokens(rng, ranks, chosen["tokens"])
+    experts = cover_ep.experts_for(declared, chosen["experts of a rank"], ranks)
+    columns = cover_ep.columns_for(declared, chosen["columns"], cover_ep.itemsize(chosen["dtype"]), scaled)
+    low, high = cover_ep.TOKENS[chosen["tokens"]]
+    if "cast" in chosen and experts[0] * columns[0] * high > _PACKED:
+        # Every expert has room for what every rank may send: what is large is no larger than it must be.
+        experts, columns, high = experts[:1], columns[:1], min(high, low + 2)
+    tokens = _tokens(rng, ranks, chosen["tokens"], low, high)
     case = EpCase(
         ranks=ranks,
-        experts=_near_the_least(rng, cover_ep.experts_for(declared, chosen["experts of a rank"], ranks), _MANY),
+        experts=_near_the_least(rng, experts, _MANY),
         topk=topk,
         width=width,
-        hidden=_columns(rng, declared, chosen, fp8),
+        hidden=_near_the_least(rng, columns, _LONG),
         tokens=tokens,
-        capacity=max(*tokens, 1) + rng.randint(1, 9) if chosen["room"] == "more" else 0,
+        capacity=max(*tokens, 1) + rng.randint(1, 4) if chosen["room"] == "more" else 0,
         dtype=chosen["dtype"],
         routing=chosen["routing"],
         data=chosen["data"],
@@ -79,20 +89,13 @@ def realise(rng: random.Random, declared: EpCapabilities, chosen: dict[str, str]
     return _packed(case, chosen) if "cast" in chosen else _normal(rng, case, chosen)
 
 
-def _tokens(rng: random.Random, ranks: int, kind: str) -> tuple[int, ...]:
-    low, high = cover_ep.TOKENS[kind]
+def _tokens(rng: random.Random, ranks: int, kind: str, low: int, high: int) -> tuple[int, ...]:
     special = rng.randrange(ranks)
     if kind == "none on a rank":
         return tuple(0 if rank == special else rng.randint(low, high) for rank in range(ranks))
     if kind == "65… on a rank":
         return tuple(rng.randint(low, high) if rank == special else rng.randint(1, 17) for rank in range(ranks))
     return tuple(rng.randint(low, high) for _ in range(ranks))
-
-
-def _columns(rng: random.Random, declared: EpCapabilities, chosen: dict[str, str], fp8: bool) -> int:
-    """Of the kind asked for; long rows of about the least such length."""
-    found = cover_ep.columns_for(declared, chosen["columns"], cover_ep.itemsize(chosen["dtype"]), fp8)
-    return _near_the_least(rng, found, _LONG)
 
 
 def _near_the_least(rng: random.Random, found: list[int], any_up_to: int) -> int:
@@ -108,6 +111,7 @@ def _normal(rng: random.Random, case: EpCase, chosen: dict[str, str]) -> EpCase:
         alignment=rng.randint(low, high),
         bias=int(chosen["bias"]),
         handle=chosen["handle"],
+        back=chosen["weights back"] == "yes",
         pre_reduce=chosen.get("pre_reduce") == "yes",
     )
     if chosen["overflow"] == "drop":
@@ -150,40 +154,44 @@ def _sent(op: str) -> tuple[str, ...]:
 
 def _ended(case: EpCase, step: Step) -> list[Step]:
     """A call and what completes it; once it has what it was given, that is used for something else."""
-    step = Step(step.op, step.name, {**step.args, **_FLAGS[case.finish]}, step.on)
+    step = dataclasses.replace(step, args={**step.args, **_FLAGS[case.finish]})
     found = [step]
     if case.finish != "call":
         if case.finish == "hook":
             found.append(Step("spoil", args={"of": step.name, "names": _sent(step.op)}))
             found.append(Step("sleep", args={"seconds": _MEANWHILE}))
         found.append(Step("finish", f"end of {step.name}", {"of": step.name}))
-    return [*found, Step("spoil", args={"of": step.name})]
+    # What came is looked at when what was sent is something else.
+    return [*found, Step("spoil", args={"of": step.name}), Step("look", _taken(step.name), {"of": step.name})]
 
 
-def _taken(case: EpCase, name: str) -> str:
+def _taken(name: str) -> str:
     """The step whose results are those of the call of this name."""
-    return name if case.finish == "call" else f"end of {name}"
+    return f"what {name} gave"
 
 
 def _normal_pairs(context: Context, nodes: bool) -> None:
     case, row = _case(context, cover_ep.normal, nodes)
     first = Round(context, case)
-    made = first.again() if case.handle == "cached" else first
+    made = first.again(weights=context.index % 3 > 0) if case.handle == "cached" else first
     # A cached dispatch has nothing to do with the handle's rows; the earlier result is combined after it.
     every = {"dispatch": first} if made is first else {"dispatch": first, "cached": made}
+    elsewhere = context.rng.random() < 0.3
 
     def steps(rank: int) -> list[Step]:
         found = [Step("layout", "layout", {"topk_idx": first.inputs[rank].topk_idx})]
         for name, one in every.items():
             found += _ended(case, one.dispatch(rank, name, handle=None if one is first else Ref("dispatch")))
+            found.append(Step("scribble", args={"of": name}))
         for name, one in reversed(every.items()):
-            found += _ended(case, one.combine(rank, f"sum of {name}", of=name))
+            combine = one.combine(rank, f"sum of {name}", of=name)
+            found += _ended(case, dataclasses.replace(combine, elsewhere=elsewhere))
         return found
 
     played = play(context, case, scripts(case, steps))
     for name, one in every.items():
-        one.judge_dispatch(played, name, step=_taken(case, name), earlier=() if one is first else first.inputs)
-        one.judge_combine(played, f"sum of {name}", step=_taken(case, f"sum of {name}"))
+        one.judge_dispatch(played, name, step=_taken(name), earlier=() if one is first else first.inputs)
+        one.judge_combine(played, f"sum of {name}", step=_taken(f"sum of {name}"))
     for rank in range(case.ranks):
         laid_out(context, case, first.inputs[rank], rank, played.result(rank, "layout"))
     context.record.met(_name("normal", nodes), row)
@@ -208,12 +216,12 @@ def _packed_pairs(context: Context, nodes: bool) -> None:
         return found + _ended(case, made.combine(rank, **flags))
 
     played = play(context, case, scripts(case, steps, "low_latency"))
-    made.judge_dispatch(played, step=_taken(case, "dispatch"))
-    made.judge_combine(played, step=_taken(case, "combine"))
+    made.judge_dispatch(played, step=_taken("dispatch"))
+    made.judge_combine(played, step=_taken("combine"))
     for rank in range(case.ranks):
         if case.statistics:
-            recv_stats(context, rank, played.result(rank, _taken(case, "dispatch")), before + made.wants[rank].count)
-        got = played.result(rank, _taken(case, "combine"))
+            recv_stats(context, rank, played.result(rank, _taken("dispatch")), before + made.wants[rank].count)
+        got = played.result(rank, _taken("combine"))
         if case.out != "none" and got["combined_x"].shape == got["out"].shape:
             text = differ("out", got["out"], got["combined_x"], lambda t: f"token {t}")
             note(context, rank, "out", [text], lambda: "the result is not written to the given out")

@@ -128,23 +128,35 @@ def what_a_handle_tells(context: Context) -> None:
 
 @holds("EPL-16")
 def both_modes(context: Context) -> None:
-    """Calls of both modes in turn on one buffer."""
+    """Calls of both modes in turn on one buffer; in turn with hooks that run after other calls were made."""
     case = base(context)
-    packed, plain = PackedRound(context, case), Round(context, case.but(cast="none"))
+    packed, plain, third = PackedRound(context, case), Round(context, case.but(cast="none")), PackedRound(context, case)
+    late = context.ep.recv_hook and context.index % 2 == 1
+    hooked: dict[str, Any] = {"return_recv_hook": True} if late else {}
+    done = "finish" if late else "look"
 
     def steps(rank: int) -> list[Step]:
         return [
             plain.dispatch(rank, "plain"),
-            packed.dispatch(rank, "packed"),
-            plain.combine(rank, "combine plain", of="plain"),
-            packed.combine(rank, "combine packed", of="packed"),
+            packed.dispatch(rank, "packed", **hooked),
+            plain.combine(rank, "combine plain", of="plain", **hooked),
+            plain.dispatch(rank, "between"),
+            Step(done, "received", {"of": "packed"}),
+            Step(done, "summed plain", {"of": "combine plain"}),
+            packed.combine(rank, "combine packed", of="packed", **hooked),
+            third.dispatch(rank, "third"),
+            Step(done, "summed packed", {"of": "combine packed"}),
+            third.combine(rank, "combine third", of="third"),
         ]
 
     played = play(context, case, scripts(case, steps, ("normal", "low_latency")))
     plain.judge_dispatch(played, "plain")
-    packed.judge_dispatch(played, "packed")
-    plain.judge_combine(played, "combine plain")
-    packed.judge_combine(played, "combine packed")
+    plain.judge_dispatch(played, "between")
+    packed.judge_dispatch(played, "packed", step="received")
+    third.judge_dispatch(played, "third")
+    plain.judge_combine(played, "combine plain", step="summed plain")
+    packed.judge_combine(played, "combine packed", step="summed packed")
+    third.judge_combine(played, "combine third")
 
 
 @holds("EPL-18")
