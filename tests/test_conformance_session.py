@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import json
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -372,14 +373,15 @@ def test_the_bar_tells_how_far_a_run_is_and_its_clock_goes_on(monkeypatch: pytes
     assert seen[-1] == (f"{last}, {count} of {count}", 1)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_shows_what_it_saw_and_certifies_nothing(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     ran = Session.run_one
 
     def interrupted(self: Session, obligation: Obligation, progress: object = None) -> Result:
         if obligation.id == "CAP-04":
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
         return ran(self, obligation)
 
     monkeypatch.setattr(Session, "run_one", interrupted)

@@ -39,7 +39,8 @@ met, of how many, and how large each size was.
 **Expert-parallel calls** have no limits: what `hal.reference.ep` says is meant bit for bit. Rows are moved, not
 computed, and sums are float32 additions in a stated order, rounded once. As far as they are declared, sizes go up to 8
 ranks, 1024 experts, a top-k of 16, 1300 tokens of a rank, and rows of 16384 bytes; with `--ranks` groups are larger.
-Every pair of notable values meets in one call of either mode, on one node and over several.
+Every pair of notable values up to 4 ranks, 100 tokens and 5,120 columns meets in one call of either mode, on one node,
+and over several of up to 6 ranks; beyond that one size is large at a time.
 """
 
 

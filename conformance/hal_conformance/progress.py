@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -30,12 +32,16 @@ def play(session: Session, console: Console) -> bool:
                 where = f"{name}, {chosen.index(name) + 1} of {len(chosen)}"
                 progress.update(task, description=where, completed=done, total=planned)
 
+        # What batch systems send means what a keyboard does.
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             for obligation in OBLIGATIONS:
                 _say(progress.console, session.run_one(obligation, step))
         except KeyboardInterrupt:
             session.leave_the_rest()
             progress.console.print("  interrupted: what was not run is left out of the report, which shows the rest")
+        finally:
+            signal.signal(signal.SIGTERM, before)
     return not session.interrupted
 
 
