@@ -68,6 +68,16 @@ class Routes:
     source: list[list[Source]]
     local: list[list[int]]
     expand: bool = False
+    places: dict[int, dict[tuple[Source, int], int]] = field(default_factory=dict)
+
+    def rows(self, home: int) -> dict[tuple[Source, int], int]:
+        """The first row of every token and local expert at a rank."""
+        if home not in self.places:
+            every = zip(self.source[home], self.local[home], strict=True)
+            self.places[home] = {}
+            for row, at in enumerate(every):
+                self.places[home].setdefault(at, row)
+        return self.places[home]
 
 
 class Sources:
@@ -383,10 +393,9 @@ class Engine(EpEngine):
             wanted = [(home, 0) for home in self.homes(idx[token])]
         found = []
         for home, local in wanted:
-            pairs = list(zip(routes.source[home], routes.local[home], strict=True))
-            place = ((self.rank, token), local if handle.expand else 0)
-            if place in pairs and messages[home] is not None:
-                found.append((home, pairs.index(place), messages[home]["x"][pairs.index(place)]))
+            row = routes.rows(home).get(((self.rank, token), local if handle.expand else 0))
+            if row is not None and messages[home] is not None:
+                found.append((home, row, messages[home]["x"][row]))
         return found
 
     def ordered(self, terms: list[tuple[int, int, Tensor]]) -> list[tuple[int, int, Tensor]]:
