@@ -23,10 +23,10 @@ from hal_conformance.ep_round import PackedRound, Round, scripts
 
 Plan = Callable[[EpCapabilities, bool], Cover[EpCase]]
 
-_QUICK: Final = 10
+_QUICK: Final = 8
 """Cases of a quick run: the first of a plan bring most pairs together."""
 
-_QUICK_NODES: Final = 4
+_QUICK_NODES: Final = 3
 
 _LONG: Final = 1024
 """Columns up to which any are drawn."""
