@@ -8,6 +8,7 @@ from typing import Final
 
 import torch
 
+from hal.reference.ep import local_experts
 from hal.spec.capability import EpCapabilities
 from hal_conformance.cover import Cover, Factor
 from hal_conformance.draw import members, within
@@ -18,12 +19,12 @@ Range = tuple[int, int]
 RANKS: Final = (1, 2, 3, 4)
 RANKS_OF_NODES: Final = (2, 3, 4, 6)
 EXPERTS: Final[dict[str, Callable[[int, int], bool]]] = {
-    "1": lambda experts, ranks: _local(experts, ranks) == 1,
-    "2…8": lambda experts, ranks: 2 <= _local(experts, ranks) <= 8 and experts % ranks == 0,
-    "2…8 uneven": lambda experts, ranks: 2 <= _local(experts, ranks) <= 8 and experts % ranks != 0,
-    "9…32": lambda experts, ranks: 9 <= _local(experts, ranks) <= 32,
-    "33…64": lambda experts, ranks: 33 <= _local(experts, ranks) <= 64,
-    "65…": lambda experts, ranks: _local(experts, ranks) >= 65,
+    "1": lambda experts, ranks: local_experts(experts, ranks) == 1,
+    "2…8": lambda experts, ranks: 2 <= local_experts(experts, ranks) <= 8 and experts % ranks == 0,
+    "2…8 uneven": lambda experts, ranks: 2 <= local_experts(experts, ranks) <= 8 and experts % ranks != 0,
+    "9…32": lambda experts, ranks: 9 <= local_experts(experts, ranks) <= 32,
+    "33…64": lambda experts, ranks: 33 <= local_experts(experts, ranks) <= 64,
+    "65…": lambda experts, ranks: local_experts(experts, ranks) >= 65,
 }
 """Of a rank: by all experts and the ranks they are shared by."""
 
@@ -46,13 +47,12 @@ ROUTINGS: Final = ("mixed", "distinct", "zipf", "one", "one_rank", "avoid", "sam
 FINISH: Final = ("call", "event", "hook")
 
 _MOST_EXPERTS: Final = 1024
+_MOST_SHARED: Final = 64
+"""Ranks of a group over nodes, where none of the usual sizes is declared."""
+
 _ELEMENTS: Final = 400_000
 _PACKED_ELEMENTS: Final = 1_500_000
 """Low-latency results have room for what every rank might send to every expert."""
-
-
-def _local(experts: int, ranks: int) -> int:
-    return -(-experts // ranks)
 
 
 def _class(ranges: dict[str, Range], value: int) -> str:
@@ -66,10 +66,14 @@ def _flag(declared_too: bool) -> tuple[str, ...]:
 @cache
 def ranks_of(declared: EpCapabilities, nodes: bool) -> list[int]:
     """Sizes of groups; over several nodes those that are shared evenly by a declared number of them."""
-    if not nodes:
-        return members(declared.ranks, RANKS)
-    shared = [n for n in range(2, 65) if n in declared.ranks and node_sizes(declared, n)]
-    return [n for n in RANKS_OF_NODES if n in shared] or shared[:1]
+    return shared_among(declared, RANKS_OF_NODES) if nodes else members(declared.ranks, RANKS)
+
+
+@cache
+def shared_among(declared: EpCapabilities, preferred: tuple[int, ...]) -> list[int]:
+    """Declared sizes of groups that several nodes may share: the preferred ones, or the smallest."""
+    shared = [n for n in range(2, _MOST_SHARED + 1) if n in declared.ranks and node_sizes(declared, n)]
+    return [n for n in preferred if n in shared] or shared[:1]
 
 
 @cache
@@ -109,6 +113,16 @@ def columns_for(declared: EpCapabilities, kind: str, size: int, scaled: str) -> 
         for n in every
         if n * size % 16 == 0 and n * size in declared.row_bytes and (scaled != "sent" or n in declared.row_bytes)
     ]
+
+
+def legal_columns(declared: EpCapabilities, dtype: str, scaled: str) -> list[int]:
+    """Columns of which rows of a dtype are declared, and what they are to be beside that (`columns_for`)."""
+    return [n for kind in COLUMNS for n in columns_for(declared, kind, itemsize(dtype), scaled)]
+
+
+def scalable(declared: EpCapabilities, scaled: str) -> bool:
+    """Whether there are rows of any dtype that may be ``cast``, or ``sent`` as FP8."""
+    return any(legal_columns(declared, dtype, scaled) for dtype in plain(declared))
 
 
 def plain(declared: EpCapabilities) -> tuple[str, ...]:

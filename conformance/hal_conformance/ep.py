@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -216,8 +216,7 @@ class _Player:
             own_device(self.rank.payload["device"], self.rank.rank)
             return method(**arguments)
 
-        with ThreadPoolExecutor(1) as other:
-            return other.submit(call).result()
+        return _on_another_thread(call)
 
     def _unwritten(self, name: str, done: Done) -> None:
         """See that a call whose hook has not run has written nothing of the caller's."""
@@ -306,8 +305,7 @@ class _Player:
             self._unwritten(step.args["of"], done)
         done.begin = time.monotonic()
         if step.args.get("elsewhere"):
-            with ThreadPoolExecutor(1) as other:
-                other.submit(wait).result()
+            _on_another_thread(wait)
         else:
             wait()
         done.end = time.monotonic()
@@ -372,6 +370,11 @@ class _Player:
         named = {path for path in maps + links if path.startswith(_PLACES) and not path.endswith(" (deleted)")}
         done.result["files"] = sorted(path for path in named if not path.startswith(str(self.rank.folder)))
         done.result["pid"] = os.getpid()
+
+
+def _on_another_thread(call: Callable[[], Any]) -> Any:
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(call).result()
 
 
 def _is_open(fd: str) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from hal.spec.capability import EpCapabilities, Ints
-from hal_conformance.cover_ep import COLUMNS, columns_for, itemsize, node_sizes, plain
+from hal_conformance.cover_ep import legal_columns, node_sizes, plain, scalable, shared_among
 from hal_conformance.draw import members, within
 from hal_conformance.ep_case import EpCase
 
@@ -47,30 +47,27 @@ class EpDraw:
         if self.ranks and len(ranks) > 1:
             found = members(self.declared.ranks, (self.ranks,))
         world = found[self.index % len(found)]
-        dtypes = [d for d in self.declared.dtypes if d != "float8_e4m3fn"]
         case = EpCase(
             ranks=world,
             experts=self.rng.choice(members(self.declared.num_experts, EXPERTS[:4])),
             topk=self.rng.choice(members(self.declared.topk, TOPK[:2])),
             tokens=tuple(self.rng.choice((1, 4, 7, 12, 17)) for _ in range(world)),
-            dtype=dtypes[0],
+            dtype=plain(self.declared)[0],
         )
         return self.sized(case.but(**changes))
 
     def casts(self) -> list[str]:
         """Declared casts, of which there are rows to be cast."""
-        possible = any(legal_columns(self.declared, dtype, "cast") for dtype in plain(self.declared))
+        possible = scalable(self.declared, "cast")
         return [cast for cast in self.declared.casts if cast == "none" or possible]
 
     def sends_fp8(self) -> bool:
         """Whether FP8 rows are declared, of columns that others may have too."""
-        fits = any(legal_columns(self.declared, dtype, "sent") for dtype in plain(self.declared))
-        return "float8_e4m3fn" in self.declared.dtypes and fits
+        return "float8_e4m3fn" in self.declared.dtypes and scalable(self.declared, "sent")
 
     def across(self, ranks: tuple[int, ...] = (4, 2), *, alone: bool = False, **changes: Any) -> EpCase:
         """A case over several nodes, of one rank each if they are to be alone, else of several where declared."""
-        shared = [n for n in range(2, 65) if n in self.declared.ranks and node_sizes(self.declared, n)]
-        usual = [n for n in ranks if n in shared] or shared[:1]
+        usual = shared_among(self.declared, ranks)
         case = self.base((usual[self.index % len(usual)],), **changes)
         sizes = node_sizes(self.declared, case.ranks)
         several = [n for n in sizes if n > 1]
@@ -128,12 +125,12 @@ class EpDraw:
 
     def long(self, case: EpCase) -> EpCase:
         """A few rows, longer than what a group of threads copies at once."""
-        itemsize = case.torch_dtype.itemsize
+        size = case.torch_dtype.itemsize
         every = range(MOST_ROW // 2 + 16, MOST_ROW + 1, 16)
         # So that the bytes of the same columns as FP8 are a multiple of 16 too.
-        rows = [n for n in every if n in self.declared.row_bytes and n % (16 * itemsize) == 0]
+        rows = [n for n in every if n in self.declared.row_bytes and n % (16 * size) == 0]
         few = case.but(tokens=tuple(self.rng.randint(1, 3) for _ in case.tokens))
-        return few.but(hidden=self.rng.choice(rows) // itemsize) if rows else few
+        return few.but(hidden=self.rng.choice(rows) // size) if rows else few
 
     def _short(self, case: EpCase) -> EpCase:
         """Of short rows, since there are many; where they have scales, of as few columns as may be."""
@@ -163,8 +160,3 @@ class EpDraw:
 
     def _smallest(self) -> int:
         return next(n for n in range(16, 1 << 20, 16) if n in self.declared.row_bytes)
-
-
-def legal_columns(declared: EpCapabilities, dtype: str, scaled: str) -> list[int]:
-    """Columns of which rows of a dtype are declared, and what they are to be beside that (`columns_for`)."""
-    return [n for kind in COLUMNS for n in columns_for(declared, kind, itemsize(dtype), scaled)]

@@ -268,6 +268,13 @@ def recv_stats(context: Context, rank: int, got: dict[str, Any], want: Tensor) -
     note(context, rank, "statistics", [text], lambda: "counts are stored, not added, or added more than once")
 
 
+def written(context: Context, rank: int, got: dict[str, Any]) -> None:
+    """Note where the sums of a low-latency combine are not in the ``out`` it was given."""
+    if got["combined_x"].shape == got["out"].shape:
+        text = differ("out", got["out"], got["combined_x"], lambda t: f"token {t}")
+        note(context, rank, "out", [text], lambda: "the result is not written to the given out")
+
+
 def same(context: Context, rank: int, what: str, got: Any, first: Any) -> bool:
     """Two results of the backend that must have the same bits."""
     text = differ(what, got, first, lambda row: f"row {row}")

@@ -7,10 +7,10 @@ from typing import Any, Final
 
 from hal.spec.capability import Capabilities, EpCapabilities
 from hal_conformance.context import Context, Stop
-from hal_conformance.cover_ep import plain, ranks_of
+from hal_conformance.cover_ep import ranks_of, scalable
 from hal_conformance.ep import Ref, Step
 from hal_conformance.ep_case import EpCase
-from hal_conformance.ep_draw import EpDraw, legal_columns
+from hal_conformance.ep_draw import EpDraw
 from hal_conformance.ep_play import play
 from hal_conformance.ep_round import PackedRound, Round, scripts
 
@@ -92,25 +92,19 @@ def _crosses(e: EpCapabilities, mode: str) -> bool:
     return mode in e.modes and {mode, "error"} <= set(e.across_nodes) and bool(ranks_of(e, nodes=True))
 
 
-def _scales(e: EpCapabilities, scaled: str = "sent") -> bool:
-    """Whether there are rows whose columns may be FP8 too."""
-    return any(legal_columns(e, dtype, scaled) for dtype in plain(e))
-
-
 def _casts(e: EpCapabilities, cast: str) -> bool:
     """Whether a low-latency dispatch may cast so."""
-    return "low_latency" in e.modes and cast in e.casts and _scales(e, "cast")
+    return "low_latency" in e.modes and cast in e.casts and scalable(e, "cast")
 
 
 EP_REQUIREMENTS: Final[dict[str, tuple[str, Declared, Calls]]] = {
-    "ep": ("EP, any mode", lambda e: "normal" in e.modes, _normal()),
     "ep_normal": ("EP, normal mode", lambda e: "normal" in e.modes, _normal()),
     "ep_low_latency": ("EP, low-latency mode", lambda e: "low_latency" in e.modes, _packed()),
     "ep_both": ("EP, both modes", lambda e: {"normal", "low_latency"} <= set(e.modes), _both),
     "ep_expand": ("EP, expand layout", lambda e: "normal" in e.modes and "expand" in e.layouts, _normal(expand=True)),
     "ep_fp8": (
         "EP, FP8 rows",
-        lambda e: "normal" in e.modes and "float8_e4m3fn" in e.dtypes and _scales(e),
+        lambda e: "normal" in e.modes and "float8_e4m3fn" in e.dtypes and scalable(e, "sent"),
         _normal(scales="float32", hidden=256),
     ),
     "ep_cached": ("EP, cached handles", lambda e: "normal" in e.modes and e.cached_handle, _cached),

@@ -71,18 +71,11 @@ def wrong_calls(context: Context) -> None:
     def one(change: Callable[[Step], Step], of: Callable[[int], Step] = right) -> Callable[[int], Step]:
         return lambda rank: change(of(rank)) if rank == odd else of(rank)
 
-    def beyond(step: Step) -> Step:
-        return _but(step, topk_idx=torch.full_like(step.args["topk_idx"], case.experts))
-
     other = torch.float32 if case.dtype != "float32" else torch.bfloat16
     wrong: list[Wrong] = [
         ("x of another dtype on one rank", "x", one(lambda s: _but(s, x=s.args["x"].to(other)))),
         ("x of another width on one rank", "x", one(lambda s: _but(s, x=s.args["x"][:, :-1].contiguous()))),
-        (
-            "an expert out of range on one rank",
-            "topk_idx",
-            one(beyond),
-        ),
+        ("an expert out of range on one rank", "topk_idx", one(lambda s: _beyond(s, case))),
         ("an expert below -1 on one rank", "topk_idx", one(lambda s: _but(s, topk_idx=s.args["topk_idx"] * 0 - 2))),
         ("topk_idx of int32 on one rank", "topk_idx", one(lambda s: _but(s, topk_idx=s.args["topk_idx"].int()))),
         ("a row too few in combine on one rank", "x", one(lambda s: _short(s), sums)),
@@ -124,6 +117,11 @@ def wrong_calls(context: Context) -> None:
         return [made.dispatch(rank, "dispatch"), made.dispatch(rank, "first"), made.dispatch(rank, "second")]
 
     _play_wrong(context, made, before, chosen, "normal")
+
+
+def _beyond(step: Step, case: EpCase) -> Step:
+    """Of every choice the first expert that there is not."""
+    return _but(step, topk_idx=torch.full_like(step.args["topk_idx"], case.experts))
 
 
 def _short(step: Step) -> Step:
@@ -245,15 +243,12 @@ def wrong_low_latency_calls(context: Context) -> None:
     def one(change: Callable[[Step], Step], of: Callable[[int], Step] = right) -> Callable[[int], Step]:
         return lambda rank: change(of(rank)) if rank == odd else of(rank)
 
-    def beyond(step: Step) -> Step:
-        return _but(step, topk_idx=torch.full_like(step.args["topk_idx"], case.experts))
-
     other = torch.float32 if case.dtype != "float32" else torch.bfloat16
     rows = made.inputs[odd].x
     many = torch.cat([rows] * (case.most // len(rows) + 1))[: case.most + 1]
     wrong: list[Wrong] = [
         ("x of another dtype on one rank", "x", one(lambda s: _but(s, x=s.args["x"].to(other)))),
-        ("an expert out of range on one rank", "topk_idx", one(beyond)),
+        ("an expert out of range on one rank", "topk_idx", one(lambda s: _beyond(s, case))),
         (
             "more tokens than max_tokens_per_rank on one rank",
             "x",

@@ -7,6 +7,7 @@ import torch
 from hal.reference import ep as oracle
 from hal_conformance.checks import holds
 from hal_conformance.context import Context
+from hal_conformance.cover_ep import plain
 from hal_conformance.draw import members
 from hal_conformance.ep import Step
 from hal_conformance.ep_draw import ROWS, EpDraw
@@ -97,9 +98,8 @@ def expand(context: Context) -> None:
 def fp8_rows(context: Context) -> None:
     """FP8 rows with float32 scales, and with packed ones."""
     data = context.rng.choice(("normal", "bits"))
-    plain = [d for d in context.ep.dtypes if d != "float8_e4m3fn"]
     scales = ("float32", "int32")[context.index % 2]
-    case = draw(context).base((2, 3), scales=scales, data=data, dtype=context.rng.choice(plain))
+    case = draw(context).base((2, 3), scales=scales, data=data, dtype=context.rng.choice(plain(context.ep)))
     if context.index % LARGE == LARGE - 1:
         case = draw(context).sized(draw(context).many(case))
     normal(context, case.but(expand=bool(context.index // 2 % 2) and "expand" in context.ep.layouts))
@@ -108,9 +108,9 @@ def fp8_rows(context: Context) -> None:
 @holds("EPN-09")
 def element_types(context: Context) -> None:
     """Every declared dtype of rows, of ordinary numbers and of any bits."""
-    plain = [d for d in context.ep.dtypes if d != "float8_e4m3fn"]
-    data = ("bits", "normal")[context.index // len(plain) % 2]
-    case = draw(context).base((2, 3), dtype=plain[context.index % len(plain)], data=data)
+    dtypes = plain(context.ep)
+    data = ("bits", "normal")[context.index // len(dtypes) % 2]
+    case = draw(context).base((2, 3), dtype=dtypes[context.index % len(dtypes)], data=data)
     normal(context, draw(context).sized(case.but(bias=1), ROWS))
 
 
