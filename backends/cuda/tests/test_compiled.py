@@ -45,12 +45,16 @@ BUILDS = [build for arch in ARCHS for build in offline.builds(arch) if wanted(bu
 
 
 def spills_allowed(build: offline.Build) -> int:
-    """Instructions of the loop over tokens that may move spilled registers: none but on Hopper.
+    """Instructions of the loop over tokens that may move spilled registers: none but on Hopper, and far apart.
 
     512 columns of 64 rows leave no register free: offsets of ragged queries and chunks then cost some. Steps of which
-    none would be spilled take 27 to 66 % longer, and of 16 rows over pages of 32 23 % (docs/performance.md).
+    none would be spilled take 27 to 66 % longer, and of 16 rows over pages of 32 23 % (docs/performance.md). Rows further apart than
+    32 bits count take an address of two registers for every element, and the plan has chosen the step before anyone
+    knows the strides.
     """
     g = build.geometry
+    if build.far:
+        return 24
     variant = Sizes.of(build.arch, 132, g).variant
     if build.arch != MAIN or (variant.width, variant.rows, variant.block_n) not in CROWDED:
         return 0
