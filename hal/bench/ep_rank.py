@@ -195,13 +195,19 @@ class Rank:
         return True
 
     def overlap(self, shape: Shape, seconds: float) -> dict[str, Any]:
-        """Medians of a call with a hook, of the hook at once, and of the hook after compute as long as that."""
+        """Medians of a call with a hook, of the hook at once, and of the hook after compute as long as that.
+
+        On the host rows are received as their sources write them: who calls last has nothing left to wait for, and the
+        first one only as long as the others are late. So rank 0 calls first, the others a call's time later.
+        """
         with self._buffer(shape) as buffer:
             x, idx, weights = self._inputs(shape)
             slowed: list[float] = []
 
-            def once(compute: float) -> tuple[float, float]:
+            def once(compute: float, late: float = 0.0) -> tuple[float, float]:
                 self.site.meet()
+                if self.rank and late:
+                    self.site.compute(late)
                 start = time.perf_counter()
                 if shape.low_latency:
                     hook = buffer.low_latency_dispatch(x, idx, use_fp8=shape.fp8, return_recv_hook=True).hook
@@ -218,15 +224,17 @@ class Rank:
 
             plain = [once(0.0) for _ in range(5)]
             count = max(10, min(300, int(seconds / max(slowest([sum(one) for one in plain]), 1e-5) / 4)))
-            plain = [once(0.0) for _ in range(count)]
+            late = quantile(worst_of_ranks([one[0] for one in plain]), 0.5) if self.site.device.type == "cpu" else 0.0
+            plain = [once(0.0, late) for _ in range(count)]
             calls = worst_of_ranks([one[0] for one in plain])
             receives = worst_of_ranks([one[1] for one in plain])
             receive = quantile(receives, 0.5)
-            left = quantile(worst_of_ranks([once(receive)[1] for _ in range(count)]), 0.5)
+            left = quantile(worst_of_ranks([once(receive, late)[1] for _ in range(count)]), 0.5)
             compute = quantile(worst_of_ranks(slowed), 0.5)
         found = {
             "name": shape.name,
             "ranks": self.ranks,
+            "late_us": late * 1e6,
             "call_us": quantile(calls, 0.5) * 1e6,
             "receive_us": receive * 1e6,
             "visible_us": left * 1e6,

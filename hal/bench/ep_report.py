@@ -112,9 +112,10 @@ def table(
             lines.append(f"    as published: {one['published_gbps']:.2f} GB/s = {one['published_definition']}{record}")
             lines.append(f"    rows of other ranks alone, to the rate of the copy: {one['remote_of_copy']:.0%}")
     for one in overlaps:
+        late = f", the others {one['late_us']:.1f} µs after rank 0" if one.get("late_us") else ""
         compute = f", which takes {one['compute']:.2f} times as long as alone" if "compute" in one else ""
         lines.append(
-            f"{one['ranks']} ranks overlap of {one['name']}: call {one['call_us']:.1f} µs, receive"
+            f"{one['ranks']} ranks overlap of {one['name']}: call {one['call_us']:.1f} µs{late}, receive"
             f" {one['receive_us']:.1f} µs, of which {one['visible_us']:.1f} µs ({one['visible']:.0%}) are left after as"
             f" much compute{compute}"
         )

@@ -115,8 +115,8 @@ void Engine::wait(Phase phase, const Operation& op, int64_t* waits, Ready ready)
     Phase phase;
     ~Over() { engine.note(op, phase, -1, false); }
   } over{*this, op, phase};
-  const int yields = 2;
-  const auto spin_end = start + (config_.crowded ? kCrowdedSpin : kSpin);
+  const int yields = job_running_ ? 0 : 2;
+  const auto spin_end = start + (config_.crowded || job_running_ ? kCrowdedSpin : kSpin);
   do {
     for (int turn = 0; turn < 16 && !left_.empty(); ++turn) {
       relax();
