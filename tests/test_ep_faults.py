@@ -107,7 +107,7 @@ def test_lost_rows_are_told_with_counts() -> None:
     assert "dispatch (receive)" in failure.phase
 
 
-@pytest.mark.parametrize("fault", [EpFault("drop", "post", 3), EpFault("drop", "grant", 3)])
+@pytest.mark.parametrize("fault", [EpFault("drop", "post", 3), EpFault("drop", "grant", 5)])
 def test_lost_messages_are_told(fault: EpFault) -> None:
     named(run_ranks(3, faulty, 1, fault, 3, check=False), 1, "no answer")
 

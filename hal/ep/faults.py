@@ -23,7 +23,8 @@ class EpFault:
         Sleep for ``seconds``; keep a message (phases post and grant) or the rows (push) from ``target``; kill or stop
         this process; damage a message (post).
     phase : str
-        Member of `PHASES`: where in an operation.
+        Member of `PHASES`: where in an operation. On the CPU a low-latency dispatch of one node has no grant unless
+        ranks may be masked: every rank finds its places itself.
     operation : int
         Number of the operation on this buffer, from 1; -1 for every one.
     target : int

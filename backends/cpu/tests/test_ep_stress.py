@@ -32,13 +32,13 @@ def built(folder: Path, sanitizer: str, sources: list[Path] = SOURCES) -> str:
     return str(program)
 
 
-def run(program: str, ranks: int) -> subprocess.CompletedProcess[str]:
+def run(program: str, ranks: int, mask: bool = False) -> subprocess.CompletedProcess[str]:
     # ThreadSanitizer of older compilers knows only the narrower address space randomisation.
     fixed = [shutil.which("setarch"), platform.machine(), "-R"] if shutil.which("setarch") else []
     seed = str(random.SystemRandom().randrange(2**31))
     # One finding is enough.
     env = os.environ | {"TSAN_OPTIONS": "halt_on_error=1"}
-    command = [*fixed, program, str(ranks), str(ROUNDS), seed]
+    command = [*fixed, program, str(ranks), str(ROUNDS), seed, str(int(mask))]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     done.args = [*done.args, f"seed {seed}"]
     return done
@@ -47,8 +47,8 @@ def run(program: str, ranks: int) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_the_stress_runs_clean(tmp_path: Path, sanitizer: str) -> None:
     program = built(tmp_path, sanitizer)
-    for ranks in (2, 3):
-        done = run(program, ranks)
+    for ranks, mask in ((2, False), (2, True), (3, False)):
+        done = run(program, ranks, mask)
         assert done.returncode == 0, f"{done.args}\n{done.stdout}{done.stderr}"
         assert "Sanitizer" not in done.stderr, done.stderr
 

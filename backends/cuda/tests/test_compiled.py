@@ -48,9 +48,9 @@ def spills_allowed(build: offline.Build) -> int:
     """Instructions of the loop over tokens that may move spilled registers: none but on Hopper, and far apart.
 
     512 columns of 64 rows leave no register free: offsets of ragged queries and chunks then cost some. Steps of which
-    none would be spilled take 27 to 66 % longer, and of 16 rows over pages of 32 23 % (docs/performance.md). Rows further apart than
-    32 bits count take an address of two registers for every element, and the plan has chosen the step before anyone
-    knows the strides.
+    none would be spilled take 27 to 66 % longer, and of 16 rows over pages of 32 23 % (docs/performance.md). Rows
+    further apart than 32 bits count take an address of two registers for every element, and the plan chose the step
+    before anyone knew the strides.
     """
     g = build.geometry
     if build.far:

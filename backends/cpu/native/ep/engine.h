@@ -2,7 +2,8 @@
 //
 // Every call is one numbered operation on every rank. Dispatch: each source posts its counts to each destination;
 // each destination, having all counts, allocates exactly what it will receive and grants every source its places; the
-// sources write rows straight there and raise a flag. Combine: each rank stages its rows and posts where; each source
+// sources write rows straight there and raise a flag. Low-latency dispatch has its memory beforehand: every rank posts all
+// its counts to all, and finds its places itself. Combine: each rank stages its rows and posts where; each source
 // fetches its rows and sums them in a fixed order. Who takes part at a destination is that destination's decision
 // alone, so a rank that dies half way needs no vote.
 #pragma once
@@ -267,6 +268,11 @@ class Engine : public std::enable_shared_from_this<Engine> {
   Grant& grant_from(int peer, uint64_t seq) const;
   Grant& grant_at(int peer, uint64_t seq) const;
   const uint32_t* post_rows(const Post& post) const { return reinterpret_cast<const uint32_t*>(&post + 1); }
+  // Whether destinations of a low-latency dispatch grant places: where ranks may be carried on without, who takes part is
+  // the destination's decision. Otherwise every source knows all counts and finds its places without asking.
+  bool granting() const { return config_.mask || config_.sources > 1; }
+  size_t post_words(Kind kind) const;
+  const uint32_t* packed_counts(int peer, uint64_t seq, int destination) const;
   void ring(int peer);
   std::string number(int peer) const { return std::to_string(config_.first_rank + peer); }
 
@@ -298,6 +304,8 @@ class Engine : public std::enable_shared_from_this<Engine> {
   void receive(Operation& op, int64_t* waits);
   std::shared_ptr<Operation> reserve(const PackedCall& call);
   void packed_body(Operation& op, const PackedCall& call);
+  void count_packed(Operation& op, const PackedCall& call, std::vector<uint32_t>& starts);
+  void find_starts(const Operation& op, std::vector<uint32_t>& starts) const;
   void fetch(Operation& op, int64_t* waits);
   void acknowledge(const Operation& op);
   void settle(Operation& op);

@@ -3,12 +3,20 @@
 
 namespace hal_ep {
 
+// How many counts follow a post that is no refusal.
+size_t Engine::post_words(Kind kind) const {
+  const size_t sources = size_t(config_.sources), experts = size_t(config_.experts);
+  if (kind == Kind::dispatch) return sources * (1 + experts + size_t(config_.all_ranks));
+  if (kind != Kind::low_latency_dispatch) return 0;
+  return granting() ? sources * (1 + experts) : size_t(config_.ranks) * experts;
+}
+
 void Engine::post(Operation& op, const uint64_t* arguments, const Routes* routes, uint64_t offset, uint64_t bytes,
                   uint64_t extra, const Text* refusal, int round, const std::vector<int>* only) {
   note(op, kPost, -1, false);
   if (!faults_.empty()) fault(kPost, op.seq, -1);
-  const size_t sources = size_t(config_.sources), experts = size_t(config_.experts), words = sources * (1 + experts);
-  const size_t all = sources * size_t(config_.all_ranks);
+  const size_t sources = size_t(config_.sources), experts = size_t(config_.experts);
+  const size_t count = routes != nullptr ? post_words(op.kind) : 0;
   for (int peer = 0; peer < config_.ranks; ++peer) {
     if (!alive(peer) || (only != nullptr && std::find(only->begin(), only->end(), peer) == only->end())) continue;
     Post& mail = post_at(peer, op.seq);
@@ -24,15 +32,13 @@ void Engine::post(Operation& op, const uint64_t* arguments, const Routes* routes
     mail.extra = extra;
     if (refusal != nullptr) mail.text = *refusal;
     auto* counts = reinterpret_cast<uint32_t*>(&mail + 1);
-    size_t count = 0;
-    if (routes != nullptr) {
-      count = words;
+    if (routes != nullptr && op.kind == Kind::low_latency_dispatch && !granting()) {
+      std::memcpy(counts, routes->experts_to.data(), 4 * count);
+    } else if (routes != nullptr) {
       std::memcpy(counts, &routes->rows_to[size_t(peer) * sources], 4 * sources);
       std::memcpy(counts + sources, &routes->experts_to[size_t(peer) * sources * experts], 4 * sources * experts);
-      if (op.kind == Kind::dispatch) {
-        count += all;
-        std::memcpy(counts + words, routes->to_all.data(), 4 * all);
-      }
+      const size_t rest = sources * (1 + experts);
+      std::memcpy(counts + rest, routes->to_all.data(), 4 * (count - rest));
     }
     mail.check = checksum(mail, seq, counts, count);
     if (!faults_.empty() && peer != config_.rank) {
@@ -56,14 +62,10 @@ void Engine::give_up(const Operation& op) {
 
 void Engine::check_posts(const Operation& op, int round) {
   int first = -1;
-  const size_t words = size_t(config_.sources) * (1 + size_t(config_.experts));
-  const bool counted = op.kind == Kind::dispatch || op.kind == Kind::low_latency_dispatch;
   for (int peer = 0; peer < config_.ranks; ++peer) {
     if (!alive(peer)) continue;
     const Post& mail = post_from(peer, op.seq);
-    const bool theirs = mail.kind == Kind::dispatch || mail.kind == Kind::low_latency_dispatch;
-    size_t count = mail.status == Status::ok && theirs ? words : 0;
-    if (count != 0 && mail.kind == Kind::dispatch) count += size_t(config_.sources) * size_t(config_.all_ranks);
+    const size_t count = mail.status == Status::ok ? post_words(mail.kind) : 0;
     if (mail.check == checksum(mail, op.seq * 4 + uint64_t(round), post_rows(mail), count)) continue;
     RankFailed failure;
     failure.rank = peer;
@@ -99,17 +101,15 @@ void Engine::check_posts(const Operation& op, int round) {
         give_up(op);
         throw refused;
       }
-    if (counted) {
-      const uint32_t* rows = post_rows(other);
-      for (size_t i = 0; i < words; ++i)
-        if (rows[i] > uint32_t(INT32_MAX)) {
-          RankFailed failure;
-          failure.rank = peer;
-          failure.phase = kind_name(op.kind);
-          failure.reason = "its message announces more rows than there can be";
-          fail(failure);
-        }
-    }
+    const uint32_t* rows = post_rows(other);
+    for (size_t i = 0; i < post_words(op.kind); ++i)
+      if (rows[i] > uint32_t(INT32_MAX)) {
+        RankFailed failure;
+        failure.rank = peer;
+        failure.phase = kind_name(op.kind);
+        failure.reason = "its message announces more rows than there can be";
+        fail(failure);
+      }
   }
 }
 

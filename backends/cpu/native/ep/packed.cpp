@@ -80,7 +80,9 @@ std::shared_ptr<Operation> Engine::packed_dispatch(const PackedCall& call) {
   routes->id = op->seq;
   if (routes->packed_slot >= 0) packed_[routes->packed_slot].id = op->seq;
   if (!fine && routes->packed_slot >= 0) packed_[routes->packed_slot].released = true;
-  post(*op, call.arguments, fine ? routes.get() : nullptr, 0, 0, 0, fine ? nullptr : &bad, 0);
+  const bool told = fine && !granting();
+  post(*op, call.arguments, fine ? routes.get() : nullptr, told ? op->slot->offset : 0,
+       told ? uint64_t(call.slots) : 0, 0, fine ? nullptr : &bad, 0);
   auto posted = [this, raw = op.get()](int peer) {
     return post_from(peer, raw->seq).seq.load(std::memory_order_seq_cst) >= raw->seq * 4;
   };
@@ -153,21 +155,33 @@ std::shared_ptr<Operation> Engine::packed_dispatch(const PackedCall& call) {
   return op;
 }
 
-void Engine::packed_body(Operation& op, const PackedCall& call) {
-  wait(kPost, op, call.waits, [&](int peer) {
-    return post_from(peer, op.seq).seq.load(std::memory_order_seq_cst) >= op.seq * 4;
-  });
-  check_posts(op, 0);
+// What a rank sends to each of a destination's experts, source by source.
+const uint32_t* Engine::packed_counts(int peer, uint64_t seq, int destination) const {
+  const uint32_t* counts = post_rows(post_from(peer, seq));
+  return counts + (granting() ? size_t(config_.sources) : size_t(destination) * size_t(config_.experts));
+}
+
+// As a source: of each destination and expert the row at which this rank's begin, after those of the ranks before it.
+void Engine::find_starts(const Operation& op, std::vector<uint32_t>& starts) const {
+  starts.assign(size_t(config_.ranks) * size_t(config_.experts), 0);
+  for (int before = 0; before < config_.rank; ++before) {
+    const uint32_t* counts = packed_counts(before, op.seq, 0);
+    for (size_t i = 0; i < starts.size(); ++i) starts[i] += counts[i];
+  }
+}
+
+// As a destination: count what will come, and where the rows of each source begin.
+void Engine::count_packed(Operation& op, const PackedCall& call, std::vector<uint32_t>& starts) {
   const int ranks = config_.ranks;
   const size_t sources = size_t(config_.sources), experts = size_t(config_.experts);
   const size_t per_source = sources * experts;
   for (int peer = 0; peer < ranks; ++peer) op.granted[size_t(peer)] = alive(peer);
-  std::vector<uint32_t> starts(size_t(ranks) * per_source, 0);
+  starts.assign(size_t(ranks) * per_source, 0);
   for (size_t e = 0; e < experts; ++e) {
     uint64_t at = 0;
     for (size_t s = 0; s < sources; ++s)
       for (int peer = 0; peer < ranks; ++peer) {
-        uint32_t count = alive(peer) ? post_rows(post_from(peer, op.seq))[sources + s * experts + e] : 0;
+        uint32_t count = alive(peer) ? packed_counts(peer, op.seq, config_.rank)[s * experts + e] : 0;
         call.ranges[(e * sources + s) * size_t(ranks) + size_t(peer)] = int64_t(at << 32 | count);
         starts[size_t(peer) * per_source + s * experts + e] = uint32_t(at);
         at += count;
@@ -184,8 +198,23 @@ void Engine::packed_body(Operation& op, const PackedCall& call) {
     }
     call.count[e] = int32_t(at);
   }
-  give(op, 0, Status::ok, op.slot->offset, uint64_t(call.slots), 0, starts, per_source);
-  check_grants(op, 0, nullptr);
+}
+
+void Engine::packed_body(Operation& op, const PackedCall& call) {
+  wait(kPost, op, call.waits, [&](int peer) {
+    return post_from(peer, op.seq).seq.load(std::memory_order_seq_cst) >= op.seq * 4;
+  });
+  check_posts(op, 0);
+  const int ranks = config_.ranks;
+  const size_t experts = size_t(config_.experts), per_source = size_t(config_.sources) * experts;
+  std::vector<uint32_t> starts;
+  count_packed(op, call, starts);
+  if (granting()) {
+    give(op, 0, Status::ok, op.slot->offset, uint64_t(call.slots), 0, starts, per_source);
+    check_grants(op, 0, nullptr);
+  } else {
+    find_starts(op, starts);
+  }
   note(op, kPush, -1, false);
   if (!faults_.empty()) fault(kPush, op.seq, -1);
   Routes& routes = *op.routes;
@@ -194,29 +223,40 @@ void Engine::packed_body(Operation& op, const PackedCall& call) {
   const int64_t scale_words = call.cast == 0 ? 0 : call.cast == 3 ? (groups + 3) / 4 : groups;
   std::vector<uint8_t> scratch(call.cast != 0 ? size_t(row_bytes) : 0);
   std::vector<uint32_t> scales(size_t(scale_words) + 1, 0);
-  std::vector<bool> skip(static_cast<size_t>(ranks), false);
+  struct Target {
+    uint8_t* base = nullptr;
+    const uint32_t* starts = nullptr;  // [sources][L]
+    bool skip = true;
+    uint32_t written = 0;
+  };
+  std::vector<Target> targets(static_cast<size_t>(ranks));
   uint64_t total = 0;
   for (int peer = 0; peer < ranks; ++peer) {
     if (!alive(peer)) continue;
-    const Grant& mail = grant_from(peer, op.seq);
+    const Grant& grant = grant_from(peer, op.seq);
+    const Post& post = post_from(peer, op.seq);
+    const uint64_t offset = granting() ? grant.offset : post.offset, rows = granting() ? grant.rows : post.bytes;
     const size_t bytes = op.idx_at + up64(experts * size_t(call.slots) * 4);
-    if (mail.rows != uint64_t(call.slots) || mail.offset < map_.end ||
-        !peers_[size_t(peer)].window->contains(mail.offset, bytes)) {
+    Window& window = *peers_[size_t(peer)].window;
+    if (rows != uint64_t(call.slots) || offset < map_.end || !window.contains(offset, bytes)) {
       RankFailed failure;
       failure.rank = peer;
       failure.phase = kind_name(op.kind);
-      failure.reason = "its grant lies outside its window";
+      failure.reason = "the memory it names lies outside its window";
       fail(failure);
     }
-    skip[size_t(peer)] = !faults_.empty() && peer != config_.rank && fault(kPush, op.seq, peer);
+    targets[size_t(peer)] = {
+        window.at(offset),
+        granting() ? reinterpret_cast<const uint32_t*>(&grant + 1) : &starts[size_t(peer) * experts],
+        !faults_.empty() && peer != config_.rank && fault(kPush, op.seq, peer)};
     for (size_t b = 0; b < per_source; ++b) total += routes.experts_to[size_t(peer) * per_source + b];
   }
   const bool streaming = total * uint64_t(row_bytes) >= kStreamFrom;
-  std::vector<uint32_t> written(static_cast<size_t>(ranks), 0);
   auto tell_progress = [&] {
     for (int peer = 0; peer < ranks; ++peer)
       if (alive(peer))
-        flags_at(peer).progress.store((op.seq & 0xFFFFFFFF) << 32 | written[size_t(peer)], std::memory_order_relaxed);
+        flags_at(peer).progress.store((op.seq & 0xFFFFFFFF) << 32 | targets[size_t(peer)].written,
+                                      std::memory_order_relaxed);
   };
   size_t source = 0;
   for (int64_t token = 0; token < call.tokens; ++token) {
@@ -229,22 +269,21 @@ void Engine::packed_body(Operation& op, const PackedCall& call) {
       if (peer < 0 || !alive(peer)) continue;
       const int32_t slot = routes.expert[at + size_t(k)];
       const size_t local = size_t(slot - peer * int32_t(experts));
-      const Grant& mail = grant_from(peer, op.seq);
+      Target& target = targets[size_t(peer)];
       const uint64_t in_expert =
-          uint64_t(reinterpret_cast<const uint32_t*>(&mail + 1)[source * experts + local]) +
-          uint64_t(routes.order[at + size_t(k)]);
-      if (in_expert >= uint64_t(call.slots)) continue;  // only a damaged grant leads here
+          uint64_t(target.starts[source * experts + local]) + uint64_t(routes.order[at + size_t(k)]);
+      if (in_expert >= uint64_t(call.slots)) continue;  // only damaged mail leads here
       const uint64_t to = local * uint64_t(call.slots) + in_expert;
       routes.row[at + size_t(k)] = int32_t(to);
       bool again = false;
       for (int64_t j = 0; j < k; ++j) again = again || routes.expert[at + size_t(j)] == slot;
-      if (again || skip[size_t(peer)]) continue;
+      if (again || target.skip) continue;
       if (call.cast != 0 && !cast_done) {
         cast_fp8(scratch.data(), scales.data(), row, call.type, size_t(call.columns), call.cast >= 2, call.cast == 3);
         row = scratch.data();
         cast_done = true;
       }
-      uint8_t* base = peers_[size_t(peer)].window->at(mail.offset);
+      uint8_t* base = target.base;
       if (streaming)
         copy_streaming(base + to * uint64_t(row_bytes), row, size_t(row_bytes));
       else
@@ -253,7 +292,7 @@ void Engine::packed_body(Operation& op, const PackedCall& call) {
       for (int64_t g = 0; g < scale_words; ++g) out[uint64_t(g * call.slots) + in_expert] = scales[size_t(g)];
       reinterpret_cast<int32_t*>(base + op.idx_at)[to] =
           call.positions != nullptr ? call.positions[token] : int32_t(token);
-      ++written[size_t(peer)];
+      ++target.written;
     }
     if ((token & 63) == 63) tell_progress();
   }

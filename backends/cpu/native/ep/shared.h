@@ -10,7 +10,7 @@
 
 namespace hal_ep {
 
-constexpr char kMagic[8] = {'H', 'A', 'L', '-', 'E', 'P', '0', '2'};
+constexpr char kMagic[8] = {'H', 'A', 'L', '-', 'E', 'P', '0', '3'};
 constexpr uint32_t kRing = 16;       // operations whose mail may be unread at once
 constexpr uint32_t kArguments = 16;  // values of a call that must agree on all ranks
 constexpr uint32_t kRecords = 64;    // entries of the flight recorder
@@ -54,14 +54,15 @@ struct alignas(128) Flags {
 enum PeerState : uint32_t { kOpen = 0, kFailed = 1, kClosed = 2, kMaskedYou = 4 };
 
 // Mail from a source: what it is about to send. Writer: the source. Followed by rows[sources], experts[sources][L],
-// and for whoever asks who sends how much to whom, all[sources][all ranks].
+// and for whoever asks who sends how much to whom, all[sources][all ranks]; in the low-latency mode of ranks that find
+// their places themselves, by everywhere[ranks][L] alone: what it sends to each.
 struct alignas(64) Post {
   std::atomic<uint64_t> seq;
   Kind kind;
   Status status;
   uint64_t check;  // over everything below but the text
   uint64_t arguments[kArguments];
-  uint64_t offset, bytes;  // combine: where the rows to fetch are staged in the source's window
+  uint64_t offset, bytes;  // combine: where the rows to fetch are staged; everywhere: the slot it receives into
   uint64_t extra;          // combine: where their weights are
   Text text;               // of a refused call
 };
@@ -99,7 +100,8 @@ struct Map {
   Map(uint32_t ranks_, uint32_t sources_, uint32_t experts_, uint32_t all_ranks_)
       : ranks(ranks_), sources(sources_), experts(experts_), all_ranks(all_ranks_) {
     auto up = [](size_t n, size_t to) { return (n + to - 1) / to * to; };
-    post_bytes = up(sizeof(Post) + 4 * size_t(sources) * (1 + size_t(experts) + all_ranks), 64);
+    const size_t words = size_t(sources) * (1 + size_t(experts) + all_ranks), everywhere = size_t(ranks) * experts;
+    post_bytes = up(sizeof(Post) + 4 * (sources > 1 || words > everywhere ? words : everywhere), 64);
     grant_bytes = up(sizeof(Grant) + 4 * (size_t(sources) * experts + sources), 64);
     flags = up(sizeof(Header), kPage);
     posts = up(flags + sizeof(Flags) * ranks, kPage);

@@ -1,5 +1,5 @@
 // Ranks as threads of one process, so that the sanitizers see every access to every window.
-// Usage: stress RANKS ROUNDS SEED. Exit 0 if every row and every sum is right.
+// Usage: stress RANKS ROUNDS SEED MASK. Exit 0 if every row and every sum is right.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -107,13 +107,14 @@ void work(Engine& engine, int rank, int ranks, int rounds, unsigned seed) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count != 4) return 2;
+  if (count != 5) return 2;
   const int ranks = std::atoi(arguments[1]), rounds = std::atoi(arguments[2]);
   const unsigned seed = unsigned(std::strtoul(arguments[3], nullptr, 10));
+  const bool mask = std::atoi(arguments[4]) != 0;  // whether places of the low-latency mode are granted
   const uint8_t token[32] = {7};
   std::vector<std::shared_ptr<Engine>> engines;
   for (int rank = 0; rank < ranks; ++rank) {
-    Config config{rank, ranks, 1, kLocal, 0, 0, 60.0, false, 1 << 20, Policy::error, rank % 2 == 0, ranks};
+    Config config{rank, ranks, 1, kLocal, 0, 0, 60.0, mask, 1 << 20, Policy::error, rank % 2 == 0, ranks};
     engines.push_back(std::make_shared<Engine>(config, token));
   }
   for (int rank = 0; rank < ranks; ++rank)
