@@ -38,7 +38,7 @@ class NormalCalls(WindowEngine):
 
     def dispatch(self, args: EpDispatchArgs) -> EpDispatched:
         """Exchange counts, write rows into the receivers' windows, and leave the wait for the others' rows."""
-        return self._dispatch(args, (0, len(args.topk_idx)), 0, 0)
+        return self._dispatch(args, (0, args.topk_idx.shape[0]), 0, 0)
 
     def relay(self, args: EpDispatchArgs, tokens: Relayed) -> EpDispatched:
         """As `dispatch`, for tokens of several ranks."""

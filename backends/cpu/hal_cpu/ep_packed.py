@@ -44,10 +44,10 @@ class PackedCalls(WindowEngine):
     def low_latency_dispatch(self, args: EpLowLatencyDispatchArgs) -> EpLowLatencyDispatched:
         """Write rows, cast where asked, into the packed slots of the receivers' windows."""
         made = self._packed_outputs()
-        waits = args.dispatch_wait_recv_cost_stats
-        op = self._send_packed(args, made, (0, len(args.x)), 0, waits, None)
-        finish = self._finish(op, PACKED_FIELDS, (made, args))
-        return self._packed_result(args, op, *made, finish)
+        waits, now = args.dispatch_wait_recv_cost_stats, not (args.async_finish or args.return_recv_hook)
+        op = self._send_packed(args, made, (0, args.x.shape[0]), 0, waits, None, now)
+        finish = nothing if now else self._finish(op, PACKED_FIELDS, (made, args))
+        return self._packed_result(args, op, *made, PackedState(op.routes, None, made[1]), finish)
 
     def reserve_packed(self, args: EpLowLatencyDispatchArgs) -> EpLowLatencyDispatched:
         """Take one of the two slots."""
@@ -57,7 +57,7 @@ class PackedCalls(WindowEngine):
             raise SpecError("low_latency_dispatch", got, "at most two: combine one, or let go of it, first")
         ranges = torch.zeros(self._args.local_experts, self._args.num_ranks, dtype=torch.int64)
         count = torch.zeros(self._args.local_experts, dtype=torch.int32)
-        return self._packed_result(args, op, count, ranges, nothing)
+        return self._packed_result(args, op, count, ranges, PackedState(op.routes, op, ranges), nothing)
 
     def relay_packed(self, args: EpLowLatencyDispatchArgs, reserved: EpLowLatencyDispatched, tokens: Relayed) -> Finish:
         """Send several ranks' tokens into a reserved slot."""
@@ -70,6 +70,7 @@ class PackedCalls(WindowEngine):
             positions.data_ptr(),
             waits,
             _state(reserved.handle).op,
+            False,
         )
         _state(reserved.handle).ranges = made[1]
         finish = self._finish(op, PACKED_FIELDS, (made, args, positions))
@@ -101,6 +102,7 @@ class PackedCalls(WindowEngine):
         positions: int,
         waits: Tensor | None,
         reserved: Any,
+        now: bool,
     ) -> Any:
         x, idx, stats = args.x, args.topk_idx, args.cumulative_local_expert_recv_stats
         cast = _CAST_OF[args.cast]
@@ -108,7 +110,7 @@ class PackedCalls(WindowEngine):
             launches[self._names[2]] += 1
             return self._engine.packed_dispatch(
                 x.data_ptr(),
-                len(x),
+                x.shape[0],
                 x.stride(0) * x.itemsize,
                 self._args.hidden,
                 TYPES[x.dtype],
@@ -120,6 +122,7 @@ class PackedCalls(WindowEngine):
                 0 if stats is None else stats.data_ptr(),
                 0 if waits is None else waits.data_ptr(),
                 args.return_recv_hook or args.async_finish,
+                now,
                 made[0].data_ptr(),
                 made[1].data_ptr(),
                 begin,
@@ -131,7 +134,13 @@ class PackedCalls(WindowEngine):
             raise self._translated(error, PACKED_FIELDS) from None
 
     def _packed_result(
-        self, args: EpLowLatencyDispatchArgs, op: Any, count: Tensor, ranges: Tensor, finish: Finish
+        self,
+        args: EpLowLatencyDispatchArgs,
+        op: Any,
+        count: Tensor,
+        ranges: Tensor,
+        state: PackedState,
+        finish: Finish,
     ) -> EpLowLatencyDispatched:
         """Tensors over an operation's slot."""
         local, slots, hidden, scales = self._args.local_experts, self._slots, self._args.hidden, None
@@ -149,9 +158,9 @@ class PackedCalls(WindowEngine):
             self._args.max_tokens_per_rank,
             hidden,
             self._args.num_experts,
-            len(args.x),
+            args.x.shape[0],
             args.topk_idx.shape[1],
-            PackedState(op.routes, op if finish is nothing else None, ranges),
+            state,
         )
         return EpLowLatencyDispatched(rows, scales, count, handle, finish)
 
@@ -202,7 +211,7 @@ class PackedCalls(WindowEngine):
             )
         except Exception as error:
             raise self._translated(error, PACKED_COMBINE_FIELDS) from None
-        return self._finish(op, PACKED_COMBINE_FIELDS, (args, out, waits, packed))
+        return nothing if now else self._finish(op, PACKED_COMBINE_FIELDS, (args, out, waits, packed))
 
     def low_latency_combine_buffer(self, handle: EpLowLatencyHandle) -> Tensor:
         """Memory of the own window for the handle's next combine."""

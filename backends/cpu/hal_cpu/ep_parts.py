@@ -101,7 +101,7 @@ class Sources:
 
 
 def nothing() -> None:
-    """The finish of what is only reserved."""
+    """The finish of what is only reserved, or already finished."""
 
 
 def record_of(first: int, rank: int, fields: Sequence[Any]) -> dict[str, Any]:

@@ -105,7 +105,12 @@ def check_low_latency_combine(
         the dispatch had.
     """
     level = validation_level()
-    if level:
+    form = None
+    own = type(handle) is EpLowLatencyHandle and handle.owner is owner
+    if level and own and out is None and combine_wait_recv_cost_stats is None:
+        flags = ("low_latency_combine", handle.num_tokens, handle.topk, zero_copy, async_finish, return_recv_hook)
+        form = form_of((x, topk_idx, topk_weights), flags)
+    if level and (form is None or form not in buffer.admitted):
         if not isinstance(handle, EpLowLatencyHandle):
             raise SpecError("handle", type(handle).__name__, "the handle that low_latency_dispatch returned")
         handle.check(owner)
@@ -130,6 +135,7 @@ def check_low_latency_combine(
         name = "combine_wait_recv_cost_stats"
         check_stats(name, combine_wait_recv_cost_stats, INT64, buffer.num_ranks, "[R]", x)
         check_async(None, async_finish, return_recv_hook)
+        admit(buffer, form)
     if level is Level.FULL:
         check_experts(buffer, topk_idx)
     return EpLowLatencyCombineArgs(

@@ -220,8 +220,8 @@ NB_MODULE(_ep, m) {
       .def("packed_dispatch",
            [](Engine& self, uint64_t x, int64_t tokens, int64_t stride, int64_t columns, int type, int cast,
               uint64_t idx, int64_t topk, int64_t num_experts, int64_t slots, uint64_t stats, uint64_t waits,
-              bool deferred, uint64_t count, uint64_t ranges, const std::vector<int64_t>& begin, uint64_t positions,
-              std::shared_ptr<Operation> reserved, const std::vector<uint64_t>& arguments) {
+              bool deferred, bool now, uint64_t count, uint64_t ranges, const std::vector<int64_t>& begin,
+              uint64_t positions, std::shared_ptr<Operation> reserved, const std::vector<uint64_t>& arguments) {
              PackedCall call;
              call.begin = begin;
              call.positions = pointer<const int32_t>(positions);
@@ -236,9 +236,15 @@ NB_MODULE(_ep, m) {
              call.count = pointer<int32_t>(count), call.ranges = pointer<int64_t>(ranges);
              set_arguments(call, arguments);
              nb::gil_scoped_release release;
-             return self.packed_dispatch(call);
+             auto op = self.packed_dispatch(call);
+             if (now) {
+               const auto use = op->use;  // for the tensors that are made of the result next
+               self.finish(op);
+               op->use = use;
+             }
+             return op;
            },
-           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
            nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg())
       .def("packed_combine",
            [](Engine& self, uint64_t x, int64_t columns, int64_t slots, int type, std::shared_ptr<Routes> routes,
@@ -256,7 +262,9 @@ NB_MODULE(_ep, m) {
              call.ranges = pointer<const int64_t>(ranges);
              set_arguments(call, arguments);
              nb::gil_scoped_release release;
-             return self.packed_combine(call);
+             auto op = self.packed_combine(call);
+             if (now) self.finish(op);
+             return op;
            },
            nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
            nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg())
