@@ -71,10 +71,11 @@ def _result(session: Session, o: Obligation, status: str) -> Result:
         return Result(o.id, status, "filtered out")  # type: ignore[arg-type]
     count = planned(Context(session.settings, session.capabilities, o, 0)) if declared else 1
     result = Result(o.id, status, "", count, count, count, seconds=1.0)  # type: ignore[arg-type]
-    launched = {"acme:decode@acme0": 1} if declared and o.id.startswith("MLA") else {}
+    kernel = {"MLA": "decode", "EPN": "dispatch", "EPL": "pack"}.get(o.id[:3]) if declared else None
+    launched = {f"acme:{kernel}@acme0": 1} if kernel else {}
     result.cases = [{"index": i, "calls": 1, "launches": launched, "seconds": 0.01} for i in range(count)]
     result.launches = dict.fromkeys(launched, count)
-    if launched:
+    if kernel == "decode":
         result.errors = {"out": dict(_ERRORS), "lse": _ERRORS | {"max_cosine": 0.0}}
     if status == "REFUSED":
         result.message = NOT_DECLARED

@@ -14,6 +14,7 @@ import pytest
 from hal_conformance import certificate, report
 from hal_conformance import verify as verifying
 from hal_conformance.cli import app
+from hal_conformance.schema import schema_errors
 from hal_conformance.verify import verify
 from hal_conformance.waivers import Waiver
 from made_reports import forge, made
@@ -225,6 +226,14 @@ FORGED: dict[str, tuple[Callable[[Report], Any], str]] = {
         lambda r: _row(r, "MLA-07")["errors"]["lse"].update(rows=11),
         "MLA-07 compared more rows of out or of lse",
     ),
+    "results of nobody": (
+        lambda r: [one.update(launches={}) for one in (_row(r, "EPN-05"), *_row(r, "EPN-05")["cases"])],
+        "EPN-05 launched nothing, so something else computed its results",
+    ),
+    "fewer cases than were planned": (
+        lambda r: _row(r, "MLA-32").update(planned=13),
+        "MLA-32 says WAIVED, but only 12 of 13 cases ran, and 1 failed",
+    ),
     "errors of what has none": (
         lambda r: _row(r, "EPN-01").update(errors=_row(r, "MLA-01")["errors"]),
         "EPN-01 measured errors of lse, out",
@@ -339,10 +348,8 @@ FREE = {
     "run/(seconds|started|ended)": "within what its obligations took",
     r"obligations/[\w-]+/seconds": "within what its run took",
     r"obligations/[\w-]+/cases/\d+/seconds": "within what its obligation took",
-    r"obligations/[\w-]+/launches": "of which there are 0",
-    r"obligations/[\w-]+/cases/\d+/launches": "of which there are 0",
-    r"obligations/[\w-]+/failures/0/(problems|case|diagnosis|output|bonus)": "for people",
-    r"obligations/[\w-]+/errors/\w+/(worst|max_abs|max_cosine|rows|ulp|ratio)": "less of it than it may be",
+    r"obligations/[\w-]+/failures/0/(problems|case|diagnosis|output)": "for people, but for the first problem",
+    r"obligations/[\w-]+/errors": "none of them, or less than there were",
 }
 """Fields that may say something else than they do: nothing follows from them but what is tested above."""
 
@@ -386,9 +393,18 @@ def _is_free(name: str) -> bool:
     return any(re.fullmatch(f"{pattern}(/.*)?", name) for pattern in FREE)
 
 
+@pytest.mark.long(25)
 def test_no_field_says_what_nothing_else_bears_out(honest: Report, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each field of an honest report in turn, changed and certified again, with all that follows from it or without."""
     monkeypatch.setattr(verifying, "suite_hash", lambda: honest["suite"]["hash"])
+    same = {id(row) for row in honest["obligations"]}
+
+    def of_what_changed(one: Report) -> list[str]:
+        rows = one.get("obligations")
+        part = [row for row in rows if id(row) not in same] if isinstance(rows, list) else rows
+        return schema_errors({**one, "obligations": part} if "obligations" in one else one)
+
+    monkeypatch.setattr(verifying, "schema_errors", of_what_changed)
     places = [at for at, row in enumerate(honest["obligations"]) if row["id"] in _ROWS]
     others = [key for key in honest if key not in ("obligations", "certificate")]
     every = [pair for key in others for pair in _fields(honest[key], (key,))]

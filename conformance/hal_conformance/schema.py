@@ -38,17 +38,20 @@ _WAIVER: Final = _object(
     {"obligation": _TEXT, "reason": _TEXT, "expires": {"type": "string", "pattern": "^[0-9]{4}-[0-9]{2}-[0-9]{2}$"}}
 )
 
-_FAILURE: Final = {
-    "type": "object",
-    "required": ["index", "status", "problems", "reproduce"],
-    "properties": {
+_FAILURE: Final = _object(
+    {
         "index": _COUNT,
         "status": {"enum": ["FAIL", "CRASH", "TIMEOUT", "ERROR"]},
         "problems": {"type": "array", "items": _TEXT, "minItems": 1},
         "reproduce": _TEXT,
         "case": {"type": "object"},
+        "diagnosis": {"type": "object"},
+        "output": _TEXT,
     },
-}
+    "case",
+    "diagnosis",
+    "output",
+)
 """What is known of a case that failed; the call, and what was found out about it, are for people."""
 
 _AMOUNT: Final = {"oneOf": [{"type": "number", "minimum": 0}, {"enum": ["inf", "nan"]}]}

@@ -66,7 +66,7 @@ class Sizes:
         """For every axis what is declared, and the smallest and largest that was compared."""
         return [
             {"axis": name, "declared": _declared(declared, name), "least": self.least[name], "largest": size}
-            for name, size in self.largest.items()
+            for name, size in ((name, self.largest[name]) for name in _axes() if name in self.largest)
         ]
 
 
@@ -84,8 +84,8 @@ def _declared(declared: Capabilities | None, name: str) -> str:
 def impossible(rows: list[dict[str, Any]], declared: Capabilities) -> Iterator[str]:
     """What in the rows of a report (`Sizes.against`) no calls within the declaration can have."""
     names = [row["axis"] for row in rows]
-    if len(set(names)) != len(names) or not set(names) <= set(_axes()):
-        yield f"the sizes are not those of {', '.join(_axes())}, each once"
+    if names != [name for name in _axes() if name in names]:
+        yield f"the sizes are not those of {', '.join(_axes())}, each once and in this order"
         return
     largest = {row["axis"]: row["largest"] for row in rows}
     for row in rows:

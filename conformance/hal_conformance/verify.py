@@ -67,10 +67,11 @@ def _suite(report: dict[str, Any]) -> list[str]:
             f"installed here is {SUITE_VERSION} of hash {installed[:12]}: verify with the one that judged"
         ]
     here = {"suite": SUITE_VERSION, "hal": hal.__version__, "specification": hal.SPEC_VERSION}
+    said = {name: report["environment"].get(name) for name in here}
     return [
-        f"the suite of this hash is of {name} {version}, and the report says {report['environment'][name]}"
+        f"the suite of this hash is of {name} {version}, and the report says {said[name]}"
         for name, version in here.items()
-        if report["environment"].get(name) != version
+        if said[name] != version
     ]
 
 
