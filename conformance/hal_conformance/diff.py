@@ -112,15 +112,20 @@ def _unknown(then: dict[str, Any], new: dict[str, Any], unseen: list[set[str]]) 
 
 def _kind(before: dict[str, Any], row: dict[str, Any]) -> str:
     was, now = before["status"], row["status"]
-    broken, fixed = now in _RED and was not in _RED, was in _RED and now in ("PASS", "REFUSED")
     if _fewer(before, row) or _fewer(row, before):
         return "unclear"
-    return "broken" if broken else "fixed" if fixed else "changed"
+    if now in _RED and was not in _RED:
+        return "broken"
+    if was in (*_RED, "WAIVED") and now in ("PASS", "REFUSED"):
+        return "fixed"
+    return "worse" if now == "WAIVED" and was not in _RED else "changed"
 
 
 def _fewer(passed: dict[str, Any], failed: dict[str, Any]) -> bool:
     """Whether an obligation passed in fewer cases than it failed in."""
-    return passed["status"] == "PASS" and failed["status"] in _RED and passed["planned"] < failed["planned"]
+    return (
+        passed["status"] == "PASS" and failed["status"] in (*_RED, "WAIVED") and passed["planned"] < failed["planned"]
+    )
 
 
 def _said(row: dict[str, Any], kind: str) -> str:
