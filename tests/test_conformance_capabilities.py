@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 from hal_conformance.checks.capability import illegal
+from hal_conformance.context import Settings
 from hal_conformance.covers import covers
 from hal_conformance.process import Worker
 from hal_conformance.requirements import REQUIREMENTS
+from hal_conformance.session import Session
 from hal_conformance.table import OBLIGATIONS
 from mutants.ep_sample import Modest, communicates
 from mutants.registry import load
@@ -40,6 +42,7 @@ def _dense(**changes: Any) -> Capabilities:
         (_ep(casts=()), "ep.casts is (), not a tuple of at least one word"),
         (_ep(across_nodes=("normal", "low-latency")), "ep.across_nodes: 'low-latency' is none of normal, low_latency"),
         (_ep(transports=()), "ep.transports is (), not a tuple of at least one word"),
+        (_ep(dtypes=("bf16",)), "ep.dtypes: 'bf16' is none of bfloat16, float16, float32, float8_e4m3fn"),
         (_ep(dtypes=("float8_e4m3fn",)), "ep.dtypes is ('float8_e4m3fn',), and a buffer has one of bfloat16"),
         (_ep(row_bytes=only(24)), "ep.row_bytes (24) holds no multiple of 16, which every row is"),
         (_dense(lse_bases=("2",)), "mla_dense.lse_bases lacks 'e', the specified default"),
@@ -60,6 +63,7 @@ def test_what_may_not_be_declared_is_named_with_what_may(declared: Capabilities,
         _ep(nodes=only(1, 3), ranks=only(3), row_bytes=only(16), num_experts=only(256), topk=only(8)),
         _ep(modes=("low_latency",), layouts=(), across_nodes=(), overflow=("error",)),
         _ep(modes=("normal",), casts=(), across_nodes=("normal", "error")),
+        _ep(ranks=Ints(0, 8), nodes=Ints(0, 2), topk=Ints(0), num_experts=Ints(0)),
         _dense(head_dim=Ints(1, 576), head_dim_v=only(512)),
         _dense(head_dim=only(64, 128), head_dim_v=only(100), h_q=only(6), h_kv=only(5, 6)),
         _dense(kv_formats=("v32",)),
@@ -68,6 +72,15 @@ def test_what_may_not_be_declared_is_named_with_what_may(declared: Capabilities,
 )
 def test_what_declares_little_is_legal(declared: Capabilities) -> None:
     assert list(illegal(declared)) == []
+    assert all(cover.legal_pairs() for cover in covers(declared).values())
+
+
+@pytest.mark.parametrize("wrong", [_ep(dtypes=("bf16",)), _ep(row_bytes=only(24)), _dense(h_q=only(3), h_kv=only(2))])
+def test_of_what_is_not_legal_a_report_can_be_made_all_the_same(wrong: Capabilities) -> None:
+    session = Session(Settings("sample", 1))
+    session.capabilities = wrong
+    assert session.coverage() == {"covered": 0, "pairs": 0}
+    assert {requirement.declared(wrong) for requirement in REQUIREMENTS.values()} == {True, False}
 
 
 def test_of_packed_caches_alone_nothing_is_asked_but_to_refuse_the_rest() -> None:
