@@ -17,6 +17,7 @@ import pytest
 import typer
 from hal_conformance import cli, html, progress, report, verdict
 from hal_conformance.cli import app
+from hal_conformance.consistency import consistency
 from hal_conformance.context import Settings
 from hal_conformance.ep_draw import EpDraw
 from hal_conformance.process import Worker
@@ -168,6 +169,21 @@ def test_waivers_never_pass_and_must_be_needed_and_in_force(run: Run) -> None:
     expired = run("mutant-causal-one-more", "MLA-07", MLA_07=Waiver("MLA-07", "was due", BEFORE))
     assert statuses(expired) == {"MLA-07": "FAIL"}
     assert "expired" in expired.waiver_problems()[0]
+
+
+@pytest.mark.parametrize(
+    ("backend", "waived"), [("sample", ""), ("mutant-causal-one-more", "MLA-07"), ("mutant-crash-on-empty", "MLA-20")]
+)
+@pytest.mark.long(4)
+def test_what_a_run_says_of_itself_holds_together(backend: str, waived: str, kept_worker: Worker) -> None:
+    waivers = {waived: Waiver(waived, "due in 2.1", LATER)} if waived else {}
+    chosen = ["CAP-01", "MLA-07", "MLA-20", "SPA-01"]
+    session = Session(Settings(backend, 11, "quick"), chosen, waivers=waivers, witness=WITNESS, fresh=True)
+    session.worker = kept_worker
+    session.run()
+    made = json.loads(json.dumps(report.make(session)))
+    assert {waiver["obligation"] for waiver in made["waivers"]} == set(waivers)
+    assert consistency(made) == []
 
 
 def test_a_waiver_that_a_filter_leaves_unjudged_is_said_to_be(run: Run) -> None:

@@ -78,8 +78,8 @@ def _declared(report: dict[str, Any], capabilities: Capabilities) -> Iterator[st
 
 
 def _planned(report: dict[str, Any], capabilities: Capabilities) -> Iterator[str]:
-    """Obligations of which a whole run of this seed has more or fewer cases."""
-    if report["run"]["filtered"]:
+    """Obligations of which a run of this mode and seed has more or fewer cases."""
+    if report["run"]["case"] is not None:
         return
     settings = settings_of(report)
     for row in report["obligations"]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from hal_conformance.certificate import obstacles
+
+_SAID: Final = 3
+"""Obstacles to a certificate that are named; the page has all."""
 
 
 def headline(report: Mapping[str, Any], reasons: list[str]) -> str:
@@ -31,5 +34,6 @@ def headline(report: Mapping[str, Any], reasons: list[str]) -> str:
     if report["waivers"]:
         text += f", with {len(report['waivers'])} waived: {', '.join(w['obligation'] for w in report['waivers'])}"
     elif verdict == "PASS" and (found := obstacles(dict(report))):
-        text += f"; not certified: {'; '.join(found)}"
+        more = f"; and {len(found) - _SAID} more" if len(found) > _SAID else ""
+        text += f"; not certified: {'; '.join(found[:_SAID])}{more}"
     return text
