@@ -91,7 +91,7 @@ FORGED: dict[str, tuple[Callable[[Report], Any], str]] = {
         lambda r: r["run"].update(started="2026-01-31T12:00:00+02:00"),
         "the run started at .*, which is no time in UTC",
     ),
-    "less time than its obligations": (lambda r: r["run"].update(started=_time(seconds=9)), "which is less than its"),
+    "less time than its obligations": (lambda r: r["run"].update(started=r["run"]["ended"]), "which is less than its"),
     "another sum of seconds": (lambda r: r["run"].update(seconds=3.0), "the run took 3 s, and its obligations"),
     "cases longer than their obligation": (
         lambda r: _row(r, "MLA-07").update(seconds=0.0) or r["run"].update(seconds=r["run"]["seconds"] - 1),
@@ -421,7 +421,7 @@ def test_no_field_says_what_nothing_else_bears_out(honest: Report, monkeypatch: 
                 if not verify(one)[0]:
                     found.add((_named(honest, path), str(other)[:60]))
     assert not found, sorted(found)
-    assert tried > 1000
+    assert tried > 500
 
 
 def _certified(one: Report) -> Iterator[Report]:
