@@ -91,8 +91,8 @@ def _names(report: dict[str, Any], capabilities: Capabilities | None) -> Iterato
     """Backend, device, distribution and environment."""
     run, backend = report["run"], report["backend"]
     passed = {row["id"] for row in report["obligations"] if row["status"] == "PASS"}
-    if "CAP-01" in passed and backend["state"] != "available":
-        yield f"the backend is {backend['state']}, and CAP-01 and CAP-02 say that it is there"
+    if {"CAP-01", "CAP-02", "CAP-03"} <= passed and backend["state"] != "available":
+        yield f"the backend is {backend['state']}, and CAP-01, CAP-02 and CAP-03 say that it is there"
     if "CAP-02" in passed and (not backend["reason"].strip() or "\n" in backend["reason"]):
         yield "the backend says of its device no line of text, and CAP-02 says that it does"
     if capabilities is not None and run["device"] and _type(run["device"]) not in capabilities.device_types:
