@@ -53,6 +53,10 @@ DECLARED = {
         lse_bases=("e",),
     ),
     "steps": dense(h_q=Ints(16, 128, 16), h_kv=only(1, 2), page_size=Ints(32, 1024, 32), s_q=Ints(1, 4)),
+    "lone pairs": dense(
+        head_dim=only(64, 128), head_dim_v=only(100), h_q=only(6, 12), h_kv=only(5, 6), s_q=only(2), page_size=only(48)
+    ),
+    "wide": dense(head_dim=Ints(1, 576), head_dim_v=only(512), h_q=Ints(1, 12), h_kv=Ints(1, 64)),
     "unusual": dense(h_q=only(6, 10), h_kv=only(2, 5), head_dim=Ints(40, 90, 10), head_dim_v=only(40), s_q=only(3, 5)),
 }
 

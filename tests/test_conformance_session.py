@@ -17,6 +17,7 @@ import pytest
 import typer
 from hal_conformance import cli, html, progress, report, verdict
 from hal_conformance.cli import app
+from hal_conformance.consistency import consistency
 from hal_conformance.context import Settings
 from hal_conformance.ep_draw import EpDraw
 from hal_conformance.process import Worker
@@ -170,15 +171,50 @@ def test_waivers_never_pass_and_must_be_needed_and_in_force(run: Run) -> None:
     assert "expired" in expired.waiver_problems()[0]
 
 
+@pytest.mark.parametrize(
+    ("backend", "waived"), [("sample", ""), ("mutant-causal-one-more", "MLA-07"), ("mutant-crash-on-empty", "MLA-20")]
+)
+@pytest.mark.long(4)
+def test_what_a_run_says_of_itself_holds_together(backend: str, waived: str, kept_worker: Worker) -> None:
+    waivers = {waived: Waiver(waived, "due in 2.1", LATER)} if waived else {}
+    chosen = ["CAP-01", "MLA-07", "MLA-20", "SPA-01"]
+    session = Session(Settings(backend, 11, "quick"), chosen, waivers=waivers, witness=WITNESS, fresh=True)
+    session.worker = kept_worker
+    session.run()
+    made = json.loads(json.dumps(report.make(session)))
+    assert {waiver["obligation"] for waiver in made["waivers"]} == set(waivers)
+    assert consistency(made) == []
+
+
 def test_a_waiver_that_a_filter_leaves_unjudged_is_said_to_be(run: Run) -> None:
     mine = {"MLA_08": Waiver("MLA-08", "due in 2.1", LATER), "MLA_07": Waiver("MLA-07", "was due", BEFORE)}
     session = run("sample", "CAP-01", **mine)
-    note = "whether the waiver of MLA-08 is needed could not be judged: it was left out by the filter"
+    note = "whether the waiver of MLA-08 is needed was not judged: it was not run (filtered out)"
     assert session.notes() == [note]
     made = report.make(session)
     assert made["notes"] == [note]
     assert note in html.render(made)
     assert "expired" in made["problems"][0]
+
+
+def test_a_waiver_is_not_judged_by_one_case_nor_by_a_run_that_was_interrupted(kept_worker: Worker) -> None:
+    waivers = {"MLA-21": Waiver("MLA-21", "due in 2.1", LATER), "SPA-01": Waiver("SPA-01", "due in 3", LATER)}
+    one = Session(Settings("sample", 11, "quick"), ["MLA-21"], 1, waivers, witness=WITNESS)
+    one.worker = kept_worker
+    one.run()
+    assert statuses(one) == {"MLA-21": "PASS"}
+    assert one.waiver_problems() == []
+    assert [text.split(": ", 1) for text in one.notes()] == [
+        ["whether the waiver of MLA-21 is needed was not judged", "only one of its cases was run"],
+        ["whether the waiver of SPA-01 is needed was not judged", "it was not run (filtered out)"],
+    ]
+    ended = Session(Settings("sample", 11, "quick"), waivers=waivers, witness=WITNESS)
+    ended.leave_the_rest()
+    assert "it was not run (interrupted)" in ended.notes()[0]
+    refused = Session(Settings("sample", 11, "quick"), ["SPA-01"], 0, waivers, witness=WITNESS)
+    refused.worker = kept_worker
+    refused.run()
+    assert refused.waiver_problems() == ["the waiver of SPA-01 is not used: it is REFUSED; remove it"]
 
 
 @pytest.mark.parametrize("options", [["--case", "MLA-07@5.24"], ["--case", "MLA-07@5.4", "--quick"]], ids=" ".join)

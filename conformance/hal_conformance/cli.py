@@ -202,10 +202,10 @@ def _run(session: Session, out: Path, older: dict[str, Any] | None) -> int:
     finally:
         session.close()
     report = reports.make(session, roofline)
-    rows = diff.diff(older, report) if older is not None else None
+    rows, name = (None, "") if older is None else (diff.diff(older, report), diff.name_of(older))
     reports.write(report, out / "report.json")
-    html.write(report, out / "report.html", rows)
-    _summary(console, report, rows, out)
+    html.write(report, out / "report.html", rows, name)
+    _summary(console, report, rows, name, out)
     _say_next(console, next_step.next_step(report))
     held = report["verdict"] in ("PASS", "WAIVED", "INCOMPLETE") and not session.interrupted
     return 0 if held else 1
@@ -227,7 +227,9 @@ def _roofline(session: Session) -> dict[str, Any] | None:
     return None if "error" in answer else answer
 
 
-def _summary(console: Console, report: dict[str, Any], rows: list[dict[str, str]] | None, out: Path) -> None:
+def _summary(
+    console: Console, report: dict[str, Any], rows: list[dict[str, str]] | None, older: str, out: Path
+) -> None:
     console.print()
     for level in report["levels"]:
         colour = {"PASS": "green", "FAIL": "bold red", "WAIVED": "yellow"}.get(level["verdict"], "dim")
@@ -237,7 +239,7 @@ def _summary(console: Console, report: dict[str, Any], rows: list[dict[str, str]
     for text in report["notes"]:
         console.print(f"  [yellow]note[/] {text}", highlight=False, soft_wrap=True)
     if rows is not None:
-        console.print("\nAgainst the older report:" if rows else "\nNo difference from the older report.")
+        console.print(f"\nAgainst {older}:" if rows else f"\nNo difference from {older}.", markup=False, soft_wrap=True)
         for row in rows:
             console.print(
                 f"  {row['kind']:<8} {row['what']}: {row['then']} → {row['now']}",
@@ -258,15 +260,15 @@ def _say_next(console: Console, lines: list[str]) -> None:
 @app.command()
 def verify(report: Annotated[Path, typer.Argument(help="A report.json.")]) -> None:
     """Check a report and its certificate again, offline."""
-    from hal_conformance import certificate
     from hal_conformance import report as reports
+    from hal_conformance import verify as verifying
     from hal_conformance.sizes import sentence
 
     try:
         read = reports.read(report)
     except HalError as error:
         wrong_request(str(error))
-    errors, notes = certificate.verify(read)
+    errors, notes = verifying.verify(read)
     for text in notes:
         typer.echo(f"note: {text}")
     for text in errors:

@@ -10,6 +10,8 @@ import torch
 
 from hal.reference.ep import local_experts
 from hal.spec.capability import EpCapabilities
+from hal.spec.ep import PLAIN_DTYPES
+from hal.spec.tensors import dtype_name
 from hal_conformance.cover import Cover, Factor
 from hal_conformance.draw import members, within
 from hal_conformance.ep_case import EpCase
@@ -45,6 +47,8 @@ TOKENS: Final[dict[str, Range]] = {"1": (1, 1), "2…17": (2, 17), "none on a ra
 ALIGNMENT: Final[dict[str, Range]] = {"1": (1, 1), "2…16": (2, 16), "128": (128, 128)}
 ROUTINGS: Final = ("mixed", "distinct", "zipf", "one", "one_rank", "avoid", "same", "half")
 FINISH: Final = ("call", "event", "hook")
+
+_PLAIN: Final = tuple(map(dtype_name, PLAIN_DTYPES))
 
 _MOST_EXPERTS: Final = 1024
 _MOST_SHARED: Final = 64
@@ -127,7 +131,7 @@ def scalable(declared: EpCapabilities, scaled: str) -> bool:
 
 def plain(declared: EpCapabilities) -> tuple[str, ...]:
     """Declared dtypes of unquantised rows."""
-    return tuple(name for name in declared.dtypes if name != "float8_e4m3fn")
+    return tuple(name for name in declared.dtypes if name in _PLAIN)
 
 
 def itemsize(dtype: str) -> int:

@@ -7,7 +7,7 @@ from functools import cache
 from itertools import product
 from typing import Final
 
-from hal.spec.capability import Ints, MlaCapabilities
+from hal.spec.capability import Capabilities, Ints, MlaCapabilities
 from hal_conformance.case import MlaCase
 from hal_conformance.cover import OTHER, Cover, Factor
 from hal_conformance.draw import (
@@ -74,6 +74,12 @@ def start_of(case: MlaCase) -> str:
     """Which of its views begin off their alignment."""
     off = [name for name in ("q", "kv", "out", "table") if getattr(case, f"{name}_start")]
     return "none" if not off else off[0] if len(off) == 1 else "several"
+
+
+def plain_dense(declared: Capabilities) -> MlaCapabilities | None:
+    """What is declared of dense decode of caches that are not packed: of no others are there obligations yet."""
+    dense = declared.mla_dense
+    return dense if dense is not None and "plain" in dense.kv_formats else None
 
 
 @cache

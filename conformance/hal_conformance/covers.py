@@ -12,14 +12,15 @@ from hal_conformance.cover import Cover
 
 def at(declared: EpCapabilities, ranks: int) -> EpCapabilities:
     """What is declared for groups of so many ranks; of any size for 0."""
-    return dataclasses.replace(declared, ranks=only(ranks)) if ranks in declared.ranks else declared
+    return dataclasses.replace(declared, ranks=only(ranks)) if ranks and ranks in declared.ranks else declared
 
 
 def covers(capabilities: Capabilities, ranks: int = 0) -> dict[str, Cover[Any]]:
     """Plans by what they are of."""
     found: dict[str, Cover[Any]] = {}
-    if capabilities.mla_dense is not None:
-        found["decode"] = cover_mla.decode(capabilities.mla_dense)
+    dense = cover_mla.plain_dense(capabilities)
+    if dense is not None:
+        found["decode"] = cover_mla.decode(dense)
     if capabilities.ep is not None:
         declared = at(capabilities.ep, ranks)
         for mode, plan in (("normal", cover_ep.normal), ("low_latency", cover_ep.low_latency)):

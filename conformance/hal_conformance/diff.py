@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from hal_conformance.declared import OPERATIONS, fields
 from hal_conformance.requirements import REQUIREMENTS
 from hal_conformance.table import LEVELS, OBLIGATIONS
 from hal_conformance.used import used
 
 _RED: Final = ("FAIL", "CRASH", "TIMEOUT", "ERROR")
 _UNSEEN: Final = ("SKIPPED", "BLOCKED")
-_KINDS: Final = ("broken", "worse", "fixed", "changed")
+_KINDS: Final = ("broken", "worse", "fixed", "unclear", "not run", "changed")
 """In the order a reader wants them."""
 
 _GOOD: Final = ("PASS", "WAIVED")
@@ -27,38 +28,109 @@ _WORSE: Final = 2.0
 
 
 def diff(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, str]]:
-    """Rows of what differs: ``what``, ``then``, ``now``, ``kind`` (``broken``, ``fixed``, ``worse`` or ``changed``)."""
+    """Rows of what differs: ``what``, ``then``, ``now``, and ``kind``.
+
+    Of what one of the two did not run nothing is known, so nothing has changed: how much that is, is one row, ``not
+    run``. Kinds of what both ran are ``broken``, ``fixed``, ``worse``; ``unclear``, where the run that it passed in
+    tried fewer cases than the one that it failed in, or none; and ``changed``, of everything else.
+    """
     rows: list[dict[str, str]] = []
 
     def add(kind: str, what: str, then: object, now: object) -> None:
         if then != now:
             rows.append({"kind": kind, "what": what, "then": str(then), "now": str(now)})
 
-    add("changed", "verdict", old["verdict"], new["verdict"])
+    if _scope(old) == _scope(new):
+        add("changed", "verdict", old["verdict"], new["verdict"])
+    unseen = [{row["id"] for row in report["obligations"] if row["status"] in _UNSEEN} for report in (old, new)]
+    left_out = _left_out(old) ^ _left_out(new)
+    then = {row["id"]: row for row in old["obligations"]}
     levels = {row["id"]: row["verdict"] for row in old["levels"]}
     for row in new["levels"]:
-        add("changed", f"level {row['id']}", levels.pop(row["id"], "absent"), row["verdict"])
-    then = {row["id"]: row for row in old["obligations"]}
-    unseen = [sum(row["status"] in _UNSEEN for row in report["obligations"]) for report in (old, new)]
-    add("changed", "obligations not run", *unseen)
+        before = levels.get(row["id"], "absent")
+        if not any(one["level"] == row["id"] and one["id"] in left_out for one in new["obligations"]):
+            add("changed", f"level {row['id']}", before, row["verdict"])
+    add("not run", f"obligations{_unknown(then, new, unseen)}", *map(len, unseen))
     for row in new["obligations"]:
         before = then.pop(row["id"], None)
-        was, now = "absent" if before is None else before["status"], row["status"]
-        if (was in _UNSEEN or now in _UNSEEN) and not {was, now} & {*_RED}:
-            # Nothing is known of it then or now; how many there are is said once.
+        if row["id"] in unseen[0] | unseen[1]:
             continue
-        broken, fixed = now in _RED and was not in _RED, was in _RED and now in ("PASS", "REFUSED")
-        add("broken" if broken else "fixed" if fixed else "changed", f"{row['id']} {row['title']}", was, now)
-        if before is not None and was == now:
+        if before is None:
+            if row["status"] in _RED:
+                add("unclear", _name(row), "not in that suite", row["status"])
+        elif before["status"] == row["status"]:
             _worse(before, row, add)
-    for gone in then.values():
-        add("changed", f"{gone['id']} {gone['title']}", gone["status"], "absent")
+        else:
+            kind = _kind(before, row)
+            add(kind, _name(row), *(_said(one, kind) for one in (before, row)))
+    add("changed", "obligations in the suite", len(old["obligations"]), len(new["obligations"]))
     for section in ("suite", "environment"):
         for key in sorted(set(old[section]) | set(new[section])):
             add("changed", f"{section} {key}", *(_short(key, r[section].get(key, "–")) for r in (old, new)))
+    for name, key in (("name", "name"), ("device", "reason"), ("evidence", "evidence")):
+        add("changed", f"backend {name}", *(r["backend"][key] for r in (old, new)))
     for key in ("version", "hash"):
         add("changed", f"backend {key}", *(_short(key, r["backend"]["distribution"][key]) for r in (old, new)))
+    for operation, title in OPERATIONS.items():
+        was, now = (fields(r["backend"]["capabilities"], operation) for r in (old, new))
+        add("changed", f"declared: {title}", *("yes" if one else "no" for one in (was, now)))
+        for field in sorted(was.keys() & now.keys()):
+            add("changed", f"declared for {title}: {field}", was[field], now[field])
     return sorted(rows, key=lambda row: _KINDS.index(row["kind"]))
+
+
+def name_of(report: dict[str, Any]) -> str:
+    """Which report it is, to somebody who has several."""
+    run, made = report["run"], report["backend"]["distribution"]
+    backend = f"{report['backend']['name']} {made['version'] or ''}".strip()
+    return f"the report of {backend}, {run['mode']} run of {run['started']}, seed {run['seed']}"
+
+
+def _scope(report: dict[str, Any]) -> tuple[object, ...]:
+    """What a run was to be of."""
+    run = report["run"]
+    return run["mode"], run["only"], run["case"], run["filtered"]
+
+
+def _left_out(report: dict[str, Any]) -> set[str]:
+    """Obligations that a filter left out, or an interruption."""
+    return {row["id"] for row in report["obligations"] if row["status"] == "SKIPPED"}
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['id']} {row['title']}"
+
+
+def _unknown(then: dict[str, Any], new: dict[str, Any], unseen: list[set[str]]) -> str:
+    """Failures of one run that the other says nothing of: neither broken nor fixed."""
+    old_red = [name for name, row in then.items() if row["status"] in _RED and name in unseen[1]]
+    new_red = [row["id"] for row in new["obligations"] if row["status"] in _RED and row["id"] in unseen[0]]
+    found = [f"failed then, not run now: {', '.join(old_red)}"] if old_red else []
+    found += [f"fail now, not run then: {', '.join(new_red)}"] if new_red else []
+    return f" ({'; '.join(found)})" if found else ""
+
+
+def _kind(before: dict[str, Any], row: dict[str, Any]) -> str:
+    was, now = before["status"], row["status"]
+    if _fewer(before, row) or _fewer(row, before):
+        return "unclear"
+    if now in _RED and was not in _RED:
+        return "broken"
+    if was in (*_RED, "WAIVED") and now in ("PASS", "REFUSED"):
+        return "fixed"
+    return "worse" if now == "WAIVED" and was not in _RED else "changed"
+
+
+def _fewer(passed: dict[str, Any], failed: dict[str, Any]) -> bool:
+    """Whether an obligation passed in fewer cases than it failed in."""
+    return (
+        passed["status"] == "PASS" and failed["status"] in (*_RED, "WAIVED") and passed["planned"] < failed["planned"]
+    )
+
+
+def _said(row: dict[str, Any], kind: str) -> str:
+    """A status, with how many cases it is of where that is what matters."""
+    return f"{row['status']} ({row['planned']} cases)" if kind == "unclear" else str(row["status"])
 
 
 def _short(key: str, value: Any) -> Any:
@@ -67,6 +139,8 @@ def _short(key: str, value: Any) -> Any:
 
 
 def _worse(before: dict[str, Any], row: dict[str, Any], add: Any) -> None:
+    if row["planned"] > before["planned"]:
+        return  # Of more cases the worst is worse.
     for name, error in row["errors"].items():
         was, now = before["errors"].get(name, {}).get("worst"), error["worst"]
         if isinstance(was, (int, float)) and isinstance(now, (int, float)) and now > 0.1 and now > _WORSE * was > 0:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice, product
 from typing import Final, TypeVar
 
 from hal.spec.capability import Ints, MlaCapabilities
@@ -74,6 +75,9 @@ def head_dims(declared: MlaCapabilities) -> list[tuple[int, int]]:
     if not found:
         dims = members(declared.head_dim, (576, 512))
         found = [(d, v) for d in dims for v in members(declared.head_dim_v, (512, d)) if v <= d]
+    if not found:
+        every = product(within(declared.head_dim, MOST_DIM), within(declared.head_dim_v, MOST_DIM))
+        found = list(islice(((d, v) for d, v in every if v <= d), 1))
     return found
 
 
@@ -83,7 +87,8 @@ def head_pairs(declared: MlaCapabilities, kv_heads: tuple[int, ...] = (1,)) -> l
     queries = members(declared.h_q, HEADS)
     pairs = [(q, k) for k in kv for q in queries if q % k == 0]
     if not pairs:
-        pairs = [(n * k, k) for k in kv for n in range(1, SEARCH) if n * k in declared.h_q][:1]
+        kv += within(declared.h_kv, MOST_KV_HEADS)
+        pairs = list(islice(((n * k, k) for k in kv for n in range(1, SEARCH) if n * k in declared.h_q), 1))
     return pairs
 
 
@@ -215,18 +220,17 @@ class Draw:
         """Any declared d and head_dim_v, usual or not."""
         d, d_v = self.rng.choice(head_dims(self.declared))
         if self.rng.random() < 0.5:
-            d = self.free(self.declared.head_dim, MOST_DIM)
-            d_v = self.values_for(d, d_v)
+            d, d_v = self.with_values(self.free(self.declared.head_dim, MOST_DIM))
         return {"d": d, "d_v": d_v}
 
     def smallest_dims(self) -> tuple[int, int]:
         """The smallest usual d and head_dim_v that are declared."""
         return min(head_dims(self.declared))
 
-    def values_for(self, d: int, otherwise: int) -> int:
-        """Any declared head_dim_v of at most d."""
+    def with_values(self, d: int) -> tuple[int, int]:
+        """A declared d and any declared head_dim_v of at most that; a usual pair where there is none."""
         found = [n for n in within(self.declared.head_dim_v, MOST_DIM) if n <= d]
-        return self.rng.choice(found) if found else otherwise
+        return (d, self.rng.choice(found)) if found else head_dims(self.declared)[0]
 
     def data(self) -> str:
         """Ordinary numbers or ones that make single tokens matter."""

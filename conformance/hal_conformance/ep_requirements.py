@@ -61,10 +61,15 @@ def _normal(flags: dict[str, Any] | None = None, buffer: dict[str, Any] | None =
     return calls
 
 
+def _cast(context: Context) -> str:
+    """One that is declared, none if it may be."""
+    casts = () if context.capabilities.ep is None else context.ep.casts
+    return "none" if "none" in casts or not casts else casts[0]
+
+
 def _packed(flags: dict[str, Any] | None = None, **changes: Any) -> Calls:
     def calls(case: EpCase, context: Context) -> Any:
-        cast = "none" if context.capabilities.ep is None or "none" in context.ep.casts else context.ep.casts[0]
-        changed = case.but(**{"cast": cast, **changes})
+        changed = case.but(**{"cast": _cast(context), **changes})
         made = PackedRound(context, changed)
         return changed, "low_latency", {}, lambda rank: [made.dispatch(rank, **(flags or {}))]
 
@@ -77,8 +82,7 @@ def _cached(case: EpCase, context: Context) -> Any:
 
 
 def _zero_copy(case: EpCase, context: Context) -> Any:
-    cast = "none" if context.capabilities.ep is None or "none" in context.ep.casts else context.ep.casts[0]
-    made = PackedRound(context, case.but(cast=cast))
+    made = PackedRound(context, case.but(cast=_cast(context)))
     return made.case, "low_latency", {}, lambda r: [made.dispatch(r), made.combine(r, zero_copy=True)]
 
 

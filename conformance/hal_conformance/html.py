@@ -10,11 +10,11 @@ from markupsafe import Markup
 
 from hal_conformance import plots
 from hal_conformance.certificate import obstacles
+from hal_conformance.declared import OPERATIONS, fields
 from hal_conformance.table import BY_ID
 from hal_conformance.verdict import MEANING
 
 _RED = ("FAIL", "CRASH", "TIMEOUT", "ERROR")
-_OPERATIONS = (("mla_dense", "dense decode"), ("mla_sparse", "sparse decode"), ("ep", "expert parallel"))
 
 
 def _environment() -> jinja2.Environment:
@@ -24,8 +24,8 @@ def _environment() -> jinja2.Environment:
     )
 
 
-def render(report: dict[str, Any], against: list[dict[str, Any]] | None = None) -> str:
-    """The page of one report. ``against`` are the rows of a diff with an older one."""
+def render(report: dict[str, Any], against: list[dict[str, Any]] | None = None, older: str = "") -> str:
+    """The page of one report. ``against`` are the rows of a diff with another, which ``older`` names."""
     rows = report["obligations"]
     totals = {name: _sum(rows, name) for name in ("out", "lse")}
     launches: dict[str, int] = {}
@@ -43,7 +43,7 @@ def render(report: dict[str, Any], against: list[dict[str, Any]] | None = None) 
             sentences={o.id: o.sentence for o in BY_ID.values()},
             meaning=MEANING,
             capabilities=_capabilities(report["backend"]["capabilities"]),
-            operations=[(k, v) for k, v in _OPERATIONS if (report["backend"]["capabilities"] or {}).get(k)],
+            operations=[(k, v) for k, v in OPERATIONS.items() if (report["backend"]["capabilities"] or {}).get(k)],
             errors={
                 name: t | {"ratio": Markup(plots.ratio_bars(t["ratio"])), "ulp": Markup(plots.ulp_bars(t["ulp"]))}
                 for name, t in totals.items()
@@ -55,7 +55,10 @@ def render(report: dict[str, Any], against: list[dict[str, Any]] | None = None) 
             calls=sum(row["calls"] for row in rows),
             witnessed=sum(len(row.get("witnessed", [])) for row in rows),
             obstacles=obstacles(report),
+            waived=[row for row in rows if row["status"] == "WAIVED"],
+            waivers={waiver["obligation"]: waiver for waiver in report["waivers"]},
             against=against,
+            older=older,
         )
     )
 
@@ -77,32 +80,17 @@ def _sum(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
 
 def _capabilities(declared: dict[str, Any] | None) -> list[tuple[str, dict[str, str]]]:
     """Rows of the capability matrix: field, and for each operation what is declared."""
-    if declared is None:
-        return []
     rows: dict[str, dict[str, str]] = {}
-    for operation in ("mla_dense", "mla_sparse", "ep"):
-        for field, value in (declared[operation] or {}).items():
-            rows.setdefault(field, {})[operation] = _value(value)
+    for operation in OPERATIONS:
+        for field, value in fields(declared, operation).items():
+            rows.setdefault(field, {})[operation] = value
     return sorted(rows.items())
 
 
-def _value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if value is None:
-        return "–"
-    if isinstance(value, dict):
-        if value["only"]:
-            return ", ".join(map(str, value["only"]))
-        step = f", step {value['multiple_of']}" if value["multiple_of"] != 1 else ""
-        return f"{value['low']} or more{step}" if value["high"] is None else f"{value['low']}…{value['high']}{step}"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def write(report: dict[str, Any], path: Path, against: list[dict[str, Any]] | None = None) -> None:
+def write(report: dict[str, Any], path: Path, against: list[dict[str, Any]] | None = None, older: str = "") -> None:
     """Write the page."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(report, against))
+    path.write_text(render(report, against, older))
 
 
 def write_matrix(table: dict[str, Any], path: Path) -> None:

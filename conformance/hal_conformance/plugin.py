@@ -106,6 +106,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.line(f"{row['id']}  {row['verdict']:<10} {row['title']}")
     for text in session.waiver_problems():
         terminalreporter.line(f"FAIL: {text}", red=True)
+    for text in session.notes():
+        terminalreporter.line(f"note: {text}", yellow=True)
 
 
 def current(config: pytest.Config):  # type: ignore[no-untyped-def]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hal.spec.errors import SpecError
 from hal_conformance import SUITE_VERSION
-from hal_conformance.certificate import issue, obstacles
+from hal_conformance.certificate import issue
 from hal_conformance.facts import environment, suite_hash
+from hal_conformance.headline import headline
 from hal_conformance.schema import SCHEMA_VERSION, schema_errors
 from hal_conformance.session import Result, Session
 from hal_conformance.verdict import levels, overall
@@ -47,9 +47,8 @@ def make(session: Session, roofline: dict[str, Any] | None = None) -> dict[str, 
             "patience": settings.patience,
             "device": settings.device,
             "ranks": settings.ranks,
-            "started": datetime.datetime.fromtimestamp(session.started, datetime.timezone.utc).isoformat(
-                "T", "seconds"
-            ),
+            "started": _moment(session.started),
+            "ended": _moment(session.now),
             "seconds": round(sum(r.seconds for r in results), 1),
             "filtered": session.filtered,
             "only": sorted(session.only),
@@ -87,6 +86,10 @@ def make(session: Session, roofline: dict[str, Any] | None = None) -> dict[str, 
     return report
 
 
+def _moment(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).isoformat("T", "seconds")
+
+
 def _row(result: Result) -> dict[str, Any]:
     obligation = result.obligation
     return {
@@ -106,33 +109,6 @@ def _row(result: Result) -> dict[str, Any]:
         "witnessed": result.witnessed,
         "notes": result.notes,
     }
-
-
-def headline(report: Mapping[str, Any], reasons: list[str]) -> str:
-    """One sentence a person repeats to another."""
-    name, verdict = report["backend"]["name"], report["verdict"]
-    held = [row["id"] for row in report["levels"] if row["verdict"] in ("PASS", "WAIVED")]
-    if verdict == "FAIL":
-        broken = [o["id"] for o in report["obligations"] if o["status"] in ("FAIL", "CRASH", "TIMEOUT", "ERROR")]
-        what = f"breaks {len(broken)} obligation{'s' * (len(broken) != 1)}" if broken else "; ".join(reasons)
-        named = f" ({', '.join(broken[:5])}{' …' if len(broken) > 5 else ''})" if broken else ""
-        text = f"{name} does not conform: it {what}{named}" if broken else f"{name} does not conform: {what}"
-    elif verdict == "INCOMPLETE":
-        met = report["coverage"]
-        of_pairs = f" (quick: {met['covered']} of {met['pairs']} pairs)" if report["run"]["mode"] == "quick" else ""
-        waived = any(o["status"] == "WAIVED" for o in report["obligations"])
-        sound = "nothing beyond what is waived is broken" if waived else "nothing broken"
-        text = f"{name}: {sound} in what was run, which is not everything{of_pairs}; cannot certify"
-    else:
-        text = f"{name} conforms: {', '.join(held)}"
-    untested = [row["id"] for row in report["levels"] if row["verdict"] == "UNCOVERED"]
-    if untested and verdict in ("PASS", "WAIVED"):
-        text += f"; declared, and not tested by this suite: {', '.join(untested)}"
-    if report["waivers"]:
-        text += f", with {len(report['waivers'])} waived: {', '.join(w['obligation'] for w in report['waivers'])}"
-    elif verdict == "PASS" and (found := obstacles(dict(report))):
-        text += f"; not certified: {'; '.join(found)}"
-    return text
 
 
 def write(report: dict[str, Any], path: Path) -> None:

@@ -12,6 +12,7 @@ import hal
 from hal.spec.capability import Capabilities, MlaCapabilities
 from hal_conformance.case import MlaCase
 from hal_conformance.context import Context, refused
+from hal_conformance.cover_mla import plain_dense
 from hal_conformance.ep_requirements import EP_REQUIREMENTS, ep, refusal
 from hal_conformance.inputs import build
 
@@ -101,7 +102,11 @@ def _extra(context: Context) -> str:
 
 
 def _dense(test: Callable[[MlaCapabilities], bool]) -> Callable[[Capabilities], bool]:
-    return lambda capabilities: capabilities.mla_dense is not None and test(capabilities.mla_dense)
+    def declared(capabilities: Capabilities) -> bool:
+        dense = plain_dense(capabilities)
+        return dense is not None and test(dense)
+
+    return declared
 
 
 def _any_mla(test: Callable[[MlaCapabilities], bool]) -> Callable[[Capabilities], bool]:
@@ -110,7 +115,7 @@ def _any_mla(test: Callable[[MlaCapabilities], bool]) -> Callable[[Capabilities]
 
 REQUIREMENTS: Final[dict[str, Requirement]] = {
     "nothing": Requirement("every backend", lambda c: True),
-    "dense": Requirement("dense decode", lambda c: c.mla_dense is not None, dense_call()),
+    "dense": Requirement("dense decode", _dense(lambda m: True), dense_call()),
     "causal": Requirement("causal dense decode", _dense(lambda m: m.causal), dense_call(causal=True)),
     "several_queries": Requirement(
         "s_q above 1", _dense(lambda m: any(n in m.s_q for n in range(2, 64))), dense_call(s_q=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, Final
 
 import jsonschema  # type: ignore[import-untyped]
@@ -37,6 +38,50 @@ _WAIVER: Final = _object(
     {"obligation": _TEXT, "reason": _TEXT, "expires": {"type": "string", "pattern": "^[0-9]{4}-[0-9]{2}-[0-9]{2}$"}}
 )
 
+_FAILURE: Final = _object(
+    {
+        "index": _COUNT,
+        "status": {"enum": ["FAIL", "CRASH", "TIMEOUT", "ERROR"]},
+        "problems": {"type": "array", "items": _TEXT, "minItems": 1},
+        "reproduce": _TEXT,
+        "case": {"type": "object"},
+        "diagnosis": {"type": "object"},
+        "output": _TEXT,
+    },
+    "case",
+    "diagnosis",
+    "output",
+)
+"""What is known of a case that failed; the call, and what was found out about it, are for people."""
+
+_AMOUNT: Final = {"oneOf": [{"type": "number", "minimum": 0}, {"enum": ["inf", "nan"]}]}
+
+_ERROR: Final = _object(
+    {
+        "rows": _COUNT,
+        "worst": _AMOUNT,
+        "max_abs": _AMOUNT,
+        "max_cosine": _AMOUNT,
+        "ulp": {"type": "array", "items": _COUNT},
+        "ratio": {"type": "array", "items": _COUNT},
+    }
+)
+
+_POSITIVE: Final = {"type": "number", "exclusiveMinimum": 0}
+
+_ROOFLINE: Final = _object(
+    {
+        "points": {
+            "type": "array",
+            "items": _object({"name": _TEXT, "seconds": _POSITIVE, "flops": _POSITIVE, "bytes": _POSITIVE}),
+        },
+        "flops": {"type": "number", "minimum": 0},
+        "bytes": {"type": "number", "minimum": 0},
+        "dtype": _TEXT,
+    },
+    "dtype",
+)
+
 SCHEMA: Final[dict[str, Any]] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "title": "Conformance report of a kernel HAL backend",
@@ -55,6 +100,7 @@ SCHEMA: Final[dict[str, Any]] = {
                     "device": _TEXT,
                     "ranks": _COUNT,
                     "started": _TEXT,
+                    "ended": _TEXT,
                     "seconds": {"type": "number", "minimum": 0},
                     "filtered": {"type": "boolean"},
                     "only": {"type": "array", "items": _TEXT},
@@ -64,6 +110,7 @@ SCHEMA: Final[dict[str, Any]] = {
                 "fresh",
                 "host",
                 "ranks",
+                "ended",
             ),
             "backend": _object(
                 {
@@ -92,7 +139,7 @@ SCHEMA: Final[dict[str, Any]] = {
                     "capabilities": {"type": ["object", "null"]},
                 }
             ),
-            "environment": _TEXTS,
+            "environment": {**_TEXTS, "required": ["specification", "suite"]},
             "verdict": {"enum": ["PASS", "WAIVED", "FAIL", "INCOMPLETE"]},
             "headline": _TEXT,
             "problems": {"type": "array", "items": _TEXT},
@@ -128,8 +175,8 @@ SCHEMA: Final[dict[str, Any]] = {
                         "seconds": {"type": "number", "minimum": 0},
                         "witnessed": {"type": "array", "items": _COUNT},
                         "notes": {"type": "array", "items": _TEXT},
-                        "failures": {"type": "array", "items": {"type": "object", "required": ["reproduce", "status"]}},
-                        "errors": {"type": "object"},
+                        "failures": {"type": "array", "items": _FAILURE},
+                        "errors": {"type": "object", "additionalProperties": _ERROR},
                         "launches": {"type": "object", "additionalProperties": _COUNT},
                         "cases": {
                             "type": "array",
@@ -148,7 +195,7 @@ SCHEMA: Final[dict[str, Any]] = {
                 ),
             },
             "waivers": {"type": "array", "items": _WAIVER},
-            "roofline": {"type": ["object", "null"]},
+            "roofline": {"oneOf": [_ROOFLINE, {"type": "null"}]},
             "certificate": {"type": ["object", "null"]},
         },
         "notes",
@@ -158,8 +205,23 @@ SCHEMA: Final[dict[str, Any]] = {
 }
 
 
+_COUNTING: Final = jsonschema.Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
+"""1.0 is no count."""
+
+_VALIDATOR: Final = jsonschema.validators.extend(jsonschema.Draft202012Validator, type_checker=_COUNTING)(SCHEMA)
+
+
 def schema_errors(report: Any) -> list[str]:
     """Where a report breaks the schema; empty if nowhere."""
-    validator = jsonschema.Draft202012Validator(SCHEMA)
-    found = sorted(validator.iter_errors(report), key=lambda error: list(map(str, error.path)))
-    return [f"{'/'.join(map(str, error.path)) or 'the whole'}: {error.message[:200]}" for error in found]
+    found = sorted(_VALIDATOR.iter_errors(report), key=lambda error: list(map(str, error.path)))
+    told = [f"{'/'.join(map(str, error.path)) or 'the whole'}: {error.message[:200]}" for error in found]
+    return told or _unwritable(report)
+
+
+def _unwritable(report: Any) -> list[str]:
+    """Numbers that Python reads and JSON does not have: no minimum is above a NaN."""
+    try:
+        json.dumps(report, allow_nan=False)
+    except ValueError:
+        return ["the whole: a number that is infinite or none"]
+    return []

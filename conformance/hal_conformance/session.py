@@ -11,7 +11,9 @@ from typing import Any, Final, Literal
 
 from hal.spec.capability import Capabilities
 from hal.spec.errors import SpecError
+from hal_conformance import again
 from hal_conformance.apart import ask
+from hal_conformance.checks.capability import illegal
 from hal_conformance.context import Settings
 from hal_conformance.cover import Labels
 from hal_conformance.covers import covers
@@ -28,6 +30,12 @@ has no check for it. ``ERROR``: the suite itself failed. ``SKIPPED``: filtered o
 says why; never a pass."""
 
 RED: Final = ("FAIL", "CRASH", "TIMEOUT", "ERROR")
+
+NOT_DECLARED: Final = "not declared; the call raises UnsupportedError"
+"""What is said of an obligation that is refused."""
+
+SEEDS: Final = 2**31
+"""How many seeds there are to draw from."""
 
 STOP_AFTER: Final = 3
 """Failing cases of an obligation after which the rest of its cases are not run."""
@@ -90,7 +98,7 @@ def _require_case(obligation: Obligation, index: int, count: int, settings: Sett
 
 def fresh_seed() -> int:
     """A seed nobody chose."""
-    return random.SystemRandom().randrange(2**31)
+    return random.SystemRandom().randrange(SEEDS)
 
 
 class Session:
@@ -137,10 +145,16 @@ class Session:
         self.stop_after = STOP_AFTER
         self.results: dict[str, Result] = {}
         self.started = time.time()
+        self._clock = time.monotonic()
         self.facts: dict[str, Any] = {}
         self.capabilities: Capabilities | None = None
         self.tried: dict[str, set[Labels]] = {}
         self.sizes = Sizes()
+
+    @property
+    def now(self) -> float:
+        """The time, on a clock that was not set since the run started."""
+        return self.started + time.monotonic() - self._clock
 
     @property
     def filtered(self) -> bool:
@@ -211,7 +225,7 @@ class Session:
     def coverage(self) -> dict[str, int]:
         """How many of the legal pairs of notable values met in a call that was compared, and of how many."""
         found = {"covered": 0, "pairs": 0}
-        if self.capabilities is None:
+        if self.capabilities is None or any(illegal(self.capabilities)):
             return found
         for name, cover in covers(self.capabilities, self.settings.ranks).items():
             legal = set(cover.legal_pairs())
@@ -227,38 +241,28 @@ class Session:
             result = self.results.get(waiver.obligation)
             if waiver.expired():
                 problems.append(f"the waiver of {waiver.obligation} expired on {waiver.expires}")
-            elif result is not None and result.status in ("PASS", "REFUSED", "UNCOVERED"):
+            elif result and result.status in ("PASS", "REFUSED", "UNCOVERED") and not self._unjudged(result):
                 problems.append(f"the waiver of {waiver.obligation} is not used: it is {result.status}; remove it")
         return problems
+
+    def _unjudged(self, result: Result | None) -> str:
+        """Why a result does not say whether a waiver of it is needed; empty if it does."""
+        if result is None or result.status in ("SKIPPED", "BLOCKED"):
+            return f"it was not run ({result.message if result else 'filtered out'})"
+        return "only one of its cases was run" if self.case is not None and result.status == "PASS" else ""
 
     def notes(self) -> list[str]:
         """What this run could not tell: waivers of what was not tested, and what this machine does not allow."""
         found = []
         for waiver in self.waivers.values():
-            result = self.results.get(waiver.obligation)
-            if waiver.expired() or (result is not None and result.status not in ("SKIPPED", "BLOCKED")):
-                continue
-            why = "left out by the filter" if result is None or result.status == "SKIPPED" else result.message
-            found.append(f"whether the waiver of {waiver.obligation} is needed could not be judged: it was {why}")
+            why = self._unjudged(self.results.get(waiver.obligation))
+            if why and not waiver.expired():
+                found.append(f"whether the waiver of {waiver.obligation} is needed was not judged: {why}")
         return found + [f"{result.id}: {text}" for result in self.results.values() for text in result.notes]
 
     def command(self) -> str:
         """The shell line that makes this run again."""
-        s = self.settings
-        words = [f"hal conform --backend {s.backend} --seed {s.seed}"]
-        if self.case is not None:
-            words = [f"hal conform --backend {s.backend} --case {next(iter(self.only))}@{s.seed}.{self.case}"]
-        else:
-            words += [f"--only {name}" for name in sorted(self.only)]
-        return " ".join([*words, *self._options()])
-
-    def _options(self) -> list[str]:
-        s = self.settings
-        options = [f"--{s.mode}"] if s.mode != "default" else []
-        options += [f"--tighten {s.tighten:g}"] if s.tighten != 1 else []
-        options += [f"--patience {s.patience:g}"] if s.patience != 1 else []
-        options += [f"--ranks {s.ranks}"] if s.ranks else []
-        return options + ([f"--device {s.device}"] if s.device else [])
+        return again.of_run(self.settings, self.only, self.case)
 
     def _result(self, obligation: Obligation, progress: Callable[[str, int, int], None]) -> Result:
         if self.only and obligation.id not in self.only:
@@ -328,7 +332,7 @@ class Session:
             result.message = result.failures[0]["problems"][0]
         elif operation == "refusal":
             result.status = "REFUSED"
-            result.message = "not declared; the call raises UnsupportedError"
+            result.message = NOT_DECLARED
         elif result.calls == 0:
             # An obligation that called nothing has shown nothing.
             result.status, result.message = "ERROR", "nothing was executed"
@@ -380,8 +384,7 @@ class Session:
 
     def reproduce(self, obligation: Obligation, index: int) -> str:
         """The shell line that runs just this case again."""
-        line = f"hal conform --backend {self.settings.backend} --case {obligation.id}@{self.settings.seed}.{index}"
-        return " ".join([line, *self._options()])
+        return again.of_case(self.settings, obligation.id, index)
 
     def request(self, operation: str, obligation: Obligation | None = None, index: int = 0) -> dict[str, Any]:
         """What a process is asked."""

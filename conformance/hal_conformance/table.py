@@ -122,8 +122,9 @@ TABLE: Final = (
         "L0",
         "capabilities are data",
         "Capabilities are exactly the specified dataclasses, hold only values the specification knows, survive JSON, "
-        "declare at least one operation with no empty set in it and the natural logarithm, and are the same at every "
-        "asking.",
+        "and are the same at every asking. They declare at least one operation, no set of it empty and at least one "
+        "call in it, and what is asked for by default: the natural logarithm; of expert parallelism a group on one "
+        "node, the overflow policy error, in the normal mode a row per token and rank, and a dtype that can be summed.",
         "nothing",
         (1, 1, 1),
         gate=True,

@@ -152,21 +152,25 @@ class EpCapabilities:
     modes : tuple of str
         ``"normal"``, ``"low_latency"``.
     layouts : tuple of str
-        Row layouts of the normal mode: ``"rank"`` (a row per token and rank), ``"expand"`` (a row per token and local
-        expert).
+        Row layouts of the normal mode: ``"rank"`` (a row per token and rank), which is what a dispatch gives by default
+        and belongs to every normal mode, and ``"expand"`` (a row per token and local expert). May be empty without a
+        normal mode.
     dtypes : tuple of str
-        What may travel: ``"bfloat16"``, ``"float16"``, ``"float32"``, ``"float8_e4m3fn"`` (a scale per 128 columns).
+        What may travel: ``"bfloat16"``, ``"float16"``, ``"float32"``, of which a buffer has one and combine makes sums,
+        and ``"float8_e4m3fn"`` (a scale per 128 columns).
     casts : tuple of str
         What low-latency dispatch may turn rows into on the way, members of `hal.spec.ep.CASTS`: ``"none"``, ``"fp8"``,
-        ``"fp8_pow2"`` (power-of-two scales), ``"fp8_ue8m0"`` (the same, packed).
+        ``"fp8_pow2"`` (power-of-two scales), ``"fp8_ue8m0"`` (the same, packed). May be empty without a low-latency
+        mode.
     transports : tuple of str
         Inside a node and between nodes, for instance ``"shm"``, ``"ipc"``, ``"torch.distributed"``.
     overflow : tuple of str
-        Policies for more rows than a window holds, members of `hal.spec.ep.OVERFLOW`.
+        Policies for more rows than a window holds, members of `hal.spec.ep.OVERFLOW`; ``"error"``, a buffer's default,
+        is one of them always.
     ranks, nodes, topk, num_experts : Ints
-        Group size, nodes the group may span, experts a token, experts in all.
+        Group size, nodes the group may span (1, the default, always), experts a token, experts in all.
     row_bytes : Ints
-        Legal sizes of one token row, in bytes.
+        Legal sizes of one token row, in bytes; of them only multiples of 16 are ever asked for.
     recv_hook, async_finish, cached_handle, mask_ranks, zero_copy_combine, pre_reduce : bool
         Whether those features work.
     across_nodes : tuple of str

@@ -7,8 +7,9 @@ import time
 from typing import Any
 
 from hal.backend import Probe
-from hal.spec.capability import Capabilities, Ints, only
+from hal.spec.capability import Capabilities, EpCapabilities, Ints, only
 from hal.spec.errors import UnsupportedError
+from mutants.ep_sample import EpSample, communicates
 from mutants.registry import mutant
 from mutants.sample import Sample, dense
 
@@ -141,6 +142,42 @@ class UnderclaimAll(Sample):
 class UnderclaimPages(Sample):
     def declared(self) -> Any:
         return dense(page_size=only(-1))
+
+
+@mutant("L0", "heads only in threes, KV heads only in pairs: each is a value, and no call has both")
+class HeadsThatNeverDivide(Sample):
+    def declared(self) -> Any:
+        return dense(h_q=only(3, 9), h_kv=only(2))
+
+
+@mutant("L0", "declares the expand layout alone: its kernel writes no other, whatever dispatch is by default")
+class ExpandAlone(EpSample):
+    def declared(self) -> EpCapabilities:
+        return communicates(layouts=("expand",))
+
+
+@mutant("L0", "declares groups of two nodes alone: on one node there is nothing to cross")
+class TwoNodesAlone(EpSample):
+    def declared(self) -> EpCapabilities:
+        return communicates(nodes=only(2))
+
+
+@mutant("L0", "a policy for full windows that the specification does not have, and that no test asks for")
+class PolicyOfItsOwn(EpSample):
+    def declared(self) -> EpCapabilities:
+        return communicates(overflow=("error", "drop", "grow", "wait"))
+
+
+@mutant("L0", "says with another word what works across nodes, so that nobody looks whether it does")
+class AcrossNodesMisspelt(EpSample):
+    def declared(self) -> EpCapabilities:
+        return communicates(across_nodes=("normal", "low-latency", "error", "drop", "grow", "mask_ranks"))
+
+
+@mutant("L0", "drops rows by default: the policy error is not declared, with which every buffer is opened")
+class NeverAnError(EpSample):
+    def declared(self) -> EpCapabilities:
+        return communicates(overflow=("drop",))
 
 
 @mutant("L0", "declares less after the first call: it found the fast path missing")

@@ -64,8 +64,8 @@ def value_columns(context: Context) -> None:
     d, d_v = pairs[context.index % len(pairs)]
     context.check(draw.base().but(d=d, d_v=d_v, data=draw.data()))
     tiny = draw.base().but(lengths=draw.lengths(most=60, batch=(1, 2)))
-    every = [(d, draw.values_for(d, d)) for d in draw.hand("head_dim", within(context.dense.head_dim, MOST_DIM))]
-    _each(context, [tiny.but(d=d, d_v=v) for d, v in every if v in context.dense.head_dim_v])
+    every = [draw.with_values(d) for d in draw.hand("head_dim", within(context.dense.head_dim, MOST_DIM))]
+    _each(context, [tiny.but(d=d, d_v=v) for d, v in every])
 
 
 @holds("MLA-05")
@@ -73,7 +73,8 @@ def grouped_heads(context: Context) -> None:
     """Several KV heads, as many as any model has and any other number."""
     draw = context.draw()
     context.check(draw.base().but(**draw.heads((2, 3, 8, 4)), data=draw.data()))
-    every = [n for n in within(context.dense.h_kv, MOST_KV_HEADS) if n > 1]
+    heads = within(context.dense.h_q, MOST_HEADS)
+    every = [n for n in within(context.dense.h_kv, MOST_KV_HEADS) if n > 1 and any(h_q % n == 0 for h_q in heads)]
     tiny = draw.base().but(lengths=draw.lengths(most=60, batch=(1, 2)), data="hot")
     _each(context, [tiny.but(h_kv=n, h_q=draw.heads_for(n, 4 * n)) for n in draw.hand("h_kv", every)])
 

@@ -13,6 +13,7 @@ import hal
 from hal import plugins
 from hal.backend import Backend, Evidence, Probe
 from hal.spec.capability import Capabilities, EpCapabilities, Ints, MlaCapabilities
+from hal.spec.ep import CASTS, FP8, MODES, OVERFLOW, PLAIN_DTYPES, ROW_ALIGNMENT
 from hal.spec.mla import KV_FORMATS, LSE_BASES, QUERY_DTYPES
 from hal.spec.tensors import dtype_name
 from hal_conformance import manners
@@ -28,10 +29,16 @@ as_it_was: dict[str, Any] = {}
 
 _PROBES = 3
 _EP_WORDS = {
-    "modes": ("normal", "low_latency"),
+    "modes": MODES,
     "layouts": ("rank", "expand"),
-    "dtypes": ("bfloat16", "float16", "float32", "float8_e4m3fn"),
+    "dtypes": tuple(map(dtype_name, (*PLAIN_DTYPES, FP8))),
+    "casts": CASTS,
+    "transports": None,
+    "overflow": OVERFLOW,
+    "across_nodes": (*MODES, *OVERFLOW, "mask_ranks"),
 }
+_ROWS = range(ROW_ALIGNMENT, 1 << 20, ROW_ALIGNMENT)
+"""Among which a row is looked for that may be sent."""
 
 
 def _backend(context: Context) -> Backend | None:
@@ -110,7 +117,7 @@ def capabilities_are_data(context: Context) -> None:
     except Exception as error:
         context.problem(f"capabilities() raised {type(error).__name__}: {error}")
         return
-    problems = list(_capability_problems(declared))
+    problems = list(illegal(declared))
     for text in problems:
         context.problem(text)
     if problems:
@@ -128,7 +135,8 @@ def capabilities_are_data(context: Context) -> None:
         context.problem("capabilities() gives another answer than it gave the HAL")
 
 
-def _capability_problems(declared: object) -> Iterable[str]:
+def illegal(declared: object) -> Iterable[str]:
+    """What in a declaration the specification does not allow, each with the field and what is legal."""
     if type(declared) is not Capabilities:
         yield f"capabilities() returned a {type(declared).__name__}, not hal.Capabilities"
         return
@@ -146,21 +154,49 @@ def _capability_problems(declared: object) -> Iterable[str]:
         if type(kind) is not MlaCapabilities:
             yield f"{name} is a {type(kind).__name__}, not MlaCapabilities"
             continue
-        yield from _fields(name, kind)
-        yield from _words(f"{name}.dtypes", kind.dtypes, tuple(map(dtype_name, QUERY_DTYPES)))
-        yield from _words(f"{name}.kv_formats", kind.kv_formats, KV_FORMATS)
-        yield from _words(f"{name}.lse_bases", kind.lse_bases, LSE_BASES)
-        if "e" not in kind.lse_bases:
-            yield f"{name}.lse_bases lacks 'e', the specified default"
-        if (kind.topk is None) != (name == "mla_dense"):
-            yield f"{name}.topk is {kind.topk}; it belongs to mla_sparse and only there"
+        yield from _illegal_mla(name, kind)
     if declared.ep is not None:
         if type(declared.ep) is not EpCapabilities:
             yield f"ep is a {type(declared.ep).__name__}, not EpCapabilities"
             return
-        yield from _fields("ep", declared.ep)
-        for field, words in _EP_WORDS.items():
-            yield from _words(f"ep.{field}", getattr(declared.ep, field), words)
+        yield from _illegal_ep(declared.ep)
+
+
+def _illegal_mla(name: str, kind: MlaCapabilities) -> Iterable[str]:
+    wrong = list(_fields(name, kind))
+    yield from wrong
+    yield from _words(f"{name}.dtypes", kind.dtypes, tuple(map(dtype_name, QUERY_DTYPES)))
+    yield from _words(f"{name}.kv_formats", kind.kv_formats, KV_FORMATS)
+    yield from _words(f"{name}.lse_bases", kind.lse_bases, LSE_BASES)
+    if "e" not in kind.lse_bases:
+        yield f"{name}.lse_bases lacks 'e', the specified default"
+    if (kind.topk is None) != (name == "mla_dense"):
+        yield f"{name}.topk is {kind.topk}; it belongs to mla_sparse and only there"
+    if not wrong and not head_dims(kind):
+        yield f"{name}.head_dim_v ({kind.head_dim_v}) is above head_dim ({kind.head_dim}): no call is declared"
+    if not wrong and not head_pairs(kind):
+        yield f"{name}.h_q ({kind.h_q}) holds no multiple of h_kv ({kind.h_kv}): no call is declared"
+
+
+def _illegal_ep(ep: EpCapabilities) -> Iterable[str]:
+    yield from _fields("ep", ep)
+    normal, packed = "normal" in ep.modes, "low_latency" in ep.modes
+    needless = {"layouts": not normal, "casts": not packed, "across_nodes": True}
+    for field, words in _EP_WORDS.items():
+        value = getattr(ep, field)
+        if value != () or not needless.get(field, False):
+            yield from _words(f"ep.{field}", value, words)
+    if normal and "rank" not in ep.layouts:
+        yield f"ep.layouts is {ep.layouts}, without 'rank': a row per token and rank is what dispatch gives by default"
+    if "error" not in ep.overflow:
+        yield f"ep.overflow is {ep.overflow}, without 'error', the policy that a buffer has by default"
+    plain = list(map(dtype_name, PLAIN_DTYPES))
+    if not set(ep.dtypes) & set(plain):
+        yield f"ep.dtypes is {ep.dtypes}, and a buffer has one of {', '.join(plain)}"
+    if type(ep.nodes) is Ints and 1 not in ep.nodes:
+        yield f"ep.nodes ({ep.nodes}) lacks 1: by default a group is one node"
+    if type(ep.row_bytes) is Ints and not any(n in ep.row_bytes for n in _ROWS):
+        yield f"ep.row_bytes ({ep.row_bytes}) holds no multiple of {ROW_ALIGNMENT}, which every row is"
 
 
 def _words(name: str, value: object, legal: tuple[str, ...] | None) -> Iterable[str]:
