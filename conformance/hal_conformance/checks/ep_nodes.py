@@ -92,7 +92,7 @@ def wrong_calls_across_nodes(context: Context) -> None:
     case = draw(context).across((4,), cast=draw(context).cast())
     case = case.but(tokens=tuple(context.rng.randint(3, 6) for _ in range(case.ranks)))
     both = in_turn(context, case)
-    made = both.packed if context.index % 3 == 1 or both.normal is None else both.normal
+    made = (both.packed if context.index % 3 == 1 else None) or both.normal or both.packed
     assert made is not None
     odd = context.rng.randrange(case.ranks)
     other = torch.bfloat16 if case.dtype == "float32" else torch.float32
