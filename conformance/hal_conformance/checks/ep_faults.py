@@ -34,8 +34,8 @@ def _named(context: Context, played: Played, culprit: int, within: float, names:
     for rank, steps in enumerate(played.steps):
         if rank == culprit:
             continue
-        calls = [steps[name] for name in names if name in steps]
-        failed = [done for done in calls if done.raised is not None]
+        made = [steps[name] for name in names if name in steps]
+        failed = [done for done in made if done.raised is not None]
         if not failed:
             context.problem(f"rank {rank}: no call raised RankFailure although rank {culprit} was gone")
             continue
@@ -65,7 +65,7 @@ def _named(context: Context, played: Played, culprit: int, within: float, names:
                 f"rank {rank}: {first.name} raised only after {first.end - first.begin:.1f} s; timeout is {within:g} s"
             )
             context.record.diagnosis = context.record.diagnosis or {"cause": "the timeout is not kept"}
-        later = calls[calls.index(first) + 1 :]
+        later = made[made.index(first) + 1 :]
         quiet = [done.name for done in later if done.raised is None]
         if quiet:
             context.problem(f"rank {rank}: after the failure {quiet[0]} returned as if nothing had been")
