@@ -62,6 +62,14 @@ def test_what_an_engine_does_not_declare_is_called_and_seen_refused(run: Run) ->
     assert all(r.calls for r in results.values())
 
 
+@pytest.mark.long(30)
+def test_faults_and_masks_are_tried_where_there_are_only_low_latency_calls(run: Run) -> None:
+    results = run("ep-low-latency-only", "CAP-01", *(o.id for o in OBLIGATIONS if o.id.startswith("EPX")))
+    refused = {"EPX-01", "EPX-02", "EPX-04"}
+    assert {r.id: r.message for r in results.values() if r.status not in ("PASS", "REFUSED")} == {}
+    assert {r.id for r in results.values() if r.status == "REFUSED"} == refused
+
+
 def test_without_expert_parallel_calls_every_one_is_refused(run: Run) -> None:
     results = run("sample", "CAP-01", "EPN-01", "EPN-07", "EPL-01", "EPX-01", "EPX-10")
     assert [r.status for r in results.values()] == ["PASS", *["REFUSED"] * 5]

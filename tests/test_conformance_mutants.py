@@ -27,6 +27,7 @@ CHOSEN = (
     "mutant-hook-blocks",
     "mutant-rank-of-the-program",
     "mutant-sums-in-turn",
+    "mutant-lifted-stays-out",
 )
 
 

@@ -141,6 +141,7 @@ def disagreeing(rank: int) -> list[str]:
             lambda: buffer.dispatch(mine.x.float() if rank == 3 else mine.x, mine.topk_idx),
             lambda: buffer.dispatch(mine.x, mine.topk_idx + (9 if rank == 2 else 0)),
             lambda: buffer.dispatch(mine.x, mine.topk_idx, expand=rank == 1),
+            lambda: buffer.low_latency_dispatch(mine.x, mine.topk_idx, use_fp8=rank == 1),
         ):
             with pytest.raises(SpecError) as caught:
                 call()
@@ -152,7 +153,8 @@ def disagreeing(rank: int) -> list[str]:
 def test_disagreement_is_the_same_error_on_all_nodes() -> None:
     said = [outcome.value for outcome in run_ranks(4, disagreeing)]
     assert said[0] == said[1] == said[2] == said[3]
-    assert [text.split(":")[0] for text in said[0]] == ["x", "topk_idx", "expand"]
+    assert [text.split(":")[0] for text in said[0]] == ["x", "topk_idx", "expand", "use_fp8"]
+    assert said[0][3] == "use_fp8: got cast 'fp8' on rank 1; legal: cast 'none', as on rank 0"
 
 
 def dying(rank: int) -> None:

@@ -35,7 +35,7 @@ OUTPUTS: Final = (
 )
 """Arguments that a call writes."""
 
-CALLS: Final = ("dispatch", "combine", "low_latency_dispatch", "low_latency_combine")
+CALLS: Final = ("dispatch", "combine", "low_latency_dispatch", "low_latency_combine", "hooked")
 RECEIVED: Final = ("recv_x", "recv_topk_idx", "recv_topk_weights")
 """Tensors of the result of a normal dispatch; scales come with recv_x."""
 
@@ -76,8 +76,8 @@ class Step:
     Attributes
     ----------
     op : str
-        A method of `hal.EpBuffer`, or one of the player's own: group, open, close, finish, look, tell, drop, fill,
-        spoil, scribble, sleep, die, die_after, stop, files.
+        A method of `hal.EpBuffer`, or one of the player's own: group, barrier, open, close, hooked, finish, look, tell,
+        drop, fill, spoil, scribble, sleep, die, die_after, stop, files.
     name : str
         What its result is called.
     args : mapping of str to object
@@ -288,6 +288,10 @@ class _Player:
         """A group of some of the ranks; all ranks make it."""
         self.live[step.name] = dist.new_group(step.args["ranks"], timeout=timedelta(seconds=60), backend="gloo")
 
+    def _barrier(self, step: Step, done: Done) -> None:
+        """Wait for all ranks, by no means of the backend's."""
+        dist.barrier()
+
     def _open(self, step: Step, done: Done) -> None:
         arguments = {"backend": self.backend, "device": self.device, **step.args}
         if isinstance(arguments.get("group"), Ref):
@@ -296,6 +300,15 @@ class _Player:
 
     def _close(self, step: Step, done: Done) -> None:
         self.live[step.on].close()
+
+    def _hooked(self, step: Step, done: Done) -> None:
+        """Make a call and run its hook: it is one step, whichever of them raises."""
+        begin, call = time.monotonic(), step.args["call"]
+        self._call(call, done)
+        try:
+            self._finish(Step("finish", args={"of": call.name}), done)
+        finally:
+            done.begin, done.end = begin, time.monotonic()
 
     def _finish(self, step: Step, done: Done) -> None:
         """Complete an asynchronous call, by its hook where it has one; on a thread of its own if told so."""

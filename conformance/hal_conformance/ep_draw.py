@@ -56,6 +56,11 @@ class EpDraw:
         )
         return self.sized(case.but(**changes))
 
+    def cast(self) -> str:
+        """Of low-latency calls whose cast does not matter: none at all where that is declared."""
+        casts = self.declared.casts
+        return "none" if "low_latency" not in self.declared.modes or "none" in casts else casts[0]
+
     def casts(self) -> list[str]:
         """Declared casts, of which there are rows to be cast."""
         possible = scalable(self.declared, "cast")

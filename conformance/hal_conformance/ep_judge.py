@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -143,26 +143,26 @@ def laid_out(context: Context, case: EpCase, given: RankInput, rank: int, got: d
     return note(context, rank, "layout", texts, lambda: "")
 
 
-def told(case: EpCase, inputs: Sequence[RankInput], wants: Sequence[RankReceived], rank: int) -> dict[str, Tensor]:
+def _told(case: EpCase, inputs: Sequence[RankInput], want: RankReceived, rank: int) -> dict[str, Tensor]:
     """What the handle of one rank's normal dispatch tells, by `hal_conformance.ep.TOLD`."""
-    source = list(wants[rank].source)
+    source = list(want.source)
     source += [(-1, -1)] * ((case.worst or len(source)) - len(source))
     local, first = case.local, rank * case.local
-    experts = wants[rank].topk_idx.tolist() if case.expand else []
+    experts = want.topk_idx.tolist() if case.expand else []
     choices = []
     for row, (sender, token) in enumerate(source):
         chosen = inputs[sender].topk_idx[token].tolist() if sender >= 0 else []
         mine = [e == first + experts[row] if case.expand else first <= e < first + local for e in chosen]
         choices.append(mine.index(True) if any(mine) else -1)
     counts = torch.zeros(case.ranks, local, dtype=torch.int32)
+    for sender, token in {at for at in source if at[0] >= 0}:
+        for expert in oracle.experts_of(inputs[sender].topk_idx[token]):
+            if expert // local == rank:
+                counts[sender, expert % local] += 1
     sent = torch.zeros(case.ranks, case.ranks, dtype=torch.int32)
     for sender, given in enumerate(inputs):
         for row_of_experts in given.topk_idx:
-            for expert in oracle.experts_of(row_of_experts):
-                if expert // local == rank:
-                    counts[sender, expert % local] += 1
-            for home in oracle.ranks_of(row_of_experts, local):
-                sent[sender, home] += 1
+            sent[sender, oracle.ranks_of(row_of_experts, local)] += 1
     return {
         "recv_src_rank": torch.tensor([s for s, _ in source], dtype=torch.int32),
         "recv_src_position": torch.tensor([t for _, t in source], dtype=torch.int32),
@@ -170,6 +170,27 @@ def told(case: EpCase, inputs: Sequence[RankInput], wants: Sequence[RankReceived
         "recv_counts": counts,
         "sent_counts": sent,
     }
+
+
+def handle_told(
+    context: Context,
+    case: EpCase,
+    inputs: Sequence[RankInput],
+    wants: Sequence[RankReceived],
+    rank: int,
+    got: dict[str, Any],
+    what: str,
+    absent: Collection[int] = (),
+) -> None:
+    """What the handle of one rank's normal dispatch told; of tokens sent to masked ranks nobody says how many."""
+    want = _told(case, inputs, wants[rank], rank)
+    sent = got.get("sent_counts")
+    if absent and isinstance(sent, Tensor) and sent.shape == want["sent_counts"].shape:
+        there = torch.tensor([r not in absent for r in range(case.ranks)])
+        want["sent_counts"][~there], got = 0, {**got, "sent_counts": sent * there}
+        want["sent_counts"][:, ~there] = 0
+    texts = [differ(name, got.get(name), right, lambda row: f"entry {row}") for name, right in want.items()]
+    note(context, rank, f"what the handle of {what} tells", texts, lambda: "")
 
 
 def combined(

@@ -91,6 +91,32 @@ def _both(case: EpCase, context: Context) -> Any:
     return case, ("normal", "low_latency"), {}, lambda rank: [made.dispatch(rank)]
 
 
+def _mode(context: Context) -> str:
+    """One that is declared; the normal one where both are, or none."""
+    modes = () if context.capabilities.ep is None else context.ep.modes
+    return "low_latency" if "low_latency" in modes and "normal" not in modes else "normal"
+
+
+def _either(buffer: dict[str, Any] | None = None, **changes: Any) -> Calls:
+    """A dispatch of a declared mode, on a buffer that asks for something more."""
+
+    def calls(case: EpCase, context: Context) -> Any:
+        mode = _mode(context)
+        called = (_normal if mode == "normal" else _packed)(**changes)
+        changed, mode, _, steps = called(case, context)
+        return changed, mode, buffer or {}, steps
+
+    return calls
+
+
+_NODES: Final[dict[str, Any]] = {"ranks": 4, "tokens": (3, 4, 5, 6), "per_node": 2}
+
+
+def masks_cross(e: EpCapabilities) -> bool:
+    """Whether ranks of other nodes may be masked."""
+    return e.mask_ranks and "mask_ranks" in e.across_nodes and any(_crosses(e, mode) for mode in e.modes)
+
+
 def _crosses(e: EpCapabilities, mode: str) -> bool:
     """Whether a mode works over several nodes, of whatever size; by default a buffer has the policy ``error``."""
     return mode in e.modes and {mode, "error"} <= set(e.across_nodes) and bool(ranks_of(e, nodes=True))
@@ -104,6 +130,7 @@ def _casts(e: EpCapabilities, cast: str) -> bool:
 EP_REQUIREMENTS: Final[dict[str, tuple[str, Declared, Calls]]] = {
     "ep_normal": ("EP, normal mode", lambda e: "normal" in e.modes, _normal()),
     "ep_low_latency": ("EP, low-latency mode", lambda e: "low_latency" in e.modes, _packed()),
+    "ep_any": ("EP, either mode", lambda e: bool(e.modes), _either()),
     "ep_both": ("EP, both modes", lambda e: {"normal", "low_latency"} <= set(e.modes), _both),
     "ep_expand": ("EP, expand layout", lambda e: "normal" in e.modes and "expand" in e.layouts, _normal(expand=True)),
     "ep_fp8": (
@@ -158,22 +185,24 @@ EP_REQUIREMENTS: Final[dict[str, tuple[str, Declared, Calls]]] = {
     "ep_nodes": (
         "EP over several nodes",
         lambda e: _crosses(e, "normal"),
-        _normal(ranks=4, tokens=(3, 4, 5, 6), per_node=2),
+        _normal(**_NODES),
     ),
     "ep_ll_nodes": (
         "EP, low-latency mode over several nodes",
         lambda e: _crosses(e, "low_latency"),
-        _packed(ranks=4, tokens=(3, 4, 5, 6), per_node=2),
+        _packed(**_NODES),
     ),
     "ep_pre_reduce": (
         "EP, pre-reduced sums",
         lambda e: _crosses(e, "normal") and e.pre_reduce,
-        _normal(ranks=4, tokens=(3, 4, 5, 6), per_node=2, pre_reduce=True),
+        _normal(**_NODES, pre_reduce=True),
     ),
-    "ep_mask": (
-        "EP, masked ranks",
-        lambda e: "normal" in e.modes and e.mask_ranks,
-        _normal(buffer={"mask_ranks": True}),
+    "ep_any_nodes": (
+        "EP over several nodes, either mode",
+        lambda e: any(_crosses(e, mode) for mode in e.modes),
+        _either(**_NODES),
     ),
+    "ep_mask": ("EP, masked ranks", lambda e: bool(e.modes) and e.mask_ranks, _either({"mask_ranks": True})),
+    "ep_mask_nodes": ("EP, masked ranks over several nodes", masks_cross, _either({"mask_ranks": True}, **_NODES)),
 }
 """By name: in words, whether it is declared, and the calls that are refused where not."""

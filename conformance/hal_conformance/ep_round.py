@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Sequence
 from typing import Any, Final
 
@@ -78,12 +79,18 @@ class Round:
             )
         return self._sums
 
-    def again(self, *, weights: bool = True) -> Round:
+    def again(self, *, weights: bool = True, absent: Collection[int] = ()) -> Round:
         """Other rows and outputs, and weights if any, over the same routes, as a cached dispatch has them."""
         case = self.case if weights else self.case.but(weights="")
         others = zip(case.inputs(self.context.tensor_seed()), self.inputs, strict=True)
         rows = [RankInput(o.x, mine.topk_idx, o.topk_weights, o.scales) for o, mine in others]
-        return Round(self.context, case, rows)
+        return Round(self.context, case, rows, absent)
+
+    def without(self, absent: Collection[int]) -> Round:
+        """What was dispatched with all ranks, and is combined when these are masked."""
+        found = copy.copy(self)
+        found.absent, found._sums = absent, None
+        return found
 
     def dispatch(self, rank: int, name: str = "dispatch", *, handle: Ref | None = None, **flags: Any) -> Step:
         """The step of a rank; with a handle a cached one."""
@@ -168,6 +175,12 @@ class PackedRound:
             for local, count in enumerate(want.count.tolist()):
                 output[local, count:] = torch.nan
         self._sums: list[Tensor] | None = None
+
+    def without(self, absent: Collection[int]) -> PackedRound:
+        """What was dispatched with all ranks, and is combined when these are masked."""
+        found = copy.copy(self)
+        found.absent, found._sums = absent, None
+        return found
 
     @property
     def sums(self) -> list[Tensor]:

@@ -172,7 +172,11 @@ class EpBuffer(NormalCalls, LowLatencyCalls):
         raise error
 
     def set_mask(self, rank: int, masked: bool = True) -> None:
-        """Carry on without a rank, or with it again; needs ``mask_ranks=True``. Local."""
+        """Carry on without a rank, or with it again; needs ``mask_ranks=True``. Local.
+
+        A mask is lifted between the same two calls on all ranks. A rank that is to take part again has made all calls
+        meanwhile, with the others masked; one that failed, or that was told that others carry on without it, cannot.
+        """
         self._require_own()
         if not self._args.mask_ranks:
             raise SpecError("mask_ranks", False, "True when the buffer is made")

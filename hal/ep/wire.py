@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hal.ep.carrier import Carrier
 from hal.ep.engine import own_failure
+from hal.ep.fields import PACKED_FIELDS, differing
 from hal.ep.posts import Posts
 from hal.spec.ep import EpBufferArgs
 from hal.spec.errors import RankFailure, SpecError
@@ -152,11 +153,16 @@ class Wire:
             if header[-1 - _WORDS]:
                 raise SpecError(*_text(header))
         first = min(headers)
+        # Low-latency dispatches tell of fewer things.
+        packed = headers[first][0] == KINDS.index("low_latency_dispatch")
         for rank, header in headers.items():
-            for name, value, other in zip(FIELDS, header, headers[first], strict=False):
-                if value != other:
-                    shown = (KINDS[value], KINDS[other]) if name == "call" else (value, other)
-                    raise SpecError(name, f"{shown[0]} on rank {rank}", f"{shown[1]}, as on rank {first}")
+            for at, (name, value, other) in enumerate(zip(FIELDS, header, headers[first], strict=False)):
+                if value == other:
+                    continue
+                if packed and at > 1:
+                    raise differing(PACKED_FIELDS, at - 2, value, rank, other, first)
+                shown = (KINDS[value], KINDS[other]) if name == "call" else (value, other)
+                raise SpecError(name, f"{shown[0]} on rank {rank}", f"{shown[1]}, as on rank {first}")
 
     def trade(
         self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], phase: str

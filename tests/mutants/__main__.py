@@ -18,7 +18,8 @@ def main() -> int:
     chosen = parser.parse_args()
     with installed():
         wrong = 0 if chosen.no_table else table(chosen.names)
-        correct = ["sample", "ep-sample", "ep-modest", *(["cpu"] if "cpu" in plugins.registry().names() else [])]
+        correct = ["sample", "ep-sample", "ep-modest", "ep-low-latency-only"]
+        correct += ["cpu"] if "cpu" in plugins.registry().names() else []
         alarms = 0 if chosen.names else survivors(correct, chosen.seeds)
     if not chosen.names:
         print(f"{len(correct)} correct backends × {chosen.seeds} fresh seeds: {alarms} false alarms")

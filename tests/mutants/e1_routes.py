@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mutants.ep_sample import Engine
+from mutants.ep_sample import Engine, Sources
 from mutants.registry import engine
 
 
@@ -374,3 +374,29 @@ class CallsInEightBits(Engine):
     def copied(self, message: Any, token: int) -> Any:
         row = super().copied(message, token)
         return torch.zeros_like(row) if self.operation > 256 else row
+
+
+class TellsOfDropped(Sources):
+    def came(self) -> Any:
+        idx = enumerate(self.routes.idx)
+        return {(source, token) for source, one in idx if one is not None for token in range(len(one))}
+
+
+@engine("E1", "recv_counts are those that were announced, dropped tokens among them", only="EPN-17")
+class CountsOfDropped(Engine):
+    sources = TellsOfDropped
+
+
+class TellsOfAllRows(Sources):
+    def rank(self) -> Any:
+        found = super().rank()
+        return (
+            found.clamp(min=0)
+            if self.routes.expand and len(found) > len(self.routes.local[self.engine.rank])
+            else found
+        )
+
+
+@engine("E1", "rows of the expand layout that never came are from rank 0 where their number is fixed", only="EPN-17")
+class WorstOfExpandFromRank0(Engine):
+    sources = TellsOfAllRows

@@ -108,11 +108,15 @@ class Sources:
     def counts(self) -> Tensor:
         engine = self.engine
         found = torch.zeros(engine.ranks, engine.local, dtype=torch.int32)
-        for source, idx in enumerate(self.routes.idx):
-            for expert in (e for row in ([] if idx is None else idx) for e in engine.experts(row)):
+        for source, token in self.came():
+            for expert in engine.experts(engine.row_of(self.routes.idx, source, token)):
                 if expert // engine.local == engine.rank:
                     found[source, expert % engine.local] += 1
         return found
+
+    def came(self) -> set[Source]:
+        """The tokens of which there are rows."""
+        return {at for at in self.source if at[0] >= 0}
 
     def sent(self) -> Tensor:
         found = torch.zeros(self.engine.ranks, self.engine.ranks, dtype=torch.int32)
@@ -134,6 +138,8 @@ class Packed:
 
 class Engine(EpEngine):
     """Correct."""
+
+    sources = Sources
 
     def __init__(self, args: EpBufferArgs, launched: Counter[str]) -> None:
         self.args, self.launched = args, launched
@@ -325,7 +331,7 @@ class Engine(EpEngine):
             dropped[self.rank],
             self.kept_idx(idx),
             self.kept_routes(args, routes),
-            Sources(self, routes, rows),
+            self.sources(self, routes, rows),
         )
         recv_x = recv_x.view(x.dtype)
         return EpDispatched(recv_x, recv_scales, recv_idx, recv_weights, handle, lambda: None)
@@ -702,5 +708,22 @@ class Modest(EpSample):
         )
 
 
+class LowLatencyOnly(EpSample):
+    """Correct, and declares the low-latency mode alone."""
+
+    def declared(self) -> EpCapabilities:
+        return communicates(
+            modes=("low_latency",),
+            layouts=("rank",),
+            dtypes=("bfloat16",),
+            overflow=("error",),
+            async_finish=False,
+            cached_handle=False,
+            pre_reduce=False,
+            across_nodes=("low_latency", "error", "mask_ranks"),
+        )
+
+
 plugin = Plugin(EpSample)
+low_latency_only = Plugin(LowLatencyOnly)
 modest = Plugin(Modest)

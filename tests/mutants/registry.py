@@ -11,7 +11,7 @@ from typing import Any
 from mutants.sample import Plugin
 
 _MLA = ("l0", "l1", "l2_memory", "l2_numbers", "l2_options", "fatal", "hostile", "sizes", "beyond")
-CATALOGUES = (*_MLA, "e1_routes", "e1_sums", "e2", "e3", "between", "ep_pairs")
+CATALOGUES = (*_MLA, "e1_routes", "e1_sums", "e2", "e3", "e3_masks", "between", "ep_pairs")
 
 LEFT = "/dev/shm/hal-mutant-"
 """What mutants that leave files leave begins with this."""
@@ -20,6 +20,7 @@ CORRECT = (
     "sample = mutants.sample:plugin",
     "ep-sample = mutants.ep_sample:plugin",
     "ep-modest = mutants.ep_sample:modest",
+    "ep-low-latency-only = mutants.ep_sample:low_latency_only",
 )
 """Backends without a bug, as entry points."""
 

@@ -51,6 +51,7 @@ def load() -> dict[str, Check]:
         ep_calls,
         ep_faults,
         ep_low_latency,
+        ep_masks,
         ep_misuse,
         ep_nodes,
         ep_normal,

@@ -23,8 +23,7 @@ from hal_conformance.ep_round import PackedRound, low_latency, scripts
 
 def base(context: Context, ranks: tuple[int, ...] = (2, 3, 4), **changes: object) -> EpCase:
     """A case of usual sizes with a declared cast, none where there is a choice."""
-    cast = "none" if "none" in context.ep.casts else context.ep.casts[0]
-    return draw(context).base(ranks, **{"cast": cast, **changes})
+    return draw(context).base(ranks, **{"cast": draw(context).cast(), **changes})
 
 
 @holds("EPL-01")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from hal_conformance.checks import holds
@@ -13,6 +15,7 @@ from hal_conformance.ep_judge import laid_out
 from hal_conformance.ep_play import play
 from hal_conformance.ep_refused import refused_alike
 from hal_conformance.ep_round import PackedRound, Round, scripts
+from hal_conformance.ep_turns import in_turn
 
 
 def modes(packed: PackedRound | None) -> tuple[str, ...]:
@@ -85,27 +88,33 @@ def pre_reduced(context: Context) -> None:
 
 @holds("EPX-03")
 def wrong_calls_across_nodes(context: Context) -> None:
-    """Misuse on a rank of one node is told on all nodes."""
-    case = draw(context).across((4,))
+    """Misuse on a rank of one node is told on all nodes, in either mode."""
+    case = draw(context).across((4,), cast=draw(context).cast())
     case = case.but(tokens=tuple(context.rng.randint(3, 6) for _ in range(case.ranks)))
-    made = Round(context, case)
+    both = in_turn(context, case)
+    made = (both.packed if context.index % 3 == 1 else None) or both.normal or both.packed
+    assert made is not None
     odd = context.rng.randrange(case.ranks)
+    other = torch.bfloat16 if case.dtype == "float32" else torch.float32
+    wrong: dict[str, Any] = {
+        "x": made.inputs[odd].x.to(other),
+        "topk_idx": torch.full_like(made.inputs[odd].topk_idx, case.experts),
+    }
+    if made is both.normal:
+        wrong["expert_alignment"] = 4
+    elif {"none", "fp8"} <= set(context.ep.casts) and case.hidden % 16 == 0:
+        wrong["use_fp8"] = True
 
     def steps(rank: int) -> list[Step]:
-        right = made.dispatch(rank)
-        wide = {**right.args, "x": right.args["x"].double().float()} if rank == odd else right.args
-        if case.dtype == "float32":
-            wide = {**right.args, "x": right.args["x"].bfloat16()} if rank == odd else right.args
-        beyond = torch.full_like(right.args["topk_idx"], case.experts)
-        far = {**right.args, "topk_idx": beyond} if rank == odd else right.args
-        aligned = {**right.args, "expert_alignment": 4} if rank == odd else right.args
         found = []
-        for number, args in enumerate((wide, far, aligned)):
-            found += [Step("dispatch", f"wrong {number}", args), made.dispatch(rank, f"right {number}")]
+        for argument, value in wrong.items():
+            right = made.dispatch(rank, f"right {argument}")
+            changed = {**right.args, argument: value} if rank == odd else right.args
+            found += [Step(right.op, f"wrong {argument}", changed), right, Step("drop", args={"of": right.name})]
         return found
 
-    names = [f"wrong {number}" for number in range(3)]
-    played = play(context, case, scripts(case, steps), raising=names)
-    for number, argument in enumerate(("x", "topk_idx", "expert_alignment")):
-        if refused_alike(context, played, f"wrong {number}", argument, what=f"a wrong {argument} on rank {odd}"):
-            made.judge_dispatch(played, f"right {number}")
+    names = [f"wrong {argument}" for argument in wrong]
+    played = play(context, case, scripts(case, steps, both.modes), raising=names)
+    for argument in wrong:
+        if refused_alike(context, played, f"wrong {argument}", argument, what=f"a wrong {argument} on rank {odd}"):
+            made.judge_dispatch(played, f"right {argument}")

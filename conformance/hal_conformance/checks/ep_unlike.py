@@ -8,8 +8,8 @@ from hal_conformance.checks import holds
 from hal_conformance.checks.ep_low_latency import base
 from hal_conformance.checks.ep_normal import draw
 from hal_conformance.context import Context
-from hal_conformance.ep import TOLD, Ref, Step
-from hal_conformance.ep_judge import differ, note, told
+from hal_conformance.ep import Ref, Step
+from hal_conformance.ep_judge import handle_told
 from hal_conformance.ep_play import Played, play
 from hal_conformance.ep_round import PackedRound, Round, scripts
 
@@ -103,27 +103,35 @@ def _part_of_the_ranks(context: Context) -> None:
 
 @holds("EPN-17")
 def what_a_handle_tells(context: Context) -> None:
-    """Where rows came from, in both layouts, with padding, with rows that never came, and of a cached dispatch."""
-    case = draw(context).base((3, 2, 4), routing=("mixed", "zipf", "one", "half")[context.index // 3 % 4])
-    if context.index % 3 == 1 and "expand" in context.ep.layouts:
+    """Where rows came from, in both layouts, with padding, rows that never came and dropped ones; of a cached one."""
+    ep, kind = context.ep, ("rank", "expand", "worst", "drop", "expand and worst", "expand and drop")[context.index % 6]
+    case = draw(context).base((3, 2, 4), routing=("mixed", "zipf", "one", "half")[context.index // 6 % 4])
+    if kind.startswith("expand") and "expand" in ep.layouts:
         case = case.but(expand=True, alignment=context.rng.choice((1, 4)))
-    elif context.index % 3 == 2:
-        case = case.but(worst=case.ranks * case.most + 3)
+    if kind.endswith("worst"):
+        # In the expand layout a row for every choice, and some padding in every group.
+        rows = case.ranks * case.most
+        case = case.but(worst=3 + (rows * min(case.topk, case.local) + 3 * case.local if case.expand else rows))
+    if kind.endswith("drop") and "drop" in ep.overflow:
+        case = case.but(overflow="drop", room=context.rng.randint(1, max(1, sum(case.tokens) // 2)))
     made = Round(context, case)
-    names = ["dispatch", *(["cached"] if context.ep.cached_handle else [])]
+    again = {"cached": made.again()} if ep.cached_handle else {}
+    rounds = {"dispatch": made, **again}
 
     def steps(rank: int) -> list[Step]:
-        found = [made.dispatch(rank)]
-        if "cached" in names:
-            found.append(made.dispatch(rank, "cached", handle=Ref("dispatch")))
-        return found + [Step("tell", f"told {name}", {"of": name}) for name in names]
+        found = [
+            made.dispatch(rank),
+            *(one.dispatch(rank, name, handle=Ref("dispatch")) for name, one in again.items()),
+        ]
+        for name, one in rounds.items():
+            found += [Step("tell", f"told {name}", {"of": name}), one.combine(rank, f"sum of {name}", of=name)]
+        return found
 
     played = play(context, case, scripts(case, steps))
-    for name in names:
+    for name, one in rounds.items():
         for rank in range(case.ranks):
-            want, got = told(case, made.inputs, made.wants, rank), played.result(rank, f"told {name}")
-            texts = [differ(key, got.get(key), want[key], lambda row: f"entry {row}") for key in TOLD]
-            note(context, rank, f"what the handle of {name} tells", texts, lambda: "")
+            handle_told(context, case, one.inputs, one.wants, rank, played.result(rank, f"told {name}"), name)
+        one.judge_combine(played, f"sum of {name}")
 
 
 @holds("EPL-16")

@@ -109,12 +109,12 @@ class EpHandle:
 
     @property
     def sent_counts(self) -> Tensor:
-        """[R, R] int32: how many tokens each rank sent to each rank of the group."""
+        """[R, R] int32: how many tokens each rank sent to each rank of the group, those dropped there among them."""
         return self._told().sent()
 
     @property
     def recv_counts(self) -> Tensor:
-        """[R, L] int32: how many tokens of each rank came for each local expert of this one."""
+        """[R, L] int32: how many tokens of each rank came, and were not dropped, for each local expert of this one."""
         return self._told().counts()
 
     def _told(self) -> EpSources:
