@@ -43,17 +43,17 @@ def handles_used_again(context: Context) -> None:
             third.combine(rank, "combine third", of="third"),
         ]
 
-    def judge(played: Played) -> None:
-        first.judge_combine(played, "combine first")
-        again.judge_combine(played, "a second combine by its handle", step="end of again")
-        _right_or_refused(context, played, old, "old")
-        _right_or_refused(context, played, older, "older")
+    def lasted(played: Played) -> None:
         second.judge_dispatch(played, "a live result after a combine by an old handle", step="second later")
         third.judge_dispatch(played, "a live result after a combine by an old handle", step="third later")
 
     raising = ("old", "older", "too many")
-    played = play(context, case, scripts(case, steps, "low_latency"), raising=raising, first=judge)
-    judge(played)
+    played = play(context, case, scripts(case, steps, "low_latency"), raising=raising, first=lasted)
+    first.judge_combine(played, "combine first")
+    again.judge_combine(played, "a second combine by its handle", step="end of again")
+    _right_or_refused(context, played, old, "old")
+    _right_or_refused(context, played, older, "older")
+    lasted(played)
     refused_alike(context, played, "too many", what="a third live result after a combine by an old handle")
     second.judge_combine(played, "combine second")
     third.judge_combine(played, "combine third")
