@@ -6,7 +6,7 @@ import dataclasses
 
 from hal_conformance.around import SETTINGS
 from hal_conformance.checks import holds
-from hal_conformance.checks.ep_low_latency import base
+from hal_conformance.checks.ep_low_latency import base, few
 from hal_conformance.checks.ep_normal import draw
 from hal_conformance.context import Context
 from hal_conformance.cover_ep import endings
@@ -62,7 +62,7 @@ def whatever_is_set(context: Context) -> None:
 def whatever_is_set_packed(context: Context) -> None:
     """The low-latency mode, with any cast."""
     cast = context.rng.choice(draw(context).casts() or context.ep.casts)
-    _whatever_is_set(context, PackedRound(context, base(context, (2, 3), cast=cast)), "low_latency")
+    _whatever_is_set(context, PackedRound(context, few(base(context, (2, 3), cast=cast))), "low_latency")
 
 
 @holds("EPX-06", _count)
