@@ -1,4 +1,4 @@
-"""Torch's default element type is the program's: engines set it to bfloat16, and nothing here may depend on it.
+"""Torch's default element type and device are the program's: engines set them, and nothing here may depend on them.
 
 A combine with weights once corrupted the heap under a bfloat16 default: the kernel wrote float32 into half the memory.
 """
@@ -25,7 +25,17 @@ FACTORIES = {"empty", "zeros", "ones", "rand", "randn", "linspace", "logspace", 
     "folder", ["hal", "backends/cpu/hal_cpu", "integrations/vllm", "integrations/sglang/hal_sglang"]
 )
 def test_every_allocation_says_its_element_type(folder: str) -> None:
-    bare = [
+    assert without("dtype", FACTORIES, folder) == []
+
+
+@pytest.mark.parametrize("folder", ["hal/ep", "hal/spec", "hal/portable", "backends/cpu/hal_cpu"])
+def test_every_allocation_says_its_device(folder: str) -> None:
+    assert without("device", FACTORIES | {"arange", "full", "tensor"}, folder) == []
+
+
+def without(argument: str, factories: set[str], folder: str) -> list[str]:
+    """Where one of these functions of torch is called without this argument."""
+    return [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in sorted((ROOT / folder).rglob("*.py"))
         if not {"bench", "cli", "tests"} & set(path.parts)
@@ -34,10 +44,9 @@ def test_every_allocation_says_its_element_type(folder: str) -> None:
         and isinstance(node.func, ast.Attribute)
         and isinstance(node.func.value, ast.Name)
         and node.func.value.id == "torch"
-        and node.func.attr in FACTORIES
-        and not any(keyword.arg in ("dtype", None) for keyword in node.keywords)
+        and node.func.attr in factories
+        and not any(keyword.arg in (argument, None) for keyword in node.keywords)
     ]
-    assert bare == []
 
 
 @pytest.mark.parametrize(("nodes", "pre_reduce"), [(1, False), (2, False), (2, True)])

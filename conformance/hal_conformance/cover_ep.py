@@ -186,8 +186,10 @@ def _sizes(declared: EpCapabilities, nodes: bool) -> tuple[Factor[EpCase], ...]:
     return found
 
 
-def _finish(hook: bool, event: bool) -> tuple[str, ...]:
-    return tuple(kind for kind in FINISH if kind == "call" or (kind == "hook" and hook) or (kind == "event" and event))
+def endings(declared: EpCapabilities) -> tuple[str, ...]:
+    """How calls may end."""
+    kinds = {"call": True, "hook": declared.recv_hook, "event": declared.async_finish}
+    return tuple(kind for kind in FINISH if kinds[kind])
 
 
 def scaled_in(chosen: Mapping[str, str]) -> str:
@@ -255,7 +257,7 @@ def normal(declared: EpCapabilities, nodes: bool = False) -> Cover[EpCase]:
         Factor("bias", ("0", "1", "2"), lambda c: str(c.bias)),
         Factor("weights back", ("yes", "no"), lambda c: "yes" if c.back else "no"),
         Factor("handle", ("new", *(["cached"] if declared.cached_handle else [])), lambda c: c.handle),
-        Factor("finish", _finish(declared.recv_hook, declared.async_finish), lambda c: c.finish),
+        Factor("finish", endings(declared), lambda c: c.finish),
         Factor("overflow", ("none", *overflow), lambda c: "none" if c.overflow == "error" else c.overflow),
     )
     if nodes:
@@ -274,7 +276,7 @@ def low_latency(declared: EpCapabilities, nodes: bool = False) -> Cover[EpCase]:
         Factor("cast", declared.casts, lambda c: c.cast),
         Factor("data", ("normal", "extreme", *(["bits"] if "none" in declared.casts else [])), lambda c: c.data),
         Factor("weights", ("usual", "any"), lambda c: c.weights or "none"),
-        Factor("finish", _finish(declared.recv_hook, declared.async_finish), lambda c: c.finish),
+        Factor("finish", endings(declared), lambda c: c.finish),
         Factor("zero_copy", _flag(declared.zero_copy_combine), lambda c: "yes" if c.zero_copy else "no"),
         Factor("out", ("none", "contiguous", "padded"), lambda c: c.out),
         Factor("statistics", ("no", "yes"), lambda c: "yes" if c.statistics else "no"),

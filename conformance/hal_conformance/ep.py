@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +25,8 @@ from torch import Tensor
 
 import hal
 from hal_conformance import manners
-from hal_conformance.memory import Guarded, bits, place
+from hal_conformance.around import SETTINGS
+from hal_conformance.memory import Guarded, Placed, bits
 from hal_conformance.ranks import Rank
 
 OUTPUTS: Final = (
@@ -55,14 +57,6 @@ class Ref:
 
 
 @dataclass(frozen=True, slots=True)
-class Padded:
-    """A tensor argument with ``pad`` unused elements after each row."""
-
-    tensor: Tensor
-    pad: int
-
-
-@dataclass(frozen=True, slots=True)
 class Late:
     """A ``previous_event``: only its ``wait()`` puts the right rows into the argument ``x``."""
 
@@ -85,6 +79,8 @@ class Step:
         The name of the buffer.
     elsewhere : bool
         Whether the call is made on a thread of its own, as a backward pass is.
+    around : str
+        The setting of the process (`hal_conformance.around`) while it is done; empty for none.
     """
 
     op: str
@@ -92,6 +88,7 @@ class Step:
     args: Mapping[str, Any] = field(default_factory=dict)
     on: str = "buffer"
     elsewhere: bool = False
+    around: str = ""
 
 
 @dataclass(slots=True)
@@ -177,19 +174,20 @@ class _Player:
 
     def _step(self, step: Step) -> Done:
         done = Done(step.name, time.monotonic())
-        as_it_was = manners.shared()
-        try:
-            own = getattr(self, f"_{step.op}", None)
-            if own is not None:
-                own(step, done)
-            else:
-                self._call(step, done)
-        except Exception as error:
-            done.raised = {"type": type(error).__name__, "text": str(error)}
-            done.raised |= {name: getattr(error, name) for name in _FIELDS if hasattr(error, name)}
-            done.raised = {k: v if isinstance(v, (int, type(None))) else str(v) for k, v in done.raised.items()}
-        done.end = done.end or time.monotonic()
-        changed = manners.changed(as_it_was)
+        with SETTINGS[step.around]() if step.around else nullcontext():
+            as_it_was = manners.shared()
+            try:
+                own = getattr(self, f"_{step.op}", None)
+                if own is not None:
+                    own(step, done)
+                else:
+                    self._call(step, done)
+            except Exception as error:
+                done.raised = {"type": type(error).__name__, "text": str(error)}
+                done.raised |= {name: getattr(error, name) for name in _FIELDS if hasattr(error, name)}
+                done.raised = {k: v if isinstance(v, (int, type(None))) else str(v) for k, v in done.raised.items()}
+            done.end = done.end or time.monotonic()
+            changed = manners.changed(as_it_was)
         if changed:
             done.problems.append(f"changed {', '.join(changed)}, which the whole process shares")
         return done
@@ -228,18 +226,11 @@ class _Player:
         if isinstance(value, Ref):
             found = getattr(self.live[value.name], value.field) if value.field else self.live[value.name]
             return found[0] if isinstance(found, tuple) and value.field == "recv_x" else found
-        if isinstance(value, tuple) and value and isinstance(value[0], (Tensor, Padded)):
+        if isinstance(value, tuple) and value and isinstance(value[0], (Tensor, Placed)):
             return tuple(self._argument(key, one, guards) for one in value)
-        if not isinstance(value, (Tensor, Padded)):
+        if not isinstance(value, (Tensor, Placed)):
             return value
-        tensor, pad = (value.tensor, value.pad) if isinstance(value, Padded) else (value, 0)
-        shape = tuple(tensor.shape)
-        padding = (*(0,) * (len(shape) - 2), pad, 0)[-len(shape) :]
-        # Between rows lies what must not be read: NaN, and experts that do not exist.
-        fill = float("nan") if tensor.is_floating_point() else 77777
-        guard = place(key, shape, tensor.dtype, self.device, fill=fill, pad=padding)
-        guard.view.copy_(tensor.to(self.device))
-        guard.seal()
+        guard = (value if isinstance(value, Placed) else Placed(value)).guarded(key, self.device)
         guards.append(guard)
         return guard.view
 

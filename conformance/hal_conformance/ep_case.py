@@ -54,6 +54,10 @@ class EpCase:
     cast : str
     pad : int
         Unused elements after each row of the inputs.
+    start : int
+        Elements between an aligned address and the first one of every tensor.
+    once : bool
+        Whether all tokens of a rank are one row of memory.
     width : int
         The buffer's ``topk`` where that is more than the choices of this call.
     handle : str
@@ -90,6 +94,8 @@ class EpCase:
     pre_reduce: bool = False
     cast: str = "none"
     pad: int = 0
+    start: int = 0
+    once: bool = False
     width: int = 0
     handle: str = "new"
     back: bool = True
@@ -182,6 +188,7 @@ class EpCase:
             rows = x if self.scales else x.to(self.torch_dtype)
             if self.data == "bits" and not self.scales:
                 rows = self._any_bits(n, self.torch_dtype, rng)
+            rows = rows[:1].expand_as(rows) if self.once else rows
             made.append(RankInput(rows, idx, weights if self.weights else None, scales))
         return made
 

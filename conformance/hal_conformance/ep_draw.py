@@ -85,6 +85,11 @@ class EpDraw:
         experts = self.rng.choice(members(self.declared.num_experts, (5, 7, 9, 13, 1, 11)))
         return self.sized(case.but(experts=experts, topk=topk, width=self.rng.choice(wider)), ROWS[1:])
 
+    def lying(self, case: EpCase) -> EpCase:
+        """Of tensors that begin off 16 bytes; rows whole groups of elements apart, or fewer, or all the same one."""
+        pad = (self.rng.randint(1, 7), 8 * self.rng.randint(1, 3), 0)[self.index % 3]
+        return case.but(pad=pad, start=self.rng.choice((1, 2, 3, 5, 7)), once=not pad)
+
     def apart(self, case: EpCase) -> EpCase:
         """Sizes nobody tunes for that are other ones than those of a case, as far as there are others."""
         drawn = [self.odd(case) for _ in range(8)]

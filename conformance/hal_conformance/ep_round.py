@@ -13,9 +13,10 @@ from hal.reference import ep as oracle
 from hal.reference.ep import RankInput
 from hal_conformance import ep_judge, ep_sums
 from hal_conformance.context import Context
-from hal_conformance.ep import Padded, Ref, Step
+from hal_conformance.ep import Ref, Step
 from hal_conformance.ep_case import EpCase
 from hal_conformance.ep_play import Played, play
+from hal_conformance.memory import Placed
 
 CASTS: Final[dict[str, dict[str, bool]]] = {
     "none": {"use_fp8": False},
@@ -23,6 +24,23 @@ CASTS: Final[dict[str, dict[str, bool]]] = {
     "fp8_pow2": {"use_fp8": True, "round_scale": True},
     "fp8_ue8m0": {"use_fp8": True, "round_scale": True, "use_ue8m0": True},
 }
+
+ENDS: Final[dict[str, dict[str, Any]]] = {
+    "call": {},
+    "event": {"async_finish": True},
+    "hook": {"return_recv_hook": True},
+}
+"""How a call ends, by `hal_conformance.cover_ep.FINISH`."""
+
+
+def placed(case: EpCase, tensor: Tensor) -> Tensor | Placed:
+    """A tensor as it lies in its caller's memory, whose rows may be apart and which may begin anywhere."""
+    return Placed(tensor, case.pad, case.start) if case.pad or case.start else tensor
+
+
+def _tokens(case: EpCase, x: Tensor) -> Tensor | Placed:
+    """The same of tokens, which may also be one row of memory."""
+    return Placed(x, 0, case.start, once=True) if case.once else placed(case, x)
 
 
 class Round:
@@ -95,15 +113,15 @@ class Round:
     def dispatch(self, rank: int, name: str = "dispatch", *, handle: Ref | None = None, **flags: Any) -> Step:
         """The step of a rank; with a handle a cached one."""
         case, given = self.case, self.inputs[rank]
-        x: Any = Padded(given.x, case.pad) if case.pad else given.x
+        x: Any = _tokens(case, given.x)
         if given.scales is not None:
-            x = (x, Padded(given.scales, case.pad) if case.pad else given.scales)
+            x = (x, placed(case, given.scales))
         arguments: dict[str, Any] = {"x": x, **flags}
         if given.topk_weights is not None:
-            arguments["topk_weights"] = given.topk_weights
+            arguments["topk_weights"] = placed(case, given.topk_weights)
         if handle is not None:
             return Step("dispatch", name, arguments | {"handle": handle})
-        arguments["topk_idx"] = Padded(given.topk_idx, case.pad) if case.pad else given.topk_idx
+        arguments["topk_idx"] = placed(case, given.topk_idx)
         if case.expand:
             arguments["expand"] = True
         if case.alignment > 1:
@@ -116,13 +134,13 @@ class Round:
         """The step of a rank."""
         case = self.case
         rows = case.worst or len(self.outputs[rank])
-        x: Any = ep_judge.padded(self.outputs[rank], rows)
-        arguments: dict[str, Any] = {"x": Padded(x, case.pad) if case.pad else x, "handle": Ref(of), **flags}
+        x = placed(case, ep_judge.padded(self.outputs[rank], rows))
+        arguments: dict[str, Any] = {"x": x, "handle": Ref(of), **flags}
         weights = self.weights[rank] if self.weights is not None else None
         if weights is not None:
-            arguments["topk_weights"] = ep_judge.padded(weights, rows)
+            arguments["topk_weights"] = placed(case, ep_judge.padded(weights, rows))
         if self.bias[rank]:
-            biases = tuple(Padded(one, case.pad) if case.pad else one for one in self.bias[rank])
+            biases = tuple(placed(case, one) for one in self.bias[rank])
             arguments["bias"] = biases if len(biases) > 1 else biases[0]
         return Step("combine", name, arguments)
 
@@ -192,19 +210,20 @@ class PackedRound:
     def dispatch(self, rank: int, name: str = "dispatch", **flags: Any) -> Step:
         """The step of a rank."""
         given, case = self.inputs[rank], self.case
-        x: Any = Padded(given.x, case.pad) if case.pad else given.x
-        return Step("low_latency_dispatch", name, {"x": x, "topk_idx": given.topk_idx, **CASTS[case.cast], **flags})
+        arguments = {"x": _tokens(case, given.x), "topk_idx": placed(case, given.topk_idx)}
+        return Step("low_latency_dispatch", name, {**arguments, **CASTS[case.cast], **flags})
 
     def combine(self, rank: int, name: str = "combine", *, of: str = "dispatch", **flags: Any) -> Step:
         """The step of a rank."""
-        given = self.inputs[rank]
+        given, case = self.inputs[rank], self.case
+        assert given.topk_weights is not None
         arguments = {
-            "x": self.outputs[rank],
-            "topk_idx": given.topk_idx,
-            "topk_weights": given.topk_weights,
+            "x": placed(case.but(pad=0), self.outputs[rank]),
+            "topk_idx": placed(case, given.topk_idx),
+            "topk_weights": placed(case, given.topk_weights),
             "handle": Ref(of),
         }
-        return Step("low_latency_combine", name, arguments | flags)
+        return Step("low_latency_combine", name, {**arguments, **flags})
 
     def judge_dispatch(
         self, played: Played, name: str = "dispatch", *, ranks: Collection[int] | None = None, step: str = ""

@@ -147,3 +147,35 @@ def place(
     inside = torch.zeros(storage.shape, dtype=torch.bool, device=device)
     distinct(inside.as_strided(shape, strides, first)).fill_(True)
     return Guarded(name, view, storage, bits(storage).clone(), inside)
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A tensor that lies in its caller's memory as it may.
+
+    Attributes
+    ----------
+    tensor : Tensor
+    pad : int
+        Unused elements after each row.
+    start : int
+        Elements between an aligned address and the first one.
+    once : bool
+        Whether there is one row in memory, which all rows are.
+    """
+
+    tensor: Tensor
+    pad: int = 0
+    start: int = 0
+    once: bool = False
+
+    def guarded(self, name: str, device: str) -> Guarded:
+        """It in guarded memory, sealed. Around it lies what must not be read: NaN, and experts that do not exist."""
+        shape, dtype = tuple(self.tensor.shape), self.tensor.dtype
+        fill = float("nan") if dtype.is_floating_point else 77777
+        pad = (*(0,) * (len(shape) - 2), self.pad, 0)[-len(shape) :]
+        once = (0,) if self.once else ()
+        guard = place(name, shape, dtype, device, fill=fill, pad=pad, start=self.start, once=once)
+        write(guard.view, self.tensor.to(device))
+        guard.seal()
+        return guard

@@ -125,7 +125,7 @@ class EpBuffer(NormalCalls, LowLatencyCalls):
         self.close()
 
     def close(self) -> None:
-        """Release the windows. Tensors received before stay valid. Idempotent; waits for nobody.
+        """Release the windows. Results of before stay as they are, live ones too. Idempotent; waits for nobody.
 
         In a forked child it does nothing: the buffer is its parent's.
         """

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
+
+import torch
 
 from hal.ep.doctor import write_dump
 from hal.ep.engine import EpEngine, Finish
@@ -67,18 +70,18 @@ class Calls:
     def _completion(
         self, finish: Finish, async_finish: bool, return_recv_hook: bool
     ) -> tuple[EpCompletion, EpCompletion | None]:
-        if return_recv_hook:
-            hook = EpCompletion(partial(self._late, finish))
-            return hook, hook
-        if async_finish:
-            return EpCompletion(partial(self._late, finish)), None
+        if return_recv_hook or async_finish:
+            late = EpCompletion(partial(self._late, finish, torch.is_inference_mode_enabled()))
+            return late, late if return_recv_hook else None
         finish()
         return DONE, None
 
-    def _late(self, finish: Finish) -> None:
+    def _late(self, finish: Finish, inference: bool) -> None:
+        """Finish a call in the mode in which it was made: its tensors are written in that alone."""
         self._require_own()
         try:
-            finish()
+            with torch.inference_mode() if inference else nullcontext():
+                finish()
         except RankFailure as failure:
             self._record(failure)
             raise

@@ -115,7 +115,7 @@ class Crossing:
         merged = [torch.cat([block[i] for block in blocks]) for i in range(len(parts))]
         nothing = [0] * ranks
         sent = [nothing if source is None else counts[source][ranks:] for source in self._sources]
-        return merged[:-1], Relayed(begin, merged[-1][:, 0], torch.tensor(sent, dtype=torch.int32))
+        return merged[:-1], Relayed(begin, merged[-1][:, 0], torch.tensor(sent, dtype=torch.int32, device="cpu"))
 
     def share(self, idx: Tensor, begin: Sequence[int]) -> Tensor:
         """Of tokens [n, K] for which this rank speaks, the choices that it is to deliver; the others -1."""

@@ -36,7 +36,8 @@ class LowLatencyCalls(Calls):
     ) -> EpLowLatencyDispatchResult:
         """Send every token to its experts' packed slots, cast to FP8 on the way unless told otherwise.
 
-        A result is live until a combine with its handle, or until its tensors are let go; two may be live at a time.
+        A result is live until a combine with its handle, or until its tensors are let go; two may be live at a time. A
+        live one stays as it is, also after `close`.
 
         Parameters
         ----------
@@ -49,7 +50,8 @@ class LowLatencyCalls(Calls):
         cumulative_local_expert_recv_stats : Tensor, optional
             [L] int32, counts are added.
         dispatch_wait_recv_cost_stats : Tensor, optional
-            [R] int64, microseconds waited for each rank are added.
+            [R] int64, microseconds waited for each rank are added: by the call or, where it ends later, by its hook or
+            event, which do not count what the caller did before them.
         async_finish, return_recv_hook : bool
             As in `dispatch`.
 
@@ -107,11 +109,12 @@ class LowLatencyCalls(Calls):
         topk_idx, topk_weights : Tensor
             [n, K] as in the dispatch, and float32.
         handle : EpLowLatencyHandle
-            Of the dispatch.
+            Of the dispatch. May be combined again, with other rows, until a later dispatch has taken its memory; from
+            then on it is right still or, on all ranks alike, refused with a SpecError that names it.
         out : Tensor, optional
             [n, H], where to write.
         combine_wait_recv_cost_stats : Tensor, optional
-            [R] int64.
+            [R] int64, as in the dispatch.
         zero_copy, async_finish, return_recv_hook : bool
             As in `dispatch`; ``topk_idx`` and ``topk_weights`` stay as they are until the hook has run, as does memory
             that was lent.

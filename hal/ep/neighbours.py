@@ -46,9 +46,12 @@ class Neighbours:
         self.origins = torch.tensor(
             [-1 if block[s] is None else block[s] for s in range(self.sources) for block in sources],
             dtype=torch.int32,
+            device="cpu",
         )
         origins = self.origins.view(self.sources, self.ranks).tolist()
-        self.blocks = torch.tensor([_block_of(origins, rank, self.here) for rank in range(args.num_ranks)])
+        self.blocks = torch.tensor(
+            [_block_of(origins, rank, self.here) for rank in range(args.num_ranks)], device="cpu"
+        )
 
 
 @dataclass(frozen=True, slots=True)

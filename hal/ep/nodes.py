@@ -8,6 +8,7 @@ the vendor's `NodeEngine`.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -47,11 +48,11 @@ from hal.spec.errors import SpecError
 
 _T = TypeVar("_T")
 
-_COUNTERS: Final = (
-    "cumulative_local_expert_recv_stats",
-    "dispatch_wait_recv_cost_stats",
-    "combine_wait_recv_cost_stats",
-)
+_WAITS: Final = ("dispatch_wait_recv_cost_stats", "combine_wait_recv_cost_stats")
+_COUNTERS: Final = ("cumulative_local_expert_recv_stats", *_WAITS)
+
+Settle = Callable[[float], None]
+"""Comes after a call, where the caller waits; is told how many seconds of the call had passed before that."""
 
 
 class NodesEngine(EpEngine):
@@ -170,7 +171,7 @@ class NodesEngine(EpEngine):
         state = Crossed(reserved.handle, args.topk_idx, [], self._crossing.choose(args.topk_idx))
         deferred = args.async_finish or args.return_recv_hook
         # A call that returns has no more use for what it was given, and writes none of it before its hook runs.
-        given, settle = (args, _nothing) if not deferred else _with_own_counters(_sent(args, "x", "topk_idx"))
+        given, settle = (args, _settled) if not deferred else _with_own_counters(_sent(args, "x", "topk_idx"))
 
         def send() -> None:
             fields = [0, given.topk_idx.shape[1], CASTS.index(given.cast)]
@@ -194,7 +195,8 @@ class NodesEngine(EpEngine):
         handle, state = args.handle, _state(args.handle)
         deferred = args.async_finish or args.return_recv_hook
         total = torch.zeros(handle.num_tokens, self._args.hidden, dtype=torch.float32, device=args.x.device)
-        given, settle = args, _nothing
+        given = args
+        settle: Settle = _settled
         if deferred:
             # What was lent for this handle is the caller's again only once the sums are there.
             given, settle = _with_own_counters(args if args.zero_copy else _sent(args, "x"))
@@ -214,9 +216,9 @@ class NodesEngine(EpEngine):
                 weighted = table[:, k].float() * given.topk_weights[:, k, None]
                 total.add_(weighted.where((idx[:, k] >= 0)[:, None], 0.0))
 
-        def write() -> None:
+        def write(unawaited: float) -> None:
             args.out.copy_(total)
-            settle()
+            settle(unawaited)
 
         return EpLowLatencyCombined(args.out, self._post(fetch, deferred, write))
 
@@ -273,30 +275,38 @@ class NodesEngine(EpEngine):
             return self._wire.blamed(job, self._node_engine.fail)
         return self._submit(self._worker, job).result()
 
-    def _post(self, job: Callable[[], None], deferred: bool, settle: Finish) -> Finish:
+    def _post(self, job: Callable[[], None], deferred: bool, settle: Settle) -> Finish:
         """Make a call now, or behind the caller's back, in the order of the calls; what is returned waits for it.
 
         ``settle`` comes after it, where the caller waits: it alone writes to what the caller gave.
         """
         if not deferred:
             self._run(job)
-            settle()
+            settle(0.0)
             return _nothing
         if self._worker is None:
             self._worker = ThreadPoolExecutor(1, "hal-ep-nodes")
-        under_way = self._submit(self._worker, job)
+        begun: list[float] = []
+
+        def timed() -> None:
+            begun.append(time.monotonic())
+            job()
+
+        under_way = self._submit(self._worker, timed)
 
         def finish() -> None:
+            asked = time.monotonic()
             under_way.result()
-            settle()
+            settle(max(0.0, asked - begun[0]))
 
         return finish
 
     def _submit(self, worker: ThreadPoolExecutor, job: Callable[[], _T]) -> Future[_T]:
-        within = current_stream(self._args.device)
+        within, mode = current_stream(self._args.device), torch.inference_mode(torch.is_inference_mode_enabled())
 
         def run() -> _T:
-            with within:
+            # Of a tensor made in inference mode nothing is written outside it, and a thread has a mode of its own.
+            with within, mode:
                 return self._wire.blamed(job, self._node_engine.fail)
 
         return worker.submit(run)
@@ -326,19 +336,24 @@ def _nothing() -> None:
     """Of a call that is complete."""
 
 
+def _settled(unawaited: float) -> None:
+    """Of a call that wrote what it was to write."""
+
+
 def _sent(args: _Packed, *names: str) -> _Packed:
     """The call with tensors of its own in place of these, which the caller may use for something else."""
     return replace(args, **{name: getattr(args, name).clone() for name in names})
 
 
-def _with_own_counters(args: _Packed) -> tuple[_Packed, Finish]:
-    """The call with counters of its own, and what adds them to the caller's."""
+def _with_own_counters(args: _Packed) -> tuple[_Packed, Settle]:
+    """The call with counters of its own, and what adds them to the caller's: of waits, those that the caller saw."""
     counters = {name: given for name in _COUNTERS if (given := getattr(args, name, None)) is not None}
     mine: dict[str, Any] = {name: torch.zeros_like(given) for name, given in counters.items()}
 
-    def add() -> None:
+    def add(unawaited: float) -> None:
         for name, given in counters.items():
-            given.add_(mine[name])
+            unseen = int(unawaited * 1e6) if name in _WAITS else 0
+            given.add_((mine[name] - unseen).clamp_(min=0))
 
     return replace(args, **mine), add
 

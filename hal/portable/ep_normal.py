@@ -33,7 +33,7 @@ class NormalCalls(CombineCalls):
         n = len(args.topk_idx)
         with self._calling("dispatch"):
             positions = torch.arange(n, dtype=torch.int32, device=args.x.device)
-            return self._dispatch(args, Relayed([0, n], positions, torch.empty(0, dtype=torch.float32)))
+            return self._dispatch(args, Relayed([0, n], positions, torch.empty(0, dtype=torch.float32, device="cpu")))
 
     def relay(self, args: EpDispatchArgs, tokens: Relayed) -> EpDispatched:
         """As `dispatch`, for tokens of several ranks."""
@@ -215,7 +215,9 @@ class NormalCalls(CombineCalls):
             routes.position = words[:, width].masked_fill(~there, -1)
             if expand:
                 sizes = [b - a for a, b in pairwise(starts)]
-                expert = torch.arange(local).repeat_interleave(torch.tensor(sizes)).to(device)
+                expert = (
+                    torch.arange(local, device="cpu").repeat_interleave(torch.tensor(sizes, device="cpu")).to(device)
+                )
                 expert = torch.nn.functional.pad(expert, (0, rows - len(expert)), value=-1).masked_fill(~there, -1)
                 recv_idx.copy_(expert)
                 hit = (idx == expert[:, None]) & there[:, None]

@@ -38,7 +38,7 @@ class PackedCalls(Rooms, SlotCalls):
             if error is not None:
                 raise self._refused(self._begin("low_latency_dispatch"), error)
             made = self._slots(args)
-            tokens = Relayed([0, n], positions, torch.empty(0, dtype=torch.float32))
+            tokens = Relayed([0, n], positions, torch.empty(0, dtype=torch.float32, device="cpu"))
             # A result of its own: what completes it holds the tensors, which are not to hold that.
             return replace(
                 made, finish=self._send_packed(args, made, tokens, args.async_finish or args.return_recv_hook)
@@ -167,7 +167,7 @@ class PackedCalls(Rooms, SlotCalls):
 
     def _ranges(self, routes: Routes) -> tuple[Tensor, Tensor]:
         """``begin << 32 | count`` [L, R] of the rows of each rank, and rows [L]."""
-        counts = torch.tensor(routes.blocks(True), dtype=torch.int64)
+        counts = torch.tensor(routes.blocks(True), dtype=torch.int64, device="cpu")
         ends = counts.cumsum(0)
         ranges = ((ends - counts) << 32 | counts)[self._near.blocks]
         return ranges.T, ends[-1]

@@ -55,7 +55,7 @@ class Routes:
         self.all_ranks: Counts = []
         self.all_experts: Counts = []
         self.sent: list[list[list[int]]] = []
-        self.position = self.choice = torch.empty(0, dtype=torch.int32)
+        self.position = self.choice = torch.empty(0, dtype=torch.int32, device="cpu")
 
     def count(self, kernels: EpKernels, by_expert: bool, repeat: bool) -> None:
         """Find the ways of all tokens to this node's ranks."""
@@ -134,7 +134,7 @@ class Routes:
         for s in range(near.sources):
             for p in range(near.ranks):
                 count = self.all_ranks[p][s][near.here]
-                parts.append(torch.arange(at[p], at[p] + count, dtype=torch.int32))
+                parts.append(torch.arange(at[p], at[p] + count, dtype=torch.int32, device="cpu"))
                 at[p] += count
         return torch.cat(parts).to(device)
 
@@ -149,7 +149,7 @@ class Routes:
         near, local, here = self._near, self._args.local_experts, self._near.here
         spans = local if self.by_expert else 1
         counts = self.all_experts if self.by_expert else self.all_ranks
-        table = torch.zeros(near.sources, near.ranks * spans, dtype=torch.int32)
+        table = torch.zeros(near.sources, near.ranks * spans, dtype=torch.int32, device="cpu")
         for d in range(near.ranks):
             for e in range(spans):
                 at, column = groups[d][e], d * spans + e
@@ -161,7 +161,10 @@ class Routes:
         device = self.idx.device
         table = table.to(device)
         source = torch.cat(
-            [torch.full((self.begin[s + 1] - self.begin[s],), s, dtype=torch.long) for s in range(near.sources)]
+            [
+                torch.full((self.begin[s + 1] - self.begin[s],), s, dtype=torch.long, device="cpu")
+                for s in range(near.sources)
+            ]
         ).to(device)
         row = table[source[:, None], self.bins] + self.order
         rank = (self.bins // spans).to(torch.int32)
@@ -191,21 +194,21 @@ class Routes:
             ranks = near.origins[[block for _, block in order]]
         else:
             sizes, ranks = self.blocks(False), near.origins
-        found = torch.full((len(self.position),), -1, dtype=torch.int32)
+        found = torch.full((len(self.position),), -1, dtype=torch.int32, device="cpu")
         position = self.position.cpu()
         there = position >= 0
-        found[there] = ranks.repeat_interleave(torch.tensor(sizes))[: int(there.sum())]
+        found[there] = ranks.repeat_interleave(torch.tensor(sizes, device="cpu"))[: int(there.sum())]
         return found.to(self.position.device)
 
     def counts(self) -> Tensor:
         """Tokens of each rank for each local expert."""
-        return torch.tensor(self.blocks(True), dtype=torch.int32)[self._near.blocks]
+        return torch.tensor(self.blocks(True), dtype=torch.int32, device="cpu")[self._near.blocks]
 
     def sent_counts(self) -> Tensor:
         """Tokens of each rank for each rank."""
         near = self._near
         by_block = [self.sent[p][s] for s in range(near.sources) for p in range(near.ranks)]
-        return torch.tensor(by_block, dtype=torch.int32)[near.blocks]
+        return torch.tensor(by_block, dtype=torch.int32, device="cpu")[near.blocks]
 
 
 class Sources:

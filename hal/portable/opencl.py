@@ -513,7 +513,7 @@ class OpenClQueue:
             start, size = _bytes(tensor)
             return self._device.buffer(flags, size, start), tensor.stride()
         # Between the elements of the tensor may lie others', which must not be written: they come back packed.
-        packed = torch.empty(tensor.shape, dtype=tensor.dtype)
+        packed = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
         buffer = self._device.empty(_bytes(packed)[1])
         if partly and packed.numel():
             packed.copy_(tensor)

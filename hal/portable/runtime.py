@@ -417,7 +417,7 @@ class Mailboxes:
 
     def mailbox(self, words: int) -> Tensor:
         """See `MeetingDevice`."""
-        return torch.zeros(words, dtype=torch.int32, pin_memory=self.pinned)
+        return torch.zeros(words, dtype=torch.int32, pin_memory=self.pinned, device="cpu")
 
 
 class HoldingQueue:

@@ -96,7 +96,7 @@ class SharedMemory:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
-            self.memory = torch.empty(0, dtype=torch.uint8)
+            self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def __del__(self) -> None:
         if getattr(self, "_file", -1) >= 0:

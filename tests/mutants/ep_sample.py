@@ -88,10 +88,10 @@ class Sources:
         self.source = routes.source[engine.rank] + [(-1, -1)] * (rows - len(routes.source[engine.rank]))
 
     def rank(self) -> Tensor:
-        return torch.tensor([source for source, _ in self.source], dtype=torch.int32)
+        return torch.tensor([source for source, _ in self.source], dtype=torch.int32, device="cpu")
 
     def position(self) -> Tensor:
-        return torch.tensor([token for _, token in self.source], dtype=torch.int32)
+        return torch.tensor([token for _, token in self.source], dtype=torch.int32, device="cpu")
 
     def choice(self) -> Tensor:
         engine, expand = self.engine, self.routes.expand
@@ -103,11 +103,11 @@ class Sources:
                 next((k for k, e in enumerate(row) if (e == mine if expand else engine.localised(e) >= 0)), -1)
             )
         found += [-1] * (len(self.source) - len(found))
-        return torch.tensor(found, dtype=torch.int32)
+        return torch.tensor(found, dtype=torch.int32, device="cpu")
 
     def counts(self) -> Tensor:
         engine = self.engine
-        found = torch.zeros(engine.ranks, engine.local, dtype=torch.int32)
+        found = torch.zeros(engine.ranks, engine.local, dtype=torch.int32, device="cpu")
         for source, token in self.came():
             for expert in engine.experts(engine.row_of(self.routes.idx, source, token)):
                 if expert // engine.local == engine.rank:
@@ -119,7 +119,7 @@ class Sources:
         return {at for at in self.source if at[0] >= 0}
 
     def sent(self) -> Tensor:
-        found = torch.zeros(self.engine.ranks, self.engine.ranks, dtype=torch.int32)
+        found = torch.zeros(self.engine.ranks, self.engine.ranks, dtype=torch.int32, device="cpu")
         for source, idx in enumerate(self.routes.idx):
             for row in [] if idx is None else idx:
                 found[source, self.engine.homes(row)] += 1
@@ -305,8 +305,8 @@ class Engine(EpEngine):
         recv_x = plain(x).new_zeros(rows, plain(x).shape[1])
         recv_scales = None if scales is None else plain(scales).new_zeros(rows, plain(scales).shape[1])
         shape = (rows,) if args.expand else (rows, idx.shape[1])
-        recv_idx = torch.full(shape, -1)
-        recv_weights = None if weights is None else torch.zeros(shape)
+        recv_idx = torch.full(shape, -1, device="cpu")
+        recv_weights = None if weights is None else torch.zeros(shape, dtype=torch.float32, device="cpu")
         for at, (source, token) in enumerate(mine):
             if source < 0:
                 continue
@@ -376,7 +376,9 @@ class Engine(EpEngine):
         fields = {"topk_weights": args.topk_weights is not None, "handle": routes.operation}
         operation = self.begin("combine", fields, {"x": args.x.contiguous(), "weights": args.topk_weights})
         out = args.x.new_empty(handle.num_tokens, self.args.hidden)
-        weights = None if args.topk_weights is None else torch.zeros(handle.num_tokens, handle.topk)
+        weights = None
+        if args.topk_weights is not None:
+            weights = torch.zeros(handle.num_tokens, handle.topk, dtype=torch.float32, device="cpu")
 
         def finish() -> None:
             messages = self.hear(operation, "combine")
@@ -408,10 +410,14 @@ class Engine(EpEngine):
         return terms
 
     def start(self, bias: Sequence[Tensor], token: int, out: Tensor) -> Tensor:
-        total = torch.zeros(out.shape[1])
+        total = self.nothing()
         for one in bias:
             total = total + one[token].float()
         return total
+
+    def nothing(self) -> Tensor:
+        """What a sum begins with."""
+        return torch.zeros(self.args.hidden, dtype=torch.float32, device="cpu")
 
     def summed(self, out: Tensor, token: int, total: Tensor, terms: list[tuple[int, int, Tensor]]) -> None:
         if self.args.pre_reduce and self.args.num_nodes > 1:
@@ -466,9 +472,9 @@ class Engine(EpEngine):
         recv_scales = None
         if scales is not None:
             recv_scales = scales.new_zeros(self.local, scales.shape[1], slots).transpose(1, 2)
-        count = torch.zeros(self.local, dtype=torch.int32)
-        info = torch.full((self.local, slots), -1, dtype=torch.int32)
-        ranges = torch.zeros(self.local, self.ranks, dtype=torch.int64)
+        count = torch.zeros(self.local, dtype=torch.int32, device="cpu")
+        info = torch.full((self.local, slots), -1, dtype=torch.int32, device="cpu")
+        ranges = torch.zeros(self.local, self.ranks, dtype=torch.int64, device="cpu")
         state = Packed(operation)
         self.live.append(weakref.ref(state))
         a = self.args
@@ -527,18 +533,18 @@ class Engine(EpEngine):
             return x.contiguous(), None
         n, hidden = x.shape
         groups = -(-hidden // 128)
-        wide = torch.zeros(n, groups * 128)
+        wide = torch.zeros(n, groups * 128, dtype=torch.float32, device="cpu")
         wide[:, :hidden] = x.float()
         tiles = wide.view(n, groups, 128)
         amax = self.amax(tiles)
-        scale, inverse = amax * (torch.tensor(1.0) / 448.0), torch.full_like(amax, 448.0) / amax
+        scale, inverse = amax * (torch.ones_like(amax) / 448.0), torch.full_like(amax, 448.0) / amax
         if cast != "fp8":
             exponent = self.exponent(scale)
             scale, inverse = torch.exp2(exponent), torch.exp2(-exponent)
         values = (tiles * inverse[..., None]).view(n, groups * 128)[:, :hidden].to(FP8)
         if cast != "fp8_ue8m0":
             return values, self.given_scale(scale)
-        codes = torch.zeros(n, -(-groups // 4) * 4, dtype=torch.uint8)
+        codes = torch.zeros(n, -(-groups // 4) * 4, dtype=torch.uint8, device="cpu")
         codes[:, :groups] = (torch.log2(scale) + 127).to(torch.uint8)
         return values, self.bytes_in_order(codes).view(torch.int32)
 
@@ -570,7 +576,7 @@ class Engine(EpEngine):
         def finish() -> None:
             messages = self.hear(operation, "low_latency_combine", args.combine_wait_recv_cost_stats)
             for token, row in enumerate(args.topk_idx):
-                total = torch.zeros(self.args.hidden)
+                total = self.nothing()
                 for slot, weighted in self.weighted_terms(args, messages, token, row):
                     total = self.plus(
                         total, self.times(weighted.float(), args.topk_weights[token, slot]), args.out.dtype
@@ -608,14 +614,14 @@ class Engine(EpEngine):
         state: Packed = handle.state  # type: ignore[assignment]
         if state.lent is None:
             slots = self.ranks * self.args.max_tokens_per_rank
-            state.lent = torch.zeros(self.local, slots, self.args.hidden, dtype=self.args.dtype)
+            state.lent = torch.zeros(self.local, slots, self.args.hidden, dtype=self.args.dtype, device="cpu")
         return state.lent
 
     # The rest.
 
     def layout(self, topk_idx: Tensor) -> EpLayout:
-        in_rank = torch.zeros(len(topk_idx), self.ranks, dtype=torch.bool)
-        per_expert = torch.zeros(self.args.num_experts, dtype=torch.int32)
+        in_rank = torch.zeros(len(topk_idx), self.ranks, dtype=torch.bool, device="cpu")
+        per_expert = torch.zeros(self.args.num_experts, dtype=torch.int32, device="cpu")
         for token, row in enumerate(topk_idx):
             in_rank[token, self.homes(row)] = True
             for expert in self.experts(row):

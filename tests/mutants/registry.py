@@ -11,7 +11,7 @@ from typing import Any
 from mutants.sample import Plugin
 
 _MLA = ("l0", "l1", "l2_memory", "l2_numbers", "l2_options", "fatal", "hostile", "sizes", "beyond")
-CATALOGUES = (*_MLA, "e1_routes", "e1_sums", "e2", "e3", "e3_masks", "between", "ep_pairs")
+CATALOGUES = (*_MLA, "e1_routes", "e1_sums", "e2", "e3", "e3_masks", "between", "ep_pairs", "ep_beside", "ep_forms")
 
 LEFT = "/dev/shm/hal-mutant-"
 """What mutants that leave files leave begins with this."""

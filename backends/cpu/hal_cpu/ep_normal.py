@@ -119,7 +119,9 @@ class NormalCalls(WindowEngine):
         handle, x = args.handle, args.x if args.x.is_contiguous() else args.x.contiguous()
         out = self._empty(handle.num_tokens, x.dtype)
         weights = (
-            None if args.topk_weights is None else torch.empty(handle.num_tokens, handle.topk, dtype=torch.float32)
+            None
+            if args.topk_weights is None
+            else torch.empty(handle.num_tokens, handle.topk, dtype=torch.float32, device="cpu")
         )
         bias = [(one.data_ptr(), one.stride(0) * one.itemsize) for one in args.bias] + [(0, 0)] * 2
         kind = TYPES[x.dtype]
@@ -152,13 +154,13 @@ class NormalCalls(WindowEngine):
 
     def gather(self, x: Tensor, handle: EpHandle) -> Tensor:
         """One fetch into zeros; rows that a choice does not have stay 0."""
-        out = torch.zeros(handle.num_tokens, handle.topk, x.shape[1], dtype=x.dtype)
+        out = torch.zeros(handle.num_tokens, handle.topk, x.shape[1], dtype=x.dtype, device="cpu")
         self._fetch(x.contiguous(), handle, out, x.shape[1] * x.itemsize, 2, True)
         return out
 
     def partial(self, x: Tensor, handle: EpHandle) -> Tensor:
         """The sum of `combine`, left in float32."""
-        out = torch.empty(handle.num_tokens, x.shape[1], dtype=torch.float32)
+        out = torch.empty(handle.num_tokens, x.shape[1], dtype=torch.float32, device="cpu")
         self._fetch(x.contiguous(), handle, out, x.shape[1] * 4, TYPES[torch.float32], False)
         return out
 
@@ -176,7 +178,7 @@ class NormalCalls(WindowEngine):
         hidden = self._args.hidden
         size = rows * hidden * dtype.itemsize
         if size < _WINDOW_FROM:
-            return torch.empty(rows, hidden, dtype=dtype)
+            return torch.empty(rows, hidden, dtype=dtype, device="cpu")
         tensor: Tensor = self._native.Engine.lent_tensor(self._engine.lend(size, True), TYPES[dtype], (rows, hidden))
         return tensor
 

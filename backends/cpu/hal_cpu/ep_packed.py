@@ -55,14 +55,14 @@ class PackedCalls(WindowEngine):
         if not op.reserved:
             got = f"a third result while two are live on rank {self._args.rank}"
             raise SpecError("low_latency_dispatch", got, "at most two: combine one, or let go of it, first")
-        ranges = torch.zeros(self._args.local_experts, self._args.num_ranks, dtype=torch.int64)
-        count = torch.zeros(self._args.local_experts, dtype=torch.int32)
+        ranges = torch.zeros(self._args.local_experts, self._args.num_ranks, dtype=torch.int64, device="cpu")
+        count = torch.zeros(self._args.local_experts, dtype=torch.int32, device="cpu")
         return self._packed_result(args, op, count, ranges, PackedState(op.routes, op, ranges), nothing)
 
     def relay_packed(self, args: EpLowLatencyDispatchArgs, reserved: EpLowLatencyDispatched, tokens: Relayed) -> Finish:
         """Send several ranks' tokens into a reserved slot."""
         made, positions = self._packed_outputs(), tokens.positions.contiguous()
-        waits = torch.zeros(self._ranks, dtype=torch.int64)
+        waits = torch.zeros(self._ranks, dtype=torch.int64, device="cpu")
         op = self._send_packed(
             replace(args, async_finish=False, return_recv_hook=False),
             made,
@@ -91,8 +91,8 @@ class PackedCalls(WindowEngine):
     def _packed_outputs(self) -> tuple[Tensor, Tensor]:
         """Counts by expert and ranges by block, to be filled. Even of a call that failed, combine reads the ranges."""
         local = self._args.local_experts
-        count = torch.empty(local, dtype=torch.int32)
-        return count, torch.zeros(local, self._sources * self._ranks, dtype=torch.int64)
+        count = torch.empty(local, dtype=torch.int32, device="cpu")
+        return count, torch.zeros(local, self._sources * self._ranks, dtype=torch.int64, device="cpu")
 
     def _send_packed(
         self,
@@ -173,9 +173,9 @@ class PackedCalls(WindowEngine):
 
     def gather_packed(self, args: EpLowLatencyCombineArgs) -> Tensor:
         """One fetch into zeros; rows that a choice does not have stay 0."""
-        out = torch.zeros(*args.topk_idx.shape, self._args.hidden, dtype=args.x.dtype)
+        out = torch.zeros(*args.topk_idx.shape, self._args.hidden, dtype=args.x.dtype, device="cpu")
         counter = args.combine_wait_recv_cost_stats
-        waits = None if counter is None else torch.zeros(self._ranks, dtype=torch.int64)
+        waits = None if counter is None else torch.zeros(self._ranks, dtype=torch.int64, device="cpu")
         self._fetch_packed(args, waits, out, 0, True, True)()
         if counter is not None and waits is not None:
             counter[self._first : self._first + self._ranks] += waits

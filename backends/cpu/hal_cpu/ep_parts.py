@@ -68,7 +68,7 @@ class Sources:
 
     def rank(self) -> Tensor:
         """Blocks are known from the counts; the rows of a rank that was lost meanwhile are nobody's."""
-        block = torch.empty(self._rows, dtype=torch.int32)
+        block = torch.empty(self._rows, dtype=torch.int32, device="cpu")
         self._routes.blocks_of_rows(block.data_ptr(), self._rows)
         rank = self._origins[block.clamp(min=0)]
         return rank.masked_fill_((block < 0) | (self.position() < 0), -1)
@@ -82,7 +82,7 @@ class Sources:
         return self._told()[:, 1]
 
     def _told(self) -> Tensor:
-        found = torch.full((self._rows, 2), -1, dtype=torch.int32)
+        found = torch.full((self._rows, 2), -1, dtype=torch.int32, device="cpu")
         self._routes.sources(found.data_ptr())
         return found
 
@@ -95,7 +95,7 @@ class Sources:
         return self._by_rank(self._routes.sent_by_blocks, self._args.num_ranks)
 
     def _by_rank(self, fill: Callable[[int], None], columns: int) -> Tensor:
-        by_block = torch.empty(len(self._origins), columns, dtype=torch.int32)
+        by_block = torch.empty(len(self._origins), columns, dtype=torch.int32, device="cpu")
         fill(by_block.data_ptr())
         return by_block[self._blocks]
 

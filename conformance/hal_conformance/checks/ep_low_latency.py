@@ -12,18 +12,24 @@ from hal_conformance.checks.ep_calls import MANY, MANY_LIMIT, PAUSE
 from hal_conformance.checks.ep_normal import LARGE, draw
 from hal_conformance.context import Context
 from hal_conformance.cover_ep import plain
-from hal_conformance.ep import Padded, Ref, Step
+from hal_conformance.ep import Ref, Step
 from hal_conformance.ep_case import EpCase
 from hal_conformance.ep_draw import ROWS
 from hal_conformance.ep_judge import differ, note, recv_stats, same, written
 from hal_conformance.ep_play import Played, patiently, play
 from hal_conformance.ep_refused import refused_alike
-from hal_conformance.ep_round import PackedRound, low_latency, scripts
+from hal_conformance.ep_round import PackedRound, low_latency, placed, scripts
+from hal_conformance.memory import Placed
 
 
 def base(context: Context, ranks: tuple[int, ...] = (2, 3, 4), **changes: object) -> EpCase:
     """A case of usual sizes with a declared cast, none where there is a choice."""
     return draw(context).base(ranks, **{"cast": draw(context).cast(), **changes})
+
+
+def few(case: EpCase) -> EpCase:
+    """Of few tokens, where there are many results: each has room for all that may come."""
+    return case.but(tokens=tuple(min(n, 5) for n in case.tokens))
 
 
 @holds("EPL-01")
@@ -85,7 +91,7 @@ def weighted_sums(context: Context) -> None:
 
     def steps(rank: int) -> list[Step]:
         out = torch.full((case.tokens[rank], case.hidden), 7.0).to(case.torch_dtype)
-        given = Padded(out, 8) if context.index % 2 else out
+        given = Placed(out, 8) if context.index % 2 else out
         return [made.dispatch(rank), made.combine(rank, out=given)]
 
     played = play(context, case, scripts(case, steps, "low_latency"))
@@ -253,44 +259,6 @@ def two_live_results(context: Context) -> None:
         rest.judge_dispatch(played, "a live result after the other was combined", step=f"still {tag}")
 
 
-@holds("EPL-12")
-@patiently
-def statistics(context: Context, scale: float) -> None:
-    """Received counts are added; waits are added in microseconds, and the late rank has the most."""
-    case = base(context, (3, 2), routing="distinct")
-    made = PackedRound(context, case)
-    late = context.rng.randrange(case.ranks)
-
-    def steps(rank: int) -> list[Step]:
-        start = torch.arange(case.local, dtype=torch.int32) * 1000
-        found = [made.dispatch(rank, "warm"), Step("drop", args={"of": "warm"})]
-        if rank == late:
-            found.append(Step("sleep", args={"seconds": PAUSE * scale}))
-        waits = torch.full((case.ranks,), 10, dtype=torch.int64)
-        found.append(made.dispatch(rank, cumulative_local_expert_recv_stats=start, dispatch_wait_recv_cost_stats=waits))
-        if rank == late:
-            found.append(Step("sleep", args={"seconds": PAUSE * scale}))
-        found.append(made.combine(rank, combine_wait_recv_cost_stats=waits))
-        return found
-
-    played = play(context, case, scripts(case, steps, "low_latency"))
-    for rank in range(case.ranks):
-        got = played.result(rank, "dispatch")
-        recv_stats(context, rank, got, torch.arange(case.local, dtype=torch.int32) * 1000 + made.wants[rank].count)
-        for name, where in (("dispatch_wait_recv_cost_stats", "dispatch"), ("combine_wait_recv_cost_stats", "combine")):
-            waits = played.result(rank, where)[name] - 10
-            if bool((waits < 0).any()):
-                context.problem(f"rank {rank}: {name} fell to {waits.tolist()}: microseconds waited are added")
-            if rank == late:
-                continue
-            waited = waits.tolist()
-            if not 0.2e6 <= waited[late] / (PAUSE * scale) <= 20e6:
-                context.problem(f"rank {rank}: rank {late} came {PAUSE * scale} s late, and {name} says {waited} µs")
-            punctual = [other for other in range(case.ranks) if other != late and waited[other] > waited[late] / 2]
-            if punctual:
-                context.problem(f"rank {rank}: only rank {late} came late, and {name} says {waited} µs")
-
-
 @holds("EPL-13")
 def same_bits(context: Context) -> None:
     """The same calls again and again, ranks arriving in every order; and very often on one buffer."""
@@ -378,3 +346,23 @@ def conservation(context: Context) -> None:
     chosen = sum(case.tokens) * min(case.topk, case.experts)
     if total != chosen:
         context.problem(f"{total} rows arrived at all experts, {chosen} choices were made")
+
+
+@holds("EPL-23")
+def strided_inputs(context: Context) -> None:
+    """Tensors with NaN, or experts that do not exist, before, between and after their rows; one row for all tokens."""
+    case = draw(context).lying(base(context, (2, 3), routing="mixed"))
+    made = PackedRound(context, case)
+
+    def steps(rank: int) -> list[Step]:
+        counts = Placed(torch.full((case.local,), 5, dtype=torch.int32), start=case.start)
+        out = torch.full((case.tokens[rank], case.hidden), 7.0).to(case.torch_dtype)
+        dispatch = made.dispatch(rank, cumulative_local_expert_recv_stats=counts)
+        return [dispatch, made.combine(rank, out=placed(case, out))]
+
+    played = play(context, case, scripts(case, steps, "low_latency"), first=made.judge_dispatch)
+    made.judge_dispatch(played)
+    made.judge_combine(played)
+    for rank in range(case.ranks):
+        recv_stats(context, rank, played.result(rank, "dispatch"), made.wants[rank].count + 5)
+        written(context, rank, played.result(rank, "combine"))

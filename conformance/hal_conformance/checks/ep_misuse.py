@@ -19,6 +19,7 @@ from hal_conformance.ep_draw import EpDraw
 from hal_conformance.ep_play import Played, play
 from hal_conformance.ep_refused import refused_alike
 from hal_conformance.ep_round import CASTS, PackedRound, Round, scripts
+from hal_conformance.memory import Placed
 
 Wrong = tuple[str, str, Callable[[int], Step]]
 """What is wrong, the argument that must be named (or several, with |), and the call of each rank."""
@@ -261,6 +262,10 @@ def wrong_low_latency_calls(context: Context) -> None:
             one(lambda s: _but(s, topk_weights=s.args["topk_weights"][1:]), sums),
         ),
     ]
+    apart = Placed(made.outputs[odd], pad=8)
+    wrong.append(("rows of combine that are apart", "x", one(lambda s: _but(s, x=apart), sums)))
+    if context.ep.zero_copy_combine:
+        wrong.append(("zero_copy of memory that nobody lent", "x", lambda rank: _but(sums(rank), zero_copy=True)))
     if not CASTS[case.cast].get("round_scale"):
         title = "use_ue8m0 without round_scale"
         wrong.append((title, "use_ue8m0", lambda rank: _but(right(rank), use_ue8m0=True)))

@@ -174,6 +174,6 @@ def layout(context: Context) -> None:
 
 @holds("EPN-14")
 def strided_inputs(context: Context) -> None:
-    """Rows with NaN between them, choices with experts that do not exist between them."""
-    case = draw(context).base((2, 3), pad=8 * context.rng.randint(1, 3), routing="mixed")
-    normal(context, case.but(bias=1 + context.index % 2))
+    """Rows with NaN between them, choices with experts that do not exist between them; one row for all tokens."""
+    case = draw(context).base((2, 3), routing="mixed", bias=1 + context.index % 2)
+    normal(context, draw(context).lying(case))

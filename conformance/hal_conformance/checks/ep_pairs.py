@@ -15,11 +15,11 @@ from hal_conformance.checks import holds
 from hal_conformance.context import Context
 from hal_conformance.cover import Cover, Labels
 from hal_conformance.covers import at
-from hal_conformance.ep import Padded, Ref, Step
+from hal_conformance.ep import Ref, Step
 from hal_conformance.ep_case import EpCase
 from hal_conformance.ep_judge import laid_out, recv_stats, written
 from hal_conformance.ep_play import play
-from hal_conformance.ep_round import PackedRound, Round, scripts
+from hal_conformance.ep_round import ENDS, PackedRound, Round, placed, scripts
 
 Plan = Callable[[EpCapabilities, bool], Cover[EpCase]]
 
@@ -82,7 +82,8 @@ def realise(rng: random.Random, declared: EpCapabilities, chosen: dict[str, str]
         routing=chosen["routing"],
         data=chosen["data"],
         weights=chosen["weights"].replace("none", ""),
-        pad=8 * rng.randint(1, 3) if chosen["rows"] == "padded" else 0,
+        pad=rng.choice((8 * rng.randint(1, 3), rng.randint(1, 7))) if chosen["rows"] == "padded" else 0,
+        start=rng.choice((0, rng.randint(1, 7))),
         finish=chosen["finish"],
     )
     if "ranks of a node" in chosen:
@@ -137,13 +138,6 @@ def _packed(case: EpCase, chosen: dict[str, str]) -> EpCase:
     )
 
 
-_FLAGS: Final[dict[str, dict[str, Any]]] = {
-    "call": {},
-    "event": {"async_finish": True},
-    "hook": {"return_recv_hook": True},
-}
-
-
 _MEANWHILE: Final = 0.02
 """Seconds in which what is done behind the caller's back is done, before its hook runs."""
 
@@ -155,7 +149,7 @@ def _sent(op: str) -> tuple[str, ...]:
 
 def _ended(case: EpCase, step: Step) -> list[Step]:
     """A call and what completes it; once it has what it was given, that is used for something else."""
-    step = dataclasses.replace(step, args={**step.args, **_FLAGS[case.finish]})
+    step = dataclasses.replace(step, args={**step.args, **ENDS[case.finish]})
     found = [step]
     if case.finish != "call":
         if case.finish == "hook":
@@ -209,7 +203,7 @@ def _packed_pairs(context: Context, nodes: bool) -> None:
         flags: dict[str, Any] = {}
         if case.out != "none":
             out = torch.full((case.tokens[rank], case.hidden), 7.0).to(case.torch_dtype)
-            flags["out"] = Padded(out, 8) if case.out == "padded" else out
+            flags["out"] = placed(case.but(pad=max(case.pad, 3)) if case.out == "padded" else case.but(pad=0), out)
         if case.zero_copy:
             found.append(Step("low_latency_combine_buffer", "lent", {"handle": Ref("dispatch")}))
             found.append(Step("fill", args={"into": "lent", "value": made.outputs[rank]}))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from hal_conformance.checks import holds
-from hal_conformance.checks.ep_low_latency import base
+from hal_conformance.checks.ep_low_latency import base, few
 from hal_conformance.checks.ep_normal import draw
 from hal_conformance.context import Context
 from hal_conformance.ep import Ref, Step
 from hal_conformance.ep_judge import handle_told
 from hal_conformance.ep_play import Played, play
+from hal_conformance.ep_refused import refused_alike
 from hal_conformance.ep_round import PackedRound, Round, scripts
 
 
@@ -52,10 +54,10 @@ def unlike_calls(context: Context) -> None:
 @holds("EPN-16")
 def other_buffers(context: Context) -> None:
     """Two buffers of other sizes in turn; a buffer of some of the ranks, whose numbers in it are not the program's."""
-    if context.index % 2:
-        _part_of_the_ranks(context)
-        return
     case = draw(context).base((2, 3), bias=1)
+    if context.index % 2:
+        _part_of_the_ranks(context, Round(context, case), "normal")
+        return
     other = draw(context).apart(case)
     rounds = {"buffer": [Round(context, case) for _ in range(2)], "other": [Round(context, other) for _ in range(2)]}
 
@@ -81,17 +83,16 @@ def other_buffers(context: Context) -> None:
             made.judge_combine(played, f"combine dispatch {name} {turn}")
 
 
-def _part_of_the_ranks(context: Context) -> None:
-    case = draw(context).base((2, 3), bias=1)
+def _part_of_the_ranks(context: Context, made: Round | PackedRound, mode: str) -> None:
+    case = made.case
     left_out = context.rng.randrange(case.ranks)
     part = [rank for rank in range(case.ranks + 1) if rank != left_out]
-    made = Round(context, case)
 
     def script(rank: int) -> list[Step]:
         group = Step("group", "part", {"ranks": part})
         if rank == left_out:
             return [group]
-        opened = Step("open", "buffer", case.buffer(group=Ref("part")))
+        opened = Step("open", "buffer", case.buffer(mode, group=Ref("part")))
         here = part.index(rank)
         return [group, opened, made.dispatch(here), made.combine(here), Step("close", "close")]
 
@@ -132,6 +133,56 @@ def what_a_handle_tells(context: Context) -> None:
         for rank in range(case.ranks):
             handle_told(context, case, one.inputs, one.wants, rank, played.result(rank, f"told {name}"), name)
         one.judge_combine(played, f"sum of {name}")
+
+
+@holds("EPL-20")
+def other_low_latency_buffers(context: Context) -> None:
+    """Three buffers in turn, two of like sizes, each with two live results and lent memory; one of some of the ranks.
+
+    Results are finished and combined in any order, and looked at once all others are there. A handle is its buffer's.
+    """
+    case = few(base(context, (2, 3)))
+    if context.index % 2:
+        _part_of_the_ranks(context, PackedRound(context, case), "low_latency")
+        return
+    sizes = {"buffer": case, "twin": case, "other": draw(context).apart(case)}
+    rounds = {(name, turn): PackedRound(context, size) for turn in range(2) for name, size in sizes.items()}
+    order = context.rng.sample(list(rounds), len(rounds))
+    hooked: dict[str, Any] = {"return_recv_hook": True} if context.ep.recv_hook else {}
+
+    def steps(rank: int) -> list[Step]:
+        def of(key: tuple[str, int], step: Step) -> Step:
+            return dataclasses.replace(step, on=key[0])
+
+        found = [Step("open", name, size.buffer("low_latency")) for name, size in sizes.items() if name != "buffer"]
+        found += [of(key, made.dispatch(rank, _named("dispatch", key), **hooked)) for key, made in rounds.items()]
+        found += [Step("finish", _named("end", key), {"of": _named("dispatch", key)}) for key in order if hooked]
+        found.append(rounds["twin", 0].combine(rank, "foreign", of=_named("dispatch", ("twin", 0))))
+        lent: dict[tuple[str, int], dict[str, Any]] = {key: {} for key in rounds}
+        for key in rounds if context.ep.zero_copy_combine else ():
+            handle, name = Ref(_named("dispatch", key)), _named("lent", key)
+            found.append(of(key, Step("low_latency_combine_buffer", name, {"handle": handle})))
+            found.append(Step("fill", args={"into": name, "value": rounds[key].outputs[rank]}))
+            lent[key] = {"x": Ref(name, ""), "zero_copy": True}
+        for key in reversed(order):
+            name = _named("dispatch", key)
+            found.append(Step("look", _named("received", key), {"of": name}))
+            found.append(of(key, rounds[key].combine(rank, _named("combine", key), of=name, **lent[key])))
+        return [*found, *(Step("close", on=name) for name in sizes if name != "buffer")]
+
+    def arrived(played: Played) -> None:
+        for key, made in rounds.items():
+            made.judge_dispatch(played, _named("dispatch", key), step=_named("received", key))
+
+    played = play(context, case, scripts(case, steps, "low_latency"), raising=("foreign",), first=arrived)
+    refused_alike(context, played, "foreign", "handle", what="another buffer's handle")
+    arrived(played)
+    for key, made in rounds.items():
+        made.judge_combine(played, _named("combine", key))
+
+
+def _named(call: str, key: tuple[str, int]) -> str:
+    return f"{call} {key[1]} of {key[0]}"
 
 
 @holds("EPL-16")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from typing import Final, TypeVar
+from collections.abc import Callable
+from typing import Final
 
-import torch
 from torch import Tensor
 
 import hal
+from hal_conformance.around import SETTINGS
 from hal_conformance.case import MlaCase
 from hal_conformance.checks import holds
 from hal_conformance.context import BackendRaised, Context
@@ -19,8 +17,6 @@ from hal_conformance.decode import Outcome, plan_for
 from hal_conformance.draw import Draw
 from hal_conformance.inputs import Inputs
 from hal_conformance.memory import Guarded, same_bits
-
-Value = TypeVar("Value")
 
 _TURNS: Final = {"quick": 12, "default": 25, "full": 200}
 """Calls of each thread."""
@@ -79,33 +75,11 @@ def _viewed_again(inputs: Inputs) -> Inputs:
     )
 
 
-@contextlib.contextmanager
-def _set(put: Callable[[Value], object], there: Value, value: Value) -> Iterator[None]:
-    put(value)
-    try:
-        yield
-    finally:
-        put(there)
-
-
-_SETTINGS: Final[dict[str, Callable[[], AbstractContextManager[object]]]] = {
-    "torch.inference_mode()": torch.inference_mode,
-    "float64 as torch's default dtype": lambda: _set(torch.set_default_dtype, torch.get_default_dtype(), torch.float64),
-    "bfloat16 as torch's default dtype": lambda: _set(
-        torch.set_default_dtype, torch.get_default_dtype(), torch.bfloat16
-    ),
-    "another default device": lambda: torch.device("meta"),
-    "1 thread of torch": lambda: _set(torch.set_num_threads, torch.get_num_threads(), 1),
-    "5 threads of torch": lambda: _set(torch.set_num_threads, torch.get_num_threads(), 5),
-    "torch.no_grad()": torch.no_grad,
-}
-
-
-@holds("MLA-50", lambda context: len(_SETTINGS))
+@holds("MLA-50", lambda context: len(SETTINGS))
 def whatever_is_set(context: Context) -> None:
     """A call and one with a plan while a setting of the process is another."""
     draw = context.draw()
-    name, setting = list(_SETTINGS.items())[context.index]
+    name, setting = list(SETTINGS.items())[context.index]
     case = draw.base().but(lengths=draw.lengths(most=200, batch=(1, 3)), out_layout="none", data="hot")
     if context.dense.causal:
         s_q = draw.rng.choice(draw.queries())

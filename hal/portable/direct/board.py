@@ -99,7 +99,7 @@ class Addresses:
     def __init__(self, ranks: int, device: torch.device) -> None:
         self._device = device
         self._sizes: dict[tuple[int, int], int] = {}
-        self._there = torch.zeros(ranks, _FEW_WINDOWS, 2, dtype=torch.int64)
+        self._there = torch.zeros(ranks, _FEW_WINDOWS, 2, dtype=torch.int64, device="cpu")
         self.table = self._there.to(device)
 
     def learn(self, rank: int, number: int, address: int, size: int) -> None:
@@ -114,7 +114,7 @@ class Addresses:
             raise ValueError(f"a window of number {number}")
         while number >= self._there.shape[1]:
             self._there = torch.cat([self._there, torch.zeros_like(self._there)], 1)
-        self._there[rank, number] = torch.tensor([address, size])
+        self._there[rank, number] = torch.tensor([address, size], device="cpu")
         self._sizes[rank, number] = size
         # Another tensor: kernels that were launched may still read the one before.
         self.table = self._there.to(self._device, copy=True)

@@ -87,7 +87,7 @@ class MeetingCalls(SlotCalls):
         windows = [self._window_of(op, peer, letters[peer]["board"]) for peer in range(self._near.ranks)]
         kernels, near = self._kernels, self._near
         kernels.here, kernels.ranks = near.here, near.ranks
-        boards = torch.tensor([address_of(window.memory) for window in windows], dtype=torch.int64)
+        boards = torch.tensor([address_of(window.memory) for window in windows], dtype=torch.int64, device="cpu")
         kernels.boards = boards.to(self._args.device)
         kernels.windows = self._addresses.table
 

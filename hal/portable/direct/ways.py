@@ -71,8 +71,8 @@ class Ways:
     before: Ways | None = None
     dropped: int = 0
     stream: object = None
-    position: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
-    choice: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
+    position: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32, device="cpu"))
+    choice: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32, device="cpu"))
 
     @staticmethod
     def words(bins: Bins, most: int, topk: int, n: int) -> tuple[int, ...]:
@@ -109,7 +109,7 @@ class Ways:
         counts: Any = self.of_own_experts().T if self.bins.expanded else self.between_ranks()[:, self.here][None]
         ranks = np.tile(np.arange(self.bins.ranks, dtype=np.int32), len(counts)).repeat(counts.flatten())
         position = self.position.cpu()
-        found = torch.full((len(position),), -1, dtype=torch.int32)
+        found = torch.full((len(position),), -1, dtype=torch.int32, device="cpu")
         there = position >= 0
         found[there] = torch.from_numpy(ranks)
         return found.to(self.position.device)

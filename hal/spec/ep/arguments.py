@@ -90,7 +90,8 @@ class EpDispatchArgs:
     Attributes
     ----------
     x : Tensor
-        [n, H] of the buffer's dtype, or float8_e4m3fn. Last dimension contiguous.
+        [n, H] of the buffer's dtype, or float8_e4m3fn. Last dimension contiguous; rows any number of elements apart, 0
+        among them, from any element of memory on, as those of every tensor that is not said to be contiguous.
     scales : Tensor or None
         For FP8 rows: float32 [n, ceil(H / 128)], or packed UE8M0 int32 [n, ceil(H / 512)]. Moved, never interpreted.
     topk_idx : Tensor
@@ -157,7 +158,7 @@ class EpLowLatencyDispatchArgs:
     Attributes
     ----------
     x : Tensor
-        [n, H] of the buffer's dtype, n ≤ M.
+        [n, H] of the buffer's dtype, n ≤ M; in memory as in `EpDispatchArgs`.
     topk_idx : Tensor
         [n, K] int64 contiguous; -1 is no expert.
     cast : str
@@ -165,7 +166,8 @@ class EpLowLatencyDispatchArgs:
     cumulative_local_expert_recv_stats : Tensor or None
         [L] int32, to which the received counts are added.
     dispatch_wait_recv_cost_stats : Tensor or None
-        [R] int64, to which the microseconds waited for each rank are added.
+        [R] int64, to which the microseconds waited for each rank are added; of a call that ends later, those that its
+        ``finish`` waits.
     async_finish, return_recv_hook : bool
         As in `EpDispatchArgs`.
     """
@@ -186,14 +188,14 @@ class EpLowLatencyCombineArgs:
     Attributes
     ----------
     x : Tensor
-        [L, R · M, H] of the buffer's dtype; rows past the received count are never read. With ``zero_copy`` the tensor
-        that the engine lent for this handle.
+        [L, R · M, H] of the buffer's dtype, contiguous; rows past the received count are never read. With ``zero_copy``
+        the tensor that the engine lent for this handle.
     topk_idx, topk_weights : Tensor
         [n, K] int64 and float32, contiguous.
     handle : EpLowLatencyHandle
     zero_copy : bool
     out : Tensor
-        [n, H] of the buffer's dtype.
+        [n, H] of the buffer's dtype; no two of its elements share memory.
     out_is_given : bool
         Whether it is the caller's, who may see it before its hook has run.
     combine_wait_recv_cost_stats : Tensor or None
