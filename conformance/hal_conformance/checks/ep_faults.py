@@ -127,7 +127,10 @@ def slow(context: Context, scale: float) -> None:
     """Late by less than the timeout: waited for, and nobody is named."""
     case = usual(context, (2, 3))
     made = in_turn(context, case)
-    late, at = context.rng.randrange(case.ranks), context.rng.randrange(1, len(made.steps(0, 2)))
+    whole = made.steps(0, 2)
+    # Before a call, for which the others then wait; not before a step of its own.
+    waited = [i for i, step in enumerate(whole) if i and step.name in calls(whole)]
+    late, at = context.rng.randrange(case.ranks), context.rng.choice(waited)
 
     def steps(rank: int) -> list[Step]:
         work = made.steps(rank, 2)
