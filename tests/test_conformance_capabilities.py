@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hal_conformance.checks.capability import illegal
-from hal_conformance.context import Settings
+from hal_conformance.checks.capability import declared_calls, illegal
+from hal_conformance.context import Context, Settings
 from hal_conformance.covers import covers
 from hal_conformance.process import Worker
 from hal_conformance.requirements import REQUIREMENTS
 from hal_conformance.session import Session
-from hal_conformance.table import OBLIGATIONS
+from hal_conformance.table import BY_ID, OBLIGATIONS
 from mutants.ep_sample import Modest, communicates
 from mutants.registry import load
 from mutants.runner import installed, kill
@@ -81,6 +81,12 @@ def test_of_what_is_not_legal_a_report_can_be_made_all_the_same(wrong: Capabilit
     session.capabilities = wrong
     assert session.coverage() == {"covered": 0, "pairs": 0}
     assert {requirement.declared(wrong) for requirement in REQUIREMENTS.values()} == {True, False}
+
+
+@pytest.mark.parametrize("s_q", [only(3), only(100), only(1000), Ints(4, 8)], ids=str)
+def test_a_call_for_every_declared_value_is_found_whatever_the_numbers_of_queries(s_q: Ints) -> None:
+    context = Context(Settings("sample", 1), _dense(s_q=s_q, ragged_q=True), BY_ID["CAP-05"], 0)
+    assert any(case.q_lens for case in declared_calls(context))
 
 
 def test_of_packed_caches_alone_nothing_is_asked_but_to_refuse_the_rest() -> None:

@@ -167,6 +167,20 @@ def test_a_matrix_is_made_from_results(tmp_path: Path) -> None:
     assert "FAIL" in page.read_text()
 
 
+def test_a_report_that_was_changed_is_compared_with_none(tmp_path: Path) -> None:
+    failing = made(MLA_07="FAIL")
+    for level in failing["levels"]:
+        level["verdict"] = "PASS"
+    report.write(failing, tmp_path / "levels.json")
+    report.write(failing | {"certificate": made()["certificate"]}, tmp_path / "pasted.json")
+    for name, complaint in (("levels", "the verdicts of the levels"), ("pasted", "the certificate is not the one")):
+        path = str(tmp_path / f"{name}.json")
+        for words in (["matrix", path], ["--backend", "cpu", "--against", path]):
+            done = CliRunner().invoke(app, words)
+            assert done.exit_code == 2
+            assert complaint in done.output
+
+
 def test_a_failure_marks_every_feature_that_its_call_used() -> None:
     dense, ranks = made(MLA_44="FAIL"), made(EPN_05="FAIL")
     for one, case in (

@@ -126,6 +126,13 @@ def test_a_plugin_that_cannot_load_fails_at_the_gate(run: Run) -> None:
     assert set(seen.values()) == {"BLOCKED"}
 
 
+def test_a_plugin_that_cannot_load_is_an_error_whatever_is_chosen_and_said_once(run: Run) -> None:
+    session = run("mutant-exits-at-load", "MLA-01", "MLA-02", "EPN-01")
+    assert statuses(session) == {"MLA-01": "ERROR", "MLA-02": "BLOCKED", "EPN-01": "BLOCKED"}
+    assert "could not be asked what it declares: " in session.results["MLA-01"].message
+    assert report.make(session)["verdict"] == "FAIL"
+
+
 def test_a_wrong_result_is_bisected_from_outside_where_no_partial_results_are_exposed(run: Run) -> None:
     session = run("mutant-token-after-boundary-lost", "MLA-23")
     index = session.results["MLA-23"].failures[0]["index"]

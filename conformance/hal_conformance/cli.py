@@ -121,10 +121,10 @@ def conform(
     if context.invoked_subcommand is not None:
         return
     from hal.spec.limits import DENSE_OUT
-    from hal_conformance import report as reports
     from hal_conformance import waivers as waiver_file
     from hal_conformance.context import Settings
     from hal_conformance.session import Session, fresh_seed
+    from hal_conformance.verify import read_to_compare
 
     require_backend(backend)
     if quick and full:
@@ -134,7 +134,7 @@ def conform(
         if not math.isfinite(patience):
             raise SpecError("--patience", patience, "a finite factor")
         known = waiver_file.read(waivers) if waivers is not None else {}
-        older = reports.read(against) if against is not None else None
+        older = read_to_compare(against) if against is not None else None
     except HalError as error:
         wrong_request(str(error))
     if case and (seed is not None or only):
@@ -333,10 +333,10 @@ def matrix(
 ) -> None:
     """Write a compatibility matrix from many reports: what was seen, not what is claimed."""
     from hal_conformance import diff, html
-    from hal_conformance import report as reports
+    from hal_conformance.verify import read_to_compare
 
     try:
-        table = diff.matrix([reports.read(path) for path in files])
+        table = diff.matrix([read_to_compare(path) for path in files])
     except HalError as error:
         wrong_request(str(error))
     require_writable(out)

@@ -272,8 +272,12 @@ class Session:
             return Result(obligation.id, "BLOCKED", blocked)
         requirement = REQUIREMENTS[obligation.requires]
         capabilities = self.capabilities
-        if capabilities is None and not obligation.gate:
-            return Result(obligation.id, "BLOCKED", "the backend could not be asked what it declares")
+        if capabilities is None and not (obligation.gate and obligation.requires == "nothing"):
+            why = self.facts.get("error") or self.facts.get("reason") or "what it answers are no capabilities"
+            # Said once: without CAP-01, which names it, nothing has failed yet.
+            status: Status = "BLOCKED" if any(r.status in RED for r in self.results.values()) else "ERROR"
+            text = f"the backend could not be asked what it declares: {why.strip().splitlines()[-1]}"
+            return Result(obligation.id, status, text)
         if capabilities is not None and not requirement.declared(capabilities):
             _require_case(obligation, self.case or 0, 1, self.settings)
             return self._cases(obligation, [0], "refusal", progress)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import datetime
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, Final
 
 import hal
 from hal import plugins
+from hal.spec.errors import SpecError
 from hal_conformance import SUITE_VERSION
 from hal_conformance.certificate import issue, obstacles
 from hal_conformance.consistency import consistency
 from hal_conformance.consistency_run import moment
 from hal_conformance.facts import distribution, suite_hash
 from hal_conformance.headline import headline
+from hal_conformance.report import read
 from hal_conformance.schema import schema_errors
 
 _CLOCKS: Final = datetime.timedelta(hours=1)
@@ -55,6 +58,23 @@ def verify(report: Any, today: datetime.date | None = None) -> tuple[list[str], 
         errors += _changed(certificate["requires"], here["requires"])
         errors += [f"it reaches beyond its package here: {text}" for text in here["reaches"]]
     return errors, notes
+
+
+def read_to_compare(path: Path) -> dict[str, Any]:
+    """A report beside which others are to be shown: one of this suite's that does not follow from itself shows nothing.
+
+    Raises
+    ------
+    SpecError
+        It cannot be read, or was changed. Of another suite's only the certificate can be held against the rest.
+    """
+    report = read(path)
+    wrong = consistency(report) if report["suite"]["hash"] == suite_hash() else []
+    if report["certificate"] is not None and issue(report) != report["certificate"]:
+        wrong = ["the certificate is not the one this report gives", *wrong]
+    if wrong:
+        raise SpecError("report", f"{path}, which was changed: {wrong[0]}", "a report as hal conform wrote it")
+    return report
 
 
 def _suite(report: dict[str, Any]) -> list[str]:
