@@ -14,6 +14,7 @@ import pytest
 from hal_conformance import certificate, report
 from hal_conformance import verify as verifying
 from hal_conformance.cli import app
+from hal_conformance.consistency import consistency
 from hal_conformance.schema import schema_errors
 from hal_conformance.verify import verify
 from hal_conformance.waivers import Waiver
@@ -442,3 +443,11 @@ def _changed(one: Report, path: Place, value: Any) -> Report:
     copied: Any = dict(one) if isinstance(one, dict) else list(one)
     copied[path[0]] = value if len(path) == 1 else _changed(one[path[0]], path[1:], value)
     return copied  # type: ignore[no-any-return]
+
+
+def test_sizes_are_asked_for_whichever_mode_passed(honest: Report) -> None:
+    one = copy.deepcopy(honest)
+    for row in one["obligations"]:
+        row["status"] = "REFUSED" if row["id"].startswith("EPN") else row["status"]
+    one["sizes"] = [row for row in one["sizes"] if row["axis"] != "ranks"]
+    assert "it does not say how large ranks went" in consistency(one)

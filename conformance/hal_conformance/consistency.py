@@ -99,7 +99,7 @@ def _measured(report: dict[str, Any], capabilities: Capabilities) -> Iterator[st
         yield f"{told['covered']} pairs of values met, of {told['pairs']}"
     passed = {row["id"] for row in report["obligations"] if row["status"] == "PASS"}
     axes = set(MlaCase().sizes()) if "MLA-01" in passed else set()
-    if "EPN-01" in passed:
+    if passed & {"EPN-01", "EPL-01"}:
         axes |= set(EpCase(scales="float32" if "EPN-08" in passed else "").sizes())
     missing = axes - {row["axis"] for row in report.get("sizes", [])}
     if missing:
