@@ -164,17 +164,22 @@ class Worker:
 
     def stop(self) -> None:
         """End the process and everything it started."""
-        if self._process is None:
+        process, self._process = self._process, None
+        if process is None:
             return
-        for descriptor in (self._requests, self._answers):
-            os.close(descriptor)
+        try:
+            for descriptor in (self._requests, self._answers):
+                os.close(descriptor)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.2)
+        finally:
+            # Also where a signal ends the run meanwhile.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(0.2)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+            # What sleeps in a driver outlives even this; nobody's report waits for it.
+            process.wait(5.0)
         self._output.close()
-        self._process = None
 
     def __enter__(self) -> Worker:
         return self
