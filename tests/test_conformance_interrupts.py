@@ -73,10 +73,10 @@ def _end(process: Worker, number: signal.Signals) -> None:
     process._process.wait()
 
 
-def test_a_judge_that_is_killed_is_named_and_the_backend_is_not_blamed(kept_worker: Worker) -> None:
-    with Secluded() as judge:
+def test_a_judge_that_is_killed_is_named_and_the_backend_is_not_blamed() -> None:
+    with Worker() as worker, Secluded() as judge:
         session = Session(Settings("cpu", 11, "quick"), ["MLA-21"], 0, witness=judge)
-        session.worker = kept_worker
+        session.worker = worker
         session.learn()
         _end(judge, signal.SIGKILL)
         session.run()
