@@ -247,3 +247,28 @@ def test_counts_of_many_experts_are_told_by_those_that_differ() -> None:
     assert f"differs for 1 of 40 experts: {counts[33]} instead of {counts[33] - 2} for local expert 33" in str(
         noted.record.problems
     )
+
+
+@pytest.mark.parametrize(
+    ("got", "others", "said"),
+    [
+        (0, (1, 0), "recv_count is 0 for every expert"),
+        (3, (3, 0), "counts are swapped between ranks: these are those of rank 1"),
+        (3, (3, 3), "recv_count is not the number of received rows"),
+    ],
+)
+def test_counts_are_those_of_another_rank_only_if_no_other_has_them(
+    got: int, others: tuple[int, int], said: str
+) -> None:
+    """A masked rank has zeros, and so has whatever writes nothing."""
+    case = EpCase(ranks=3, experts=3, topk=1, tokens=(0, 0, 0), routing="distinct")
+    wants: Any = [SimpleNamespace(count=torch.tensor([count])) for count in (5, *others)]
+    given = {"recv_count": torch.tensor([got])}
+    assert ep_causes.of_packed(case, case.inputs(1), 0, given, wants) == said
+
+
+def test_counts_of_no_tokens_are_nobody_elses() -> None:
+    case = EpCase(ranks=3, experts=3, topk=1, tokens=(0, 0, 0), routing="distinct")
+    wants: Any = [SimpleNamespace(num_tokens_per_expert=[count]) for count in (5, 1, 0)]
+    assert ep_causes._counts(case, [0], wants[0], wants) == ""
+    assert ep_causes._counts(case, [1], wants[0], wants).endswith("these are those of rank 1")

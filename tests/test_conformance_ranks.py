@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import threading
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 from hal_conformance import ranks
 from hal_conformance.parcel import pack
+from hal_conformance.process import OUTSIDE
 from hal_conformance.ranks import Team, run_ranks
 
 
@@ -26,11 +28,15 @@ def test_ranks_talk_and_return() -> None:
     assert [r.state for r in done.ranks] == ["done"] * 3
 
 
-def test_a_dead_rank_is_named_and_the_others_do_not_wait_for_ever() -> None:
+@pytest.mark.parametrize(
+    ("number", "how"),
+    [(None, "ended with exit code 7"), (signal.SIGKILL, f"was killed by SIGKILL, {OUTSIDE}")],
+)
+def test_a_dead_rank_is_named_and_the_others_do_not_wait_for_ever(number: int | None, how: str) -> None:
     started = time.monotonic()
-    done = run_ranks("conformance_ranks:one_dies", 2, timeout=100)
+    done = run_ranks("conformance_ranks:one_dies", 2, number, timeout=100)
     assert done.culprits == (1,)
-    assert "rank 1 died in phase 'before the exchange' (exit code 7)" in done.message
+    assert f"rank 1 died in phase 'before the exchange': it {how}" in done.message
     assert time.monotonic() - started < 60
 
 

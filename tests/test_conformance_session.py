@@ -265,6 +265,13 @@ def test_a_waiver_file_that_is_wrong_is_a_wrong_request(tmp_path: Path, text: st
     assert done.exit_code == 2
 
 
+@pytest.mark.parametrize("text", ["", "# all fixed\n", "waiver = []"])
+def test_a_waiver_file_without_waivers_waives_nothing(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "waivers.toml"
+    path.write_text(text)
+    assert read(path) == {}
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -409,7 +416,7 @@ def test_the_bar_tells_how_far_a_run_is_and_its_clock_goes_on(monkeypatch: pytes
         return Result(obligation.id, "SKIPPED")
 
     monkeypatch.setattr(Session, "run_one", ran)
-    assert progress.play(Session(Settings("sample", 1)), Console(quiet=True))
+    progress.play(Session(Settings("sample", 1)), Console(quiet=True))
     first, last = OBLIGATIONS[0].id, OBLIGATIONS[-1].id
     count = len(OBLIGATIONS)
     assert seen[:2] == [(f"{first}, 1 of {count}", 0), (f"{first}, 1 of {count}", 1)]

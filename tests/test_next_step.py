@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hal_conformance import next_step as module
 from hal_conformance.next_step import next_step, steps, unavailable
+from hal_conformance.process import ending
 from hal_conformance.table import OBLIGATIONS
 from hal_conformance.verdict import levels
 
@@ -21,7 +22,7 @@ def report(
     return {
         "backend": {"name": "acme"},
         "run": {"mode": mode, "only": list(only), "case": None, "patience": patience},
-        "obligations": [{"id": name, "status": status} for name, status in every.items()],
+        "obligations": [{"id": name, "status": status, "message": ""} for name, status in every.items()],
         "levels": levels(every),
         "problems": [],
         "certificate": {} if certified else None,
@@ -45,7 +46,7 @@ def test_the_first_obligation_that_fails_is_named_with_its_line(marked: Path) ->
     assert said[1:] == ["write, in the backend: capabilities()", "hal_acme/backend.py:2: declare it"]
 
 
-@pytest.mark.parametrize("status", ["FAIL", "CRASH", "TIMEOUT", "ERROR"])
+@pytest.mark.parametrize("status", ["FAIL", "CRASH", "TIMEOUT"])
 def test_a_step_may_be_for_a_level(marked: Path, status: str) -> None:
     said = next_step(report(MLA_22=status))
     assert said[0].startswith("MLA-22, the tail of the last page: ")
@@ -58,9 +59,29 @@ def test_an_interrupted_run_is_to_be_made_again() -> None:
     assert said == ["what was run holds, and the run was interrupted; all of it: hal conform --backend acme --full"]
 
 
-def test_what_was_not_judged_is_to_be_run_again(marked: Path) -> None:
-    assert next_step(report(MLA_22="ERROR"))[-1].endswith("first again: hal conform --backend acme --only MLA-22")
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        ("ERROR", f"the judge {ending(-9)}"),
+        ("CRASH", f"the worker {ending(-9)}"),
+        ("FAIL", f"rank 1: it {ending(-15)}"),
+    ],
+)
+def test_what_was_not_judged_is_to_be_run_again(marked: Path, status: str, message: str) -> None:
+    made = report(MLA_22=status)
+    next(row for row in made["obligations"] if row["id"] == "MLA-22")["message"] = message
+    said = next_step(made)
+    assert said[1:] == [
+        f"it was not judged to its end: {message}",
+        "run it again: hal conform --backend acme --only MLA-22",
+    ]
     assert "again" not in " ".join(next_step(report(MLA_22="FAIL")))
+
+
+def test_what_is_there_and_passes_elsewhere_is_to_be_mended(marked: Path) -> None:
+    (marked / "backend.py").write_text("")
+    assert next_step(report(MLA_22="FAIL"))[1].startswith("mend, in the backend: mla_decode()")
+    assert next_step(report(EPN_01="FAIL"))[1].startswith("write, in the backend: ep_buffer()")
 
 
 def test_a_waiver_that_is_wrong_is_what_is_next(marked: Path) -> None:
@@ -77,7 +98,9 @@ def test_without_comments_the_place_is_the_package(marked: Path) -> None:
 def test_every_obligation_has_something_to_write(marked: Path) -> None:
     for obligation in OBLIGATIONS:
         said = next_step(report(**{obligation.id.replace("-", "_"): "FAIL"}))
-        assert said[0].startswith(f"{obligation.id}, ") and said[1].startswith("write, in the backend: ")
+        assert said[0].startswith(f"{obligation.id}, ") and said[1].startswith(
+            ("write, in the backend: ", "mend, in the backend: ")
+        )
 
 
 def test_what_holds_is_said_with_the_first_level_that_is_open(marked: Path) -> None:

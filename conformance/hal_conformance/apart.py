@@ -59,7 +59,8 @@ def _apart(session: Session, obligation: Obligation, index: int) -> dict[str, An
             request["capabilities"] = session.capabilities.to_dict()
             return session.witness.ask(request, limit + _STARTING)
         except (WorkerDied, WorkerHangs) as error:
-            return {"error": f"the case could not be judged apart: {error}\n{error.output}"}
+            # The last line is the one that is told.
+            return {"error": f"{error.output}\nthe case could not be judged: {error}"}
 
 
 def _explained(session: Session, request: dict[str, Any], limit: float, answer: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from hal_conformance.table import BY_ID, LEVEL_IDS, Mode, of_level
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from hal_conformance.interrupts import Interrupts
     from hal_conformance.session import Session
 
 app = typer.Typer(
@@ -114,12 +115,14 @@ def conform(
 ) -> None:
     """Run the suite against a backend."""
     from hal_conformance import alone
+    from hal_conformance.interrupts import Interrupts
 
     if context.invoked_subcommand is not None:
         _refuse_options(context, context.invoked_subcommand)
-    alone.load()
-    if context.invoked_subcommand is not None:
+        alone.load()
         return
+    interrupts = context.with_resource(Interrupts())
+    alone.load()
     from hal.spec.limits import DENSE_OUT
     from hal_conformance import waivers as waiver_file
     from hal_conformance.context import Settings
@@ -147,7 +150,7 @@ def conform(
         ids = [obligation]
     settings = Settings(backend, fresh_seed() if seed is None else seed, mode, tighten, device, patience, ranks)
     session = Session(settings, ids, index, known, fresh=seed is None)
-    raise typer.Exit(_run(session, out, older))
+    raise typer.Exit(_run(session, out, older, interrupts))
 
 
 def _refuse_options(context: typer.Context, command: str) -> None:
@@ -176,27 +179,29 @@ def require_device(session: Session) -> None:
         wrong_request(f"--device {asked}: {session.settings.backend} has {', '.join(declared.device_types)}")
 
 
-def _run(session: Session, out: Path, older: dict[str, Any] | None) -> int:
+def _run(session: Session, out: Path, older: dict[str, Any] | None, interrupts: Interrupts) -> int:
     from rich.console import Console
 
     from hal_conformance import diff, html, next_step, progress
     from hal_conformance import report as reports
+    from hal_conformance.interrupts import WRITING
 
     console = Console()
     console.print(f"[bold]{session.settings.backend}[/], {session.settings.mode} run, seed {session.settings.seed}")
+    roofline = None
     try:
-        # Both take seconds to import what they need, at the same time.
-        session.witness.start()
-        session.learn()
-        if session.facts.get("state") == "unavailable":
-            reason = session.facts["reason"]
-            if reason:
-                _say_next(console, next_step.unavailable(session.settings.backend))
-                wrong_request(
-                    f"{session.settings.backend} is not available on this machine, so nothing can be tested: {reason}"
-                )
-        require_device(session)
-        roofline = _roofline(session) if progress.play(session, console) else None
+        with interrupts.running():
+            _learn(session, console)
+            progress.play(session, console)
+            roofline = _roofline(session)
+    except KeyboardInterrupt:
+        session.leave_the_rest()
+        console.print(
+            f"  interrupted: what was not run is left out of the report, which shows the rest and is being written, "
+            f"in {WRITING} s at most",
+            highlight=False,
+            soft_wrap=True,
+        )
     except SpecError as error:
         wrong_request(str(error))
     finally:
@@ -209,6 +214,21 @@ def _run(session: Session, out: Path, older: dict[str, Any] | None) -> int:
     _say_next(console, next_step.next_step(report))
     held = report["verdict"] in ("PASS", "WAIVED", "INCOMPLETE") and not session.interrupted
     return 0 if held else 1
+
+
+def _learn(session: Session, console: Console) -> None:
+    """Start the processes and ask what the backend is; exit with 2 where nothing can be tested."""
+    from hal_conformance import next_step
+
+    # Both take seconds to import what they need, at the same time.
+    session.witness.start()
+    session.learn()
+    reason = session.facts.get("reason")
+    if session.facts.get("state") == "unavailable" and reason:
+        name = session.settings.backend
+        _say_next(console, next_step.unavailable(name))
+        wrong_request(f"{name} is not available on this machine, so nothing can be tested: {reason}")
+    require_device(session)
 
 
 def _roofline(session: Session) -> dict[str, Any] | None:

@@ -209,8 +209,7 @@ def _counts(case: EpCase, counts: list[int], want: RankReceived, wants: Sequence
     if counts == right:
         return ""
     padding = case.alignment
-    others = [r for r, w in enumerate(wants) if w is not want and w.num_tokens_per_expert == counts]
-    known = {f"counts are swapped between ranks: these are those of rank {r}": counts for r in others[:1]}
+    known = dict.fromkeys(_swapped(counts, right, [w.num_tokens_per_expert for w in wants]), counts)
     if padding > 1:
         if len(counts) == len(right) and [-(-c // padding) * padding for c in counts] == right:
             known["counts are not rounded up to expert_alignment"] = counts
@@ -220,6 +219,13 @@ def _counts(case: EpCase, counts: list[int], want: RankReceived, wants: Sequence
     return ", or ".join(name for name, found in known.items() if found == counts)
 
 
+def _swapped(counts: list[int], right: list[int], wants: Sequence[list[int]]) -> Iterable[str]:
+    """Whose counts these are, if they are one rank's alone: zeros, as masked ranks have them, come from anywhere."""
+    whose = [rank for rank, want in enumerate(wants) if want == counts]
+    if len(whose) == 1 and counts != right and any(counts):
+        yield f"counts are swapped between ranks: these are those of rank {whose[0]}"
+
+
 def of_packed(
     case: EpCase, inputs: Sequence[RankInput], rank: int, got: dict[str, Any], wants: Sequence[RankPacked]
 ) -> str:
@@ -227,18 +233,19 @@ def of_packed(
     want = wants[rank]
     count = got.get("recv_count")
     if not equal(count, want.count):
-        for other, twin in enumerate(wants):
-            if twin is not want and equal(count, twin.count):
-                return f"counts are swapped between ranks: these are those of rank {other}"
+        if not isinstance(count, Tensor) or count.shape != want.count.shape:
+            return ""
+        for name in _swapped(count.tolist(), want.count.tolist(), [w.count.tolist() for w in wants]):
+            return name
+        if not bool(count.any()):
+            return "recv_count is 0 for every expert"
         for name, changed in _changed(inputs):
             twin = oracle.low_latency_dispatch(changed, case.experts, case.most, cast=case.cast)[rank]
             if equal(count, twin.count):
                 return name
-        if isinstance(count, Tensor) and count.shape == want.count.shape:
-            if equal(count, want.count - 1) or equal(count, want.count.clamp(max=case.ranks * case.most - 1)):
-                return "capacity is off by one: the last slot is never used"
-            return "recv_count is not the number of received rows"
-        return ""
+        if equal(count, want.count - 1) or equal(count, want.count.clamp(max=case.ranks * case.most - 1)):
+            return "capacity is off by one: the last slot is never used"
+        return "recv_count is not the number of received rows"
     got_x, got_scales = got.get("recv_x"), got.get("recv_scales")
     where = [(e, n) for e, n in enumerate(want.count.tolist()) if n]
     if isinstance(got_scales, Tensor) and want.scales is not None and got_scales.shape == want.scales.shape:

@@ -16,10 +16,16 @@ def headline(report: Mapping[str, Any], reasons: list[str]) -> str:
     name, verdict = report["backend"]["name"], report["verdict"]
     held = [row["id"] for row in report["levels"] if row["verdict"] in ("PASS", "WAIVED")]
     if verdict == "FAIL":
-        broken = [o["id"] for o in report["obligations"] if o["status"] in ("FAIL", "CRASH", "TIMEOUT", "ERROR")]
-        what = f"breaks {len(broken)} obligation{'s' * (len(broken) != 1)}" if broken else "; ".join(reasons)
-        named = f" ({', '.join(broken[:5])}{' …' if len(broken) > 5 else ''})" if broken else ""
-        text = f"{name} does not conform: it {what}{named}" if broken else f"{name} does not conform: {what}"
+        broken = _obligations(report, "FAIL", "CRASH", "TIMEOUT")
+        unjudged = _obligations(report, "ERROR")
+        if unjudged:
+            unjudged += " could not be judged"
+        if broken:
+            text = f"{name} does not conform: it breaks {broken}" + (f"; {unjudged}" if unjudged else "")
+        elif unjudged:
+            text = f"{name} was not judged to the end: {unjudged}"
+        else:
+            text = f"{name} does not conform: {'; '.join(reasons)}"
     elif verdict == "INCOMPLETE":
         met = report["coverage"]
         of_pairs = f" (quick: {met['covered']} of {met['pairs']} pairs)" if report["run"]["mode"] == "quick" else ""
@@ -37,3 +43,10 @@ def headline(report: Mapping[str, Any], reasons: list[str]) -> str:
         more = f"; and {len(found) - _SAID} more" if len(found) > _SAID else ""
         text += f"; not certified: {'; '.join(found[:_SAID])}{more}"
     return text
+
+
+def _obligations(report: Mapping[str, Any], *statuses: str) -> str:
+    """How many have one of these statuses, and which; empty if none has."""
+    found = [row["id"] for row in report["obligations"] if row["status"] in statuses]
+    named = f"{', '.join(found[:5])}{' …' if len(found) > 5 else ''}"
+    return f"{len(found)} obligation{'s' * (len(found) != 1)} ({named})" if found else ""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from hal.plugins import GROUP
+from hal_conformance.process import OUTSIDE
 from hal_conformance.session import RED
 from hal_conformance.table import BY_ID
 
@@ -74,7 +75,7 @@ def next_step(report: Mapping[str, Any]) -> list[str]:
     backend, run = report["backend"]["name"], report["run"]
     broken = next((row for row in report["obligations"] if row["status"] in RED), None)
     if broken is not None:
-        return _broken(backend, broken)
+        return _broken(backend, broken, report["obligations"])
     if report["problems"]:
         return list(report["problems"])
     base = f"hal conform --backend {backend}"
@@ -106,18 +107,23 @@ def unavailable(backend: str) -> list[str]:
     return lines + ([f"{step.where}: {step.text}" for step in found] or _files(backend))
 
 
-def _broken(backend: str, row: Mapping[str, Any]) -> list[str]:
+def _broken(backend: str, row: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> list[str]:
     obligation = BY_ID[row["id"]]
-    keys = (obligation.id, obligation.level)
-    write = next(_WRITE[key] for key in keys if key in _WRITE)
-    lines = [f"{obligation.id}, {obligation.title}: {obligation.sentence}", f"write, in the backend: {write}"]
-    found = steps(backend, keys)
-    lines += [f"{step.where}: {step.text}" for step in found] or _files(backend)
-    if row["status"] == "ERROR":
-        lines.append(
-            f"but it ended before it was judged; first again: hal conform --backend {backend} --only {row['id']}"
-        )
-    return lines
+    first = f"{obligation.id}, {obligation.title}: {obligation.sentence}"
+    if row["status"] == "ERROR" or OUTSIDE in row["message"]:
+        # Nothing was seen that the backend does wrong.
+        again = f"hal conform --backend {backend} --only {row['id']}"
+        return [first, f"it was not judged to its end: {row['message']}", f"run it again: {again}"]
+    found = steps(backend, (obligation.id, obligation.level))
+    what = _what(obligation.id)
+    there = any(other["status"] == "PASS" and _what(other["id"]) == what for other in rows)
+    lines = [first, f"{'mend' if there and not found else 'write'}, in the backend: {what}"]
+    return lines + ([f"{step.where}: {step.text}" for step in found] or _files(backend))
+
+
+def _what(obligation: str) -> str:
+    """What of a backend an obligation is about."""
+    return next(_WRITE[key] for key in (obligation, BY_ID[obligation].level) if key in _WRITE)
 
 
 def steps(backend: str, keys: Iterable[str]) -> list[Step]:

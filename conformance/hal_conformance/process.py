@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Any
+from typing import Any, Final
 
 from hal_conformance.alone import BY_ITSELF
 
@@ -29,28 +29,39 @@ _UNSET = ("HAL_BACKEND", "HAL_VALIDATE", "HAL_EP_RANKS_PER_NODE", "PYTHONOPTIMIZ
 """Variables that change what the HAL checks or does: the suite judges it as it is by default."""
 
 
+OUTSIDE: Final = "which the suite did not send; the system does for want of memory"
+"""Said of a signal that no fault of the process's own raises."""
+
+_SENT: Final = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+
+
+def ending(code: int) -> str:
+    """How a process ended that this suite did not end, from its exit code."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    name = next((known.name for known in signal.Signals if known == -code), f"signal {-code}")
+    return f"was killed by {name}" + (f", {OUTSIDE}" if name in _SENT else "")
+
+
 class WorkerDied(Exception):
-    """The process ended before it answered.
+    """The process ended before it answered; says which, and by what signal or exit code.
 
     Attributes
     ----------
-    how : str
-        Signal or exit code.
     output : str
         The end of what it printed, with the stack where the interpreter could still tell.
     """
 
-    def __init__(self, how: str, output: str) -> None:
-        super().__init__(how)
-        self.how = how
+    def __init__(self, who: str, code: int, output: str) -> None:
+        super().__init__(f"{who} {ending(code)}")
         self.output = output
 
 
 class WorkerHangs(Exception):
     """No answer within the time allowed. Attribute ``output`` ends with the stacks of its threads."""
 
-    def __init__(self, seconds: float, output: str) -> None:
-        super().__init__(f"no answer within {seconds:g} s")
+    def __init__(self, who: str, seconds: float, output: str) -> None:
+        super().__init__(f"{who} gave no answer within {seconds:g} s")
         self.output = output
 
 
@@ -58,6 +69,7 @@ class Worker:
     """One worker process, started when first asked."""
 
     role = "backend"
+    who = "the worker process, in which the backend is called,"
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -137,8 +149,7 @@ class Worker:
             code = self._process.wait(10)
         except subprocess.TimeoutExpired:
             code = 0
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        died = WorkerDied(how, self._tail())
+        died = WorkerDied(self.who, code, self._tail())
         self.stop()
         return died
 
@@ -147,23 +158,28 @@ class Worker:
         # faulthandler writes every thread's stack when told to.
         self._process.send_signal(signal.SIGUSR1)
         time.sleep(0.3)
-        hangs = WorkerHangs(timeout, self._tail())
+        hangs = WorkerHangs(self.who, timeout, self._tail())
         self.stop()
         return hangs
 
     def stop(self) -> None:
         """End the process and everything it started."""
-        if self._process is None:
+        process, self._process = self._process, None
+        if process is None:
             return
-        for descriptor in (self._requests, self._answers):
-            os.close(descriptor)
+        try:
+            for descriptor in (self._requests, self._answers):
+                os.close(descriptor)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.2)
+        finally:
+            # Also where a signal ends the run meanwhile.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(0.2)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+            # What sleeps in a driver outlives even this; nobody's report waits for it.
+            process.wait(5.0)
         self._output.close()
-        self._process = None
 
     def __enter__(self) -> Worker:
         return self
@@ -180,6 +196,7 @@ class Secluded(Worker):
     """
 
     role = "judge"
+    who = "the judge, a process of the suite that never loads the backend,"
 
     def _command(self) -> list[str]:
         # This process's folders, but for the first, that of the script or the current one, unless it was asked for.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -20,8 +18,8 @@ _COLOURS = {
 }
 
 
-def play(session: Session, console: Console) -> bool:
-    """Run all that was chosen, with a bar; whether it came to its end."""
+def play(session: Session, console: Console) -> None:
+    """Run all that was chosen, with a bar."""
     chosen = [o.id for o in session.chosen()]
     with _progress(console) as progress:
         task = progress.add_task("", total=None)
@@ -32,17 +30,8 @@ def play(session: Session, console: Console) -> bool:
                 where = f"{name}, {chosen.index(name) + 1} of {len(chosen)}"
                 progress.update(task, description=where, completed=done, total=planned)
 
-        # What batch systems send means what a keyboard does.
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            for obligation in OBLIGATIONS:
-                _say(progress.console, session.run_one(obligation, step))
-        except KeyboardInterrupt:
-            session.leave_the_rest()
-            progress.console.print("  interrupted: what was not run is left out of the report, which shows the rest")
-        finally:
-            signal.signal(signal.SIGTERM, before)
-    return not session.interrupted
+        for obligation in OBLIGATIONS:
+            _say(progress.console, session.run_one(obligation, step))
 
 
 def _progress(console: Console) -> Progress:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from hal_conformance.parcel import pack, unpack
-from hal_conformance.process import TAIL
+from hal_conformance.process import TAIL, ending
 
 State = Literal["done", "raised", "died", "stuck", "stopped"]
 """``stuck``: did not end in time. ``stopped``: was waiting for a rank that had failed, and was ended."""
@@ -240,8 +240,7 @@ class Team:
                 state: State = "stopped" if in_time else "stuck"
                 ranks.append(RankResult(rank, state, phase, self._tail(rank)))
             else:
-                code = member.process.exitcode
-                how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+                how = ending(member.process.exitcode)
                 ranks.append(RankResult(rank, "died", phase, f"{how}\n{self._tail(rank)}"))
         judged = [r for r in ranks if r.rank not in mortal]
         culprits = _culprits(judged, [m.entered for m in self._members])
@@ -300,7 +299,7 @@ def _message(ranks: list[RankResult], culprits: list[int], timeout: float) -> st
     for rank in culprits:
         one = ranks[rank]
         if one.state == "died":
-            parts.append(f"rank {rank} died in phase {one.phase!r} ({one.detail.splitlines()[0]})")
+            parts.append(f"rank {rank} died in phase {one.phase!r}: it {one.detail.splitlines()[0]}")
         elif one.state == "raised":
             parts.append(f"rank {rank} raised in phase {one.phase!r}: {one.detail}")
         else:

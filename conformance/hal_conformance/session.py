@@ -353,7 +353,7 @@ class Session:
         try:
             answer = ask(self, obligation, request)
         except WorkerDied as died:
-            return {"status": "CRASH", "problems": [f"the process was {died.how}"], "output": died.output}
+            return {"status": "CRASH", "problems": [str(died)], "output": died.output}
         except WorkerHangs as hangs:
             return {"status": "TIMEOUT", "problems": [str(hangs)], "output": hangs.output}
         if "error" in answer:
