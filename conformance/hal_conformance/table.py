@@ -1294,7 +1294,7 @@ TABLE: Final = (
         "E3",
         "masked ranks and every option",
         "Without several ranks a dispatch has the same layouts, alignment, scales, casts, fixed numbers of rows and "
-        "handles that tell. A handle of before is combined, and dispatched by again, as if the masked ranks had sent "
+        "handles that tell; low-latency calls end, count, write and take lent memory as ever. A handle of before is combined, and dispatched by again, as if the masked ranks had sent "
         "nothing and gave nothing back.",
         "ep_mask",
         (1, 4, 20),

@@ -8,9 +8,11 @@ from hal_conformance.checks import holds
 from hal_conformance.checks.ep_faults import PATIENCE, usual
 from hal_conformance.checks.ep_normal import draw
 from hal_conformance.context import Context
+from hal_conformance.cover_ep import endings
 from hal_conformance.ep import Ref, Step
 from hal_conformance.ep_case import TIMEOUT, EpCase
 from hal_conformance.ep_judge import handle_told
+from hal_conformance.ep_options import judge_packed, packed_calls
 from hal_conformance.ep_play import Played, patiently, play
 from hal_conformance.ep_requirements import masks_cross
 from hal_conformance.ep_round import PackedRound, Round, scripts
@@ -95,7 +97,10 @@ def _some(context: Context, case: EpCase, most: int) -> set[int]:
 
 @holds("EPX-18")
 def masked_with_options(context: Context) -> None:
-    """Two masked ranks: layouts, scales, casts and fixed numbers of rows; handles of before, and new ones."""
+    """Two masked ranks: layouts, scales, casts and fixed numbers of rows; handles of before, and new ones.
+
+    Low-latency calls end in every way, and in turn count, write where they are told and take lent memory.
+    """
     ep = context.ep
     fp8 = "normal" in ep.modes and draw(context).sends_fp8()
     case = usual(context, (4, 3), scales="float32" if fp8 else "", routing="distinct").but(scales="")
@@ -106,8 +111,7 @@ def masked_with_options(context: Context) -> None:
     rounds = {f"rows {i}": Round(context, one, None, lost) for i, one in enumerate(_options(context, case, fp8))}
     cached = {"cached": early[0].again(absent=lost)} if early and ep.cached_handle else {}
     first = [PackedRound(context, case)] if "low_latency" in modes else []
-    casts = draw(context).casts() if case.hidden % 16 == 0 else [case.cast]
-    packed = [PackedRound(context, case.but(cast=cast), None, lost) for cast in casts] if first else []
+    packed = [PackedRound(context, one, None, lost) for one in _packed_options(context, case)] if first else []
 
     def steps(rank: int) -> list[Step]:
         found = [one.dispatch(rank, "early") for one in early] + [one.dispatch(rank, "first") for one in first]
@@ -126,8 +130,8 @@ def masked_with_options(context: Context) -> None:
         found += [one.combine(rank, "sum of first", of="first") for one in first]
         found += [Step("drop", args={"of": "first"})] * len(first)
         for i, low in enumerate(packed):
-            found += [low.dispatch(rank, f"packed {i}"), low.combine(rank, f"summed {i}", of=f"packed {i}")]
-            found.append(Step("drop", args={"of": f"packed {i}"}))
+            found += [named_as(f"{{}} of packed {i}", step) for step in packed_calls(low, rank)]
+            found.append(Step("drop", args={"of": f"dispatch of packed {i}"}))
         return [*found, TOGETHER]
 
     played = play(context, case, scripts(case, steps, modes, mask_ranks=True))
@@ -141,9 +145,9 @@ def masked_with_options(context: Context) -> None:
     for low in first:
         low.without(lost).judge_combine(played, "sum of first", ranks=rest)
     for i, low in enumerate(packed):
-        low.judge_dispatch(played, f"packed {i}", ranks=rest)
-        low.judge_combine(played, f"summed {i}", ranks=rest)
-    _at_once(context, played, rest, calls(steps(rest[0])[len(early) + len(first) :]))
+        judge_packed(context, played, low, f"{{}} of packed {i}", rest)
+    made = steps(rest[0])[len(early) + len(first) :]
+    _at_once(context, played, rest, calls(made) + [step.name for step in made if step.op == "finish"])
 
 
 def _options(context: Context, case: EpCase, fp8: bool) -> list[EpCase]:
@@ -159,6 +163,19 @@ def _options(context: Context, case: EpCase, fp8: bool) -> list[EpCase]:
     if fp8:
         found += [one.but(scales=("float32", "int32")[i % 2]) for i, one in enumerate(found)]
     context.rng.shuffle(found)
+    return found
+
+
+def _packed_options(context: Context, case: EpCase) -> list[EpCase]:
+    """What low-latency calls may ask for: every declared cast, every end, and half of the rest each."""
+    casts = draw(context).casts() if case.hidden % 16 == 0 else [case.cast]
+    ends = endings(context.ep)
+    found = []
+    for i in range(max(len(casts), len(ends), 2)):
+        other = (i + context.index) % 2 == 1
+        lent, out = other and context.ep.zero_copy_combine, "none" if other else ("contiguous", "padded")[i // 2 % 2]
+        one = case.but(cast=casts[i % len(casts)], finish=ends[i % len(ends)], statistics=i % len(ends) > 0 or other)
+        found.append(one.but(zero_copy=lent, out=out))
     return found
 
 
