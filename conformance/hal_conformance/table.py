@@ -1252,8 +1252,8 @@ TABLE: Final = (
         "EPX-14",
         "E3",
         "masked ranks",
-        "With mask_ranks the others carry on without a dead or masked rank, as if it had sent nothing and received "
-        "nothing.",
+        "With mask_ranks the others carry on without dead, stopped or masked ranks, as if these had sent nothing and "
+        "received nothing; the call under way does not raise, whichever it is.",
         "ep_mask",
         (2, 4, 20),
         240.0,
@@ -1294,8 +1294,8 @@ TABLE: Final = (
         "E3",
         "masked ranks and every option",
         "Without several ranks a dispatch has the same layouts, alignment, scales, casts, fixed numbers of rows and "
-        "handles that tell; low-latency calls end, count, write and take lent memory as ever. A handle of before is combined, and dispatched by again, as if the masked ranks had sent "
-        "nothing and gave nothing back.",
+        "handles that tell; low-latency calls end, count, write and take lent memory as ever. A handle of before is "
+        "combined, and dispatched by again, as if the masked ranks had sent nothing and gave nothing back.",
         "ep_mask",
         (1, 4, 20),
         _STARTING,

@@ -208,6 +208,45 @@ class MaskedFailureOfOtherNodes(Engine):
         return found
 
 
+class Loser(Engine):
+    """Raises with mask_ranks too, where some ranks are found to be gone."""
+
+    def raises(self, phase: str, before: list[bool], seconds: float) -> bool:
+        raise NotImplementedError
+
+    def hear(self, operation: int, phase: str, waits: Any = None) -> Any:
+        before, begun = list(self.mask), time.monotonic()
+        found = super().hear(operation, phase, waits)
+        lost = [rank for rank in range(self.ranks) if self.mask[rank] and not before[rank]]
+        if lost and self.raises(phase, before, time.monotonic() - begun):
+            raise RankFailure(lost[0], phase, "no answer")
+        return found
+
+
+@engine("E3", "a low-latency call under way raises for a dead rank with mask_ranks too", only="EPX-14")
+class PackedRaisesMasked(Loser):
+    def raises(self, phase: str, before: list[bool], seconds: float) -> bool:
+        return is_low(phase)
+
+
+@engine("E3", "only a dispatch carries on without whom it finds dead", only="EPX-14")
+class DispatchAloneMasks(Loser):
+    def raises(self, phase: str, before: list[bool], seconds: float) -> bool:
+        return phase != "dispatch"
+
+
+@engine("E3", "the dead are masked, those that do not answer are raised for", only="EPX-14")
+class SilentNotMasked(Loser):
+    def raises(self, phase: str, before: list[bool], seconds: float) -> bool:
+        return seconds > self.args.timeout / 2
+
+
+@engine("E3", "one failure is survived: of the second all hear", only="EPX-14")
+class SecondLossRaised(Loser):
+    def raises(self, phase: str, before: list[bool], seconds: float) -> bool:
+        return any(before)
+
+
 @low_latency_only("a wrong low-latency call is told within its node only", only="EPX-03")
 class PackedErrorWithinTheNode(ErrorWithinTheNode):
     pass
