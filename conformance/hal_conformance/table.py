@@ -781,7 +781,8 @@ TABLE: Final = (
         "EPN-25",
         "E1",
         "results stay",
-        "What a call returned keeps its bits through later calls and after close.",
+        "What a call returned keeps its bits through later calls and after close; handles stay valid, 60 of one buffer "
+        "too.",
         "ep_normal",
         (2, 9, 40),
         _STARTING,

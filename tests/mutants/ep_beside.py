@@ -181,6 +181,18 @@ class WaitsSinceTheCall(_Waits):
         given += own
 
 
+@engine("E1", "routes of the last 48 calls are kept: older handles find other ones' in their place", only="EPN-25")
+class RoutesOfManyCalls(Engine):
+    old = False
+
+    def combine(self, args: Any) -> Any:
+        self.old = self.operation - args.handle.state.operation >= 48
+        return super().combine(args)
+
+    def stored(self, total: Any, dtype: Any) -> Any:
+        return super().stored(total * (not self.old), dtype)
+
+
 @engine("E2", "zero_copy takes whatever it is given for lent memory", "not noticed", only="EPL-15")
 class AnythingIsLent(Engine):
     def low_latency_combine(self, args: Any) -> Any:
