@@ -642,7 +642,7 @@ TABLE: Final = (
         "E1",
         "bias and weights",
         "combine is unweighted; it starts from the bias, the second added to the first; weights sent back are summed "
-        "per choice.",
+        "per choice. A weight where no expert is chosen is nobody's.",
         "ep_normal",
         (4, 18, 120),
         _STARTING,
@@ -944,7 +944,8 @@ TABLE: Final = (
         "E2",
         "weighted sums",
         "low_latency_combine sums rows times weights in float32 in top-k order, product and sum rounded apart, an "
-        "expert chosen twice taken twice; a given out is written and returned.",
+        "expert chosen twice taken twice, and none chosen not at all, whatever its weight; a given out is written and "
+        "returned.",
         "ep_low_latency",
         (6, 27, 180),
         _STARTING,
@@ -964,7 +965,8 @@ TABLE: Final = (
         "EPL-08",
         "E2",
         "zero copy",
-        "With zero_copy rows are taken from the memory low_latency_combine_buffer lent, each live result its own.",
+        "With zero_copy rows are taken from the memory low_latency_combine_buffer lent, each live result its own: the "
+        "same until that combine, before the hook too; then other.",
         "ep_zero_copy",
         (2, 12, 40),
         _STARTING,
@@ -1233,7 +1235,8 @@ TABLE: Final = (
         "EPX-12",
         "E3",
         "a slow rank",
-        "A rank that is late by less than the timeout is waited for.",
+        "A rank that is late by less than the timeout is waited for. If all are idle for longer, or a hook runs later, "
+        "that is no failure.",
         "ep_any",
         (1, 2, 10),
         240.0,
