@@ -41,7 +41,8 @@ class EpCase:
         rows of any bits, of denormal numbers and of signed zeros, and sums of denormal numbers.
     scales : str
         Empty, or the dtype of the scales that travel with FP8 rows.
-    weights : bool
+    weights : str
+        ``usual``; ``any``: of any size and sign; ``holes``: NaN where no expert is chosen; empty for none.
     expand : bool
     alignment, worst, bias : int
     capacity : int
@@ -185,6 +186,8 @@ class EpCase:
                 # cancel only if each product was rounded before it was added.
                 weights = torch.exp2(-torch.randint(0, 2, (n, self.topk), generator=rng).float())
                 weights[1::2] = 1 / 3
+            if self.weights == "holes":
+                weights[idx < 0] = torch.nan
             rows = x if self.scales else x.to(self.torch_dtype)
             if self.data == "bits" and not self.scales:
                 rows = self._any_bits(n, self.torch_dtype, rng)

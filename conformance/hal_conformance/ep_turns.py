@@ -108,7 +108,7 @@ def named_as(name: str, step: Step, on: str = "") -> Step:
             return Ref(name.format(value.name), value.field)
         if isinstance(value, Step):
             return named_as(name, value, on)
-        return name.format(value) if key == "of" else value
+        return name.format(value) if key in ("of", "into") else value
 
     args = {key: renamed(key, value) for key, value in step.args.items()}
     return Step(step.op, name.format(step.name) if step.name else "", args, on or step.on, step.elsewhere)

@@ -642,7 +642,7 @@ TABLE: Final = (
         "E1",
         "bias and weights",
         "combine is unweighted; it starts from the bias, the second added to the first; weights sent back are summed "
-        "per choice.",
+        "per choice. A weight where no expert is chosen is nobody's.",
         "ep_normal",
         (4, 18, 120),
         _STARTING,
@@ -781,7 +781,8 @@ TABLE: Final = (
         "EPN-25",
         "E1",
         "results stay",
-        "What a call returned keeps its bits through later calls and after close.",
+        "What a call returned keeps its bits through later calls and after close; handles stay valid, 60 of one buffer "
+        "too.",
         "ep_normal",
         (2, 9, 40),
         _STARTING,
@@ -943,7 +944,8 @@ TABLE: Final = (
         "E2",
         "weighted sums",
         "low_latency_combine sums rows times weights in float32 in top-k order, product and sum rounded apart, an "
-        "expert chosen twice taken twice; a given out is written and returned.",
+        "expert chosen twice taken twice, and none chosen not at all, whatever its weight; a given out is written and "
+        "returned.",
         "ep_low_latency",
         (6, 27, 180),
         _STARTING,
@@ -963,7 +965,8 @@ TABLE: Final = (
         "EPL-08",
         "E2",
         "zero copy",
-        "With zero_copy rows are taken from the memory low_latency_combine_buffer lent, each live result its own.",
+        "With zero_copy rows are taken from the memory low_latency_combine_buffer lent, each live result its own: the "
+        "same until that combine, before the hook too; then other.",
         "ep_zero_copy",
         (2, 12, 40),
         _STARTING,
@@ -1232,7 +1235,8 @@ TABLE: Final = (
         "EPX-12",
         "E3",
         "a slow rank",
-        "A rank that is late by less than the timeout is waited for.",
+        "A rank that is late by less than the timeout is waited for. If all are idle for longer, or a hook runs later, "
+        "that is no failure.",
         "ep_any",
         (1, 2, 10),
         240.0,
@@ -1252,8 +1256,8 @@ TABLE: Final = (
         "EPX-14",
         "E3",
         "masked ranks",
-        "With mask_ranks the others carry on without a dead or masked rank, as if it had sent nothing and received "
-        "nothing.",
+        "With mask_ranks the others carry on without dead, stopped or masked ranks, as if these had sent nothing and "
+        "received nothing; the call under way does not raise, whichever it is.",
         "ep_mask",
         (2, 4, 20),
         240.0,
@@ -1294,8 +1298,8 @@ TABLE: Final = (
         "E3",
         "masked ranks and every option",
         "Without several ranks a dispatch has the same layouts, alignment, scales, casts, fixed numbers of rows and "
-        "handles that tell. A handle of before is combined, and dispatched by again, as if the masked ranks had sent "
-        "nothing and gave nothing back.",
+        "handles that tell; low-latency calls end, count, write and take lent memory as ever. A handle of before is "
+        "combined, and dispatched by again, as if the masked ranks had sent nothing and gave nothing back.",
         "ep_mask",
         (1, 4, 20),
         _STARTING,

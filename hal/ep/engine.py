@@ -148,7 +148,10 @@ class EpEngine(ABC):
 
     @abstractmethod
     def low_latency_combine_buffer(self, handle: EpLowLatencyHandle) -> Tensor:
-        """Lend the [L, R · M, H] memory that the next combine with this handle and ``zero_copy=True`` reads."""
+        """Lend the [L, R · M, H] memory that the next combine with this handle and ``zero_copy=True`` reads.
+
+        The same until that combine is made, even before the dispatch's finish has run.
+        """
 
     @abstractmethod
     def refuse(self, phase: str, error: SpecError) -> SpecError:

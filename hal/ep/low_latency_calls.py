@@ -147,7 +147,11 @@ class LowLatencyCalls(Calls):
         return EpLowLatencyCombineResult(done.out, event, hook)
 
     def low_latency_combine_buffer(self, handle: EpLowLatencyHandle) -> Tensor:
-        """Memory [L, R · M, H] to write expert outputs into, for the next combine with ``zero_copy=True``. Local."""
+        """Memory [L, R · M, H] to write expert outputs into, for the next combine with ``zero_copy=True``. Local.
+
+        It may be asked for before the dispatch's hook has run, and is the same until that combine; after it, memory is
+        lent anew.
+        """
         if not isinstance(handle, EpLowLatencyHandle):
             raise SpecError("handle", type(handle).__name__, "the handle that low_latency_dispatch returned")
         handle.check(self._engine.owner)

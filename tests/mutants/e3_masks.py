@@ -208,6 +208,125 @@ class MaskedFailureOfOtherNodes(Engine):
         return found
 
 
+class WithMasks(Engine):
+    """Does something else where somebody is masked, once a low-latency call is complete."""
+
+    def after(self, args: Any, result: Any) -> None:
+        raise NotImplementedError
+
+    def posted(self, args: Any, result: Any) -> Any:
+        def finish() -> None:
+            result.finish()
+            if any(self.mask):
+                self.after(args, result)
+
+        return dataclasses.replace(result, finish=finish)
+
+
+@engine("E3", "with a mask lent memory is not read", only="EPX-18")
+class LentOfMaskedUnread(WithMasks):
+    def after(self, args: Any, result: Any) -> None:
+        if getattr(args, "zero_copy", False):
+            args.out.zero_()
+
+
+@engine("E3", "with a mask out has no sums", only="EPX-18")
+class OutOfMaskedUnwritten(WithMasks):
+    def after(self, args: Any, result: Any) -> None:
+        if getattr(args, "out_is_given", False):
+            args.out.zero_()
+
+
+@engine("E3", "with a mask received rows are not counted", only="EPX-18")
+class CountsOfMasked(WithMasks):
+    def after(self, args: Any, result: Any) -> None:
+        stats = getattr(args, "cumulative_local_expert_recv_stats", None)
+        if stats is not None:
+            stats -= result.recv_count
+
+
+@engine("E3", "a masked rank has been waited for since the clock began", only="EPX-18")
+class WaitsOfMasked(WithMasks):
+    def after(self, args: Any, result: Any) -> None:
+        waits = getattr(args, "dispatch_wait_recv_cost_stats", None)
+        if waits is not None:
+            waits[self.mask.index(True)] += 10**15
+
+
+@engine("E3", "with a mask an event does not tell that counts are there", only="EPX-18")
+class EventOfMaskedEarly(WithMasks):
+    def after(self, args: Any, result: Any) -> None:
+        if args.async_finish and hasattr(result, "recv_count"):
+            result.recv_count.zero_()
+
+
+@engine("E3", "the time a hook has runs from its call", only="EPX-12")
+class DeadlineOfTheCall(Engine):
+    def posted(self, args: Any, result: Any) -> Any:
+        deadline = time.monotonic() + self.args.timeout
+
+        def finish() -> None:
+            if args.return_recv_hook and time.monotonic() > deadline:
+                raise RankFailure((self.rank + 1) % self.ranks, "low_latency_dispatch", "no answer")
+            result.finish()
+
+        return dataclasses.replace(result, finish=finish)
+
+
+@engine("E3", "who is not heard of between two calls is dead", only="EPX-12")
+class IdleIsDead(Engine):
+    last = 0.0
+
+    def begin(self, kind: str, fields: dict[str, Any], content: dict[str, Any]) -> int:
+        if self.last and time.monotonic() - self.last > self.args.timeout:
+            raise RankFailure((self.rank + 1) % self.ranks, kind, "no heartbeat")
+        return super().begin(kind, fields, content)
+
+    def hear(self, operation: int, phase: str, waits: Any = None) -> Any:
+        found = super().hear(operation, phase, waits)
+        self.last = time.monotonic()
+        return found
+
+
+class Loser(Engine):
+    """Raises with mask_ranks too, where some ranks are found to be gone."""
+
+    def raises(self, phase: str, before: list[bool], seconds: float) -> bool:
+        raise NotImplementedError
+
+    def hear(self, operation: int, phase: str, waits: Any = None) -> Any:
+        before, begun = list(self.mask), time.monotonic()
+        found = super().hear(operation, phase, waits)
+        lost = [rank for rank in range(self.ranks) if self.mask[rank] and not before[rank]]
+        if lost and self.raises(phase, before, time.monotonic() - begun):
+            raise RankFailure(lost[0], phase, "no answer")
+        return found
+
+
+@engine("E3", "a low-latency call under way raises for a dead rank with mask_ranks too", only="EPX-14")
+class PackedRaisesMasked(Loser):
+    def raises(self, phase: str, before: list[bool], seconds: float) -> bool:
+        return is_low(phase)
+
+
+@engine("E3", "only a dispatch carries on without whom it finds dead", only="EPX-14")
+class DispatchAloneMasks(Loser):
+    def raises(self, phase: str, before: list[bool], seconds: float) -> bool:
+        return phase != "dispatch"
+
+
+@engine("E3", "the dead are masked, those that do not answer are raised for", only="EPX-14")
+class SilentNotMasked(Loser):
+    def raises(self, phase: str, before: list[bool], seconds: float) -> bool:
+        return seconds > self.args.timeout / 2
+
+
+@engine("E3", "one failure is survived: of the second all hear", only="EPX-14")
+class SecondLossRaised(Loser):
+    def raises(self, phase: str, before: list[bool], seconds: float) -> bool:
+        return any(before)
+
+
 @low_latency_only("a wrong low-latency call is told within its node only", only="EPX-03")
 class PackedErrorWithinTheNode(ErrorWithinTheNode):
     pass

@@ -181,6 +181,65 @@ class WaitsSinceTheCall(_Waits):
         given += own
 
 
+@engine("E1", "routes of the last 48 calls are kept: older handles find other ones' in their place", only="EPN-25")
+class RoutesOfManyCalls(Engine):
+    old = False
+
+    def combine(self, args: Any) -> Any:
+        self.old = self.operation - args.handle.state.operation >= 48
+        return super().combine(args)
+
+    def stored(self, total: Any, dtype: Any) -> Any:
+        return super().stored(total * (not self.old), dtype)
+
+
+class _Lends(Engine):
+    """Lends other memory than it reads, of some handles."""
+
+    def wrongly(self, state: Any) -> bool:
+        raise NotImplementedError
+
+    def low_latency_combine_buffer(self, handle: Any) -> Any:
+        lent = super().low_latency_combine_buffer(handle)
+        return lent.clone() if self.wrongly(handle.state) else lent
+
+
+@engine("E2", "memory is lent in the hook: before it there is only some of no use", only="EPL-08")
+class LentByTheHook(_Lends):
+    def wrongly(self, state: Any) -> bool:
+        return not state.idx
+
+
+@engine("E2", "each time other memory is lent, the first of it is read", only="EPL-08")
+class LentAnew(_Lends):
+    asked: Any = None
+
+    def wrongly(self, state: Any) -> bool:
+        again, self.asked = self.asked is state, state
+        return again and not state.done
+
+
+@engine("E2", "memory is lent for one combine of a handle", only="EPL-08")
+class LentOnce(_Lends):
+    def wrongly(self, state: Any) -> bool:
+        return bool(state.done)
+
+
+@engine("E1", "weights of other ranks' experts are masked by a product: NaN of a hole stays", only="EPN-11")
+class HolesTimesNothing(Engine):
+    def rank_row(self, message: Any, token: int, at: int, recv_idx: Any, recv_weights: Any) -> None:
+        super().rank_row(message, token, at, recv_idx, recv_weights)
+        if recv_weights is not None:
+            recv_weights[at] += message["weights"][token] * 0
+
+
+@engine("E2", "a hole's row is a row of zeros, with its weight", only="EPL-06")
+class HolesWeighted(Engine):
+    def weighted_terms(self, args: Any, messages: Any, token: int, row: Any) -> Any:
+        holes = [(slot, self.nothing()) for slot, expert in enumerate(row.tolist()) if expert < 0]
+        return super().weighted_terms(args, messages, token, row) + holes
+
+
 @engine("E2", "zero_copy takes whatever it is given for lent memory", "not noticed", only="EPL-15")
 class AnythingIsLent(Engine):
     def low_latency_combine(self, args: Any) -> Any:

@@ -26,6 +26,13 @@ MANY_LIMIT = 100.0
 """Seconds for so many rounds, where a call takes a tenth of one."""
 
 
+MODEL = 60
+"""Dispatches of one forward pass, whose handles all live: the backward pass uses them."""
+
+MODEL_AT = 2
+"""The case that has so many; a quick run has none."""
+
+
 @holds("EPN-20")
 def cached_handles(context: Context) -> None:
     """Other rows over the routes of a dispatch, before and after a dispatch with other routes."""
@@ -197,11 +204,14 @@ def asynchronous(context: Context) -> None:
 
 @holds("EPN-25")
 def results_stay(context: Context) -> None:
-    """Results of earlier calls after later calls, and after the buffer is closed."""
+    """Results of earlier calls after later calls, and after the buffer is closed; the handles of a whole model."""
     case = draw(context).base((2, 3), bias=1)
-    count = 4 if context.settings.mode == "quick" else 12
+    many = context.index == MODEL_AT
+    if many:
+        case = case.but(tokens=tuple(context.rng.randint(1, 3) for _ in range(case.ranks)))
+    count = MODEL if many else 4 if context.settings.mode == "quick" else 12
     rounds = [Round(context, case) for _ in range(count)]
-    order = context.rng.sample(range(count), count)
+    order = list(range(count)) if many else context.rng.sample(range(count), count)
 
     def steps(rank: int) -> list[Step]:
         found = [made.dispatch(rank, f"dispatch {i}") for i, made in enumerate(rounds)]

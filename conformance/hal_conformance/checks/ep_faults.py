@@ -20,6 +20,9 @@ PATIENCE = 2.0
 LATE = 4.0
 """The same where a rank is only late."""
 
+SHORT = 1.0
+"""The same where all are idle for longer."""
+
 SLACK = 3.0
 """Seconds a busy machine may be late with a RankFailure."""
 
@@ -124,7 +127,10 @@ def stopped(context: Context, scale: float) -> None:
 @holds("EPX-12")
 @patiently
 def slow(context: Context, scale: float) -> None:
-    """Late by less than the timeout: waited for, and nobody is named."""
+    """Late by less than the timeout: waited for, and nobody is named. All idle for longer, and late with hooks."""
+    if context.index % 2:
+        _idle(context, scale)
+        return
     case = usual(context, (2, 3))
     made = in_turn(context, case)
     whole = made.steps(0, 2)
@@ -138,6 +144,30 @@ def slow(context: Context, scale: float) -> None:
         return [*work[:at], pause, *work[at:]] if rank == late else work
 
     made.judge(play(context, case, scripts(case, steps, made.modes, timeout=LATE * scale)), 2)
+
+
+def _idle(context: Context, scale: float) -> None:
+    """Nobody fails who owes nothing: before a call, and between a call and its hook, longer than the timeout."""
+    case = usual(context, (2, 3))
+    made = in_turn(context, case)
+    timeout = SHORT * scale
+    idle = Step("sleep", args={"seconds": 1.3 * timeout})
+
+    def steps(rank: int) -> list[Step]:
+        found = made.steps(rank, 1)
+        if made.packed is not None and made.hooks:
+            late = made.packed.dispatch(rank, "late", return_recv_hook=True)
+            found += [late, idle, Step("finish", "late hook", {"of": "late"})]
+            found.append(made.packed.combine(rank, "sum", of="late"))
+        found.append(idle)
+        return [*found, Step("barrier"), *made.steps(rank, 1, "{} after")]
+
+    played = play(context, case, scripts(case, steps, made.modes, timeout=timeout))
+    made.judge(played, 1)
+    if made.packed is not None and made.hooks:
+        made.packed.judge_dispatch(played, "late", step="late hook")
+        made.packed.judge_combine(played, "sum")
+    made.judge(played, 1, "{} after")
 
 
 @holds("EPX-13")

@@ -81,9 +81,10 @@ def cast_ue8m0(context: Context) -> None:
 
 @holds("EPL-06")
 def weighted_sums(context: Context) -> None:
-    """Weights, duplicates and order; out given and not."""
-    kind = ("order", "same", "mixed")[context.index % 3]
+    """Weights, duplicates and order; weights that are NaN where no expert is chosen; out given and not."""
+    kind = ("order", "same", "mixed", "half")[context.index % 4]
     case = base(context, (3, 2, 4), routing="distinct" if kind == "order" else kind)
+    case = case.but(weights="holes" if kind in ("mixed", "half") else "usual")
     if kind == "order":
         topk = [n for n in (6, 5, 4, 3, 8, 2, 1) if n in context.ep.topk and n <= case.experts]
         case = case.but(data="order", topk=topk[0] if topk else case.topk)
@@ -116,31 +117,6 @@ def any_sizes(context: Context) -> None:
     case = draw(context).odd(case)
     case = case.but(data=("normal", "bits")[context.index % 2] if case.cast == "none" else "normal")
     low_latency(context, draw(context).sized(case, ROWS))
-
-
-@holds("EPL-08")
-def zero_copy(context: Context) -> None:
-    """Rows written into lent memory, of one result after the other; in turn of two that live at once."""
-    case = base(context)
-    turns = [PackedRound(context, case) for _ in range(2)]
-    at_once = context.index % 2 == 1
-
-    def steps(rank: int) -> list[Step]:
-        lent, summed = [], []
-        for turn, made in enumerate(turns):
-            lend = Step("low_latency_combine_buffer", f"lent {turn}", {"handle": Ref(f"dispatch {turn}")})
-            fill = Step("fill", args={"into": f"lent {turn}", "value": made.outputs[rank]})
-            combine = made.combine(rank, f"combine {turn}", of=f"dispatch {turn}", zero_copy=True)
-            summed.append(Step(combine.op, combine.name, {**combine.args, "x": Ref(f"lent {turn}", "")}))
-            lent.append([made.dispatch(rank, f"dispatch {turn}"), lend, fill])
-        if at_once:
-            return [*lent[0], *lent[1], *reversed(summed)]
-        return [*lent[0], summed[0], *lent[1], summed[1]]
-
-    played = play(context, case, scripts(case, steps, "low_latency"))
-    for turn, made in enumerate(turns):
-        made.judge_dispatch(played, f"dispatch {turn}")
-        made.judge_combine(played, f"combine {turn}")
 
 
 def _late(context: Context, played: Played, late: int, early: str, what: str) -> None:

@@ -124,11 +124,12 @@ def fixed_order(context: Context) -> None:
 
 @holds("EPN-11")
 def bias_and_weights(context: Context) -> None:
-    """None, one and two biases; with weights and without."""
-    case = draw(context).base(
-        (3, 2, 4), bias=(2, 1, 0)[context.index % 3], weights=("usual", "", "any", "")[context.index % 4]
+    """None, one and two biases; with weights and without; with weights that are NaN where no expert is chosen."""
+    weights = ("holes", "", "any", "", "usual", "")[context.index % 6]
+    case = draw(context).base((3, 2, 4), bias=(2, 1, 0)[context.index % 3], weights=weights)
+    normal(
+        context, case.but(routing=context.rng.choice(("mixed", "half", "zipf") if weights != "holes" else ("mixed",)))
     )
-    normal(context, case.but(routing=context.rng.choice(("mixed", "half", "zipf"))))
 
 
 @holds("EPN-12")

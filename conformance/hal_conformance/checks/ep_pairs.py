@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Callable
-from typing import Any, Final
-
-import torch
+from typing import Final
 
 from hal.spec.capability import EpCapabilities
 from hal_conformance import cover_ep
@@ -17,9 +15,10 @@ from hal_conformance.cover import Cover, Labels
 from hal_conformance.covers import at
 from hal_conformance.ep import Ref, Step
 from hal_conformance.ep_case import EpCase
-from hal_conformance.ep_judge import laid_out, recv_stats, written
+from hal_conformance.ep_judge import laid_out
+from hal_conformance.ep_options import ended, judge_packed, packed_calls, taken
 from hal_conformance.ep_play import play
-from hal_conformance.ep_round import ENDS, PackedRound, Round, placed, scripts
+from hal_conformance.ep_round import PackedRound, Round, scripts
 
 Plan = Callable[[EpCapabilities, bool], Cover[EpCase]]
 
@@ -138,33 +137,6 @@ def _packed(case: EpCase, chosen: dict[str, str]) -> EpCase:
     )
 
 
-_MEANWHILE: Final = 0.02
-"""Seconds in which what is done behind the caller's back is done, before its hook runs."""
-
-
-def _sent(op: str) -> tuple[str, ...]:
-    """What a call has sent when it returns a hook; choices, weights and biases of a combine are read until that ran."""
-    return ("x",) if op.endswith("combine") else ("x", "topk_idx", "topk_weights")
-
-
-def _ended(case: EpCase, step: Step) -> list[Step]:
-    """A call and what completes it; once it has what it was given, that is used for something else."""
-    step = dataclasses.replace(step, args={**step.args, **ENDS[case.finish]})
-    found = [step]
-    if case.finish != "call":
-        if case.finish == "hook":
-            found.append(Step("spoil", args={"of": step.name, "names": _sent(step.op)}))
-            found.append(Step("sleep", args={"seconds": _MEANWHILE}))
-        found.append(Step("finish", f"end of {step.name}", {"of": step.name}))
-    # What came is looked at when what was sent is something else.
-    return [*found, Step("spoil", args={"of": step.name}), Step("look", _taken(step.name), {"of": step.name})]
-
-
-def _taken(name: str) -> str:
-    """The step whose results are those of the call of this name."""
-    return f"what {name} gave"
-
-
 def _normal_pairs(context: Context, nodes: bool) -> None:
     case, row = _case(context, cover_ep.normal, nodes)
     first = Round(context, case)
@@ -176,17 +148,17 @@ def _normal_pairs(context: Context, nodes: bool) -> None:
     def steps(rank: int) -> list[Step]:
         found = [Step("layout", "layout", {"topk_idx": first.inputs[rank].topk_idx})]
         for name, one in every.items():
-            found += _ended(case, one.dispatch(rank, name, handle=None if one is first else Ref("dispatch")))
+            found += ended(case, one.dispatch(rank, name, handle=None if one is first else Ref("dispatch")))
             found.append(Step("scribble", args={"of": name}))
         for name, one in reversed(every.items()):
             combine = one.combine(rank, f"sum of {name}", of=name)
-            found += _ended(case, dataclasses.replace(combine, elsewhere=elsewhere))
+            found += ended(case, dataclasses.replace(combine, elsewhere=elsewhere))
         return found
 
     played = play(context, case, scripts(case, steps))
     for name, one in every.items():
-        one.judge_dispatch(played, name, step=_taken(name), earlier=() if one is first else first.inputs)
-        one.judge_combine(played, f"sum of {name}", step=_taken(f"sum of {name}"))
+        one.judge_dispatch(played, name, step=taken(name), earlier=() if one is first else first.inputs)
+        one.judge_combine(played, f"sum of {name}", step=taken(f"sum of {name}"))
     for rank in range(case.ranks):
         laid_out(context, case, first.inputs[rank], rank, played.result(rank, "layout"))
     context.record.met(_name("normal", nodes), row)
@@ -195,29 +167,8 @@ def _normal_pairs(context: Context, nodes: bool) -> None:
 def _packed_pairs(context: Context, nodes: bool) -> None:
     case, row = _case(context, cover_ep.low_latency, nodes)
     made = PackedRound(context, case)
-    before = torch.arange(case.local, dtype=torch.int32) * 1000
-
-    def steps(rank: int) -> list[Step]:
-        counters: dict[str, Any] = {"cumulative_local_expert_recv_stats": before} if case.statistics else {}
-        found = _ended(case, made.dispatch(rank, **counters))
-        flags: dict[str, Any] = {}
-        if case.out != "none":
-            out = torch.full((case.tokens[rank], case.hidden), 7.0).to(case.torch_dtype)
-            flags["out"] = placed(case.but(pad=max(case.pad, 3)) if case.out == "padded" else case.but(pad=0), out)
-        if case.zero_copy:
-            found.append(Step("low_latency_combine_buffer", "lent", {"handle": Ref("dispatch")}))
-            found.append(Step("fill", args={"into": "lent", "value": made.outputs[rank]}))
-            flags |= {"x": Ref("lent", ""), "zero_copy": True}
-        return found + _ended(case, made.combine(rank, **flags))
-
-    played = play(context, case, scripts(case, steps, "low_latency"))
-    made.judge_dispatch(played, step=_taken("dispatch"))
-    made.judge_combine(played, step=_taken("combine"))
-    for rank in range(case.ranks):
-        if case.statistics:
-            recv_stats(context, rank, played.result(rank, _taken("dispatch")), before + made.wants[rank].count)
-        if case.out != "none":
-            written(context, rank, played.result(rank, _taken("combine")))
+    played = play(context, case, scripts(case, lambda rank: packed_calls(made, rank), "low_latency"))
+    judge_packed(context, played, made)
     context.record.met(_name("low_latency", nodes), row)
 
 

@@ -1,4 +1,4 @@
-"""E2: what becomes of results and handles of the low-latency mode once they were used, and once their buffer closed."""
+"""E2: results, handles and lent memory of the low-latency mode: used, used again, and once their buffer closed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 from hal_conformance.checks import holds
 from hal_conformance.checks.ep_low_latency import base, few
 from hal_conformance.context import Context
-from hal_conformance.ep import Step
+from hal_conformance.ep import Ref, Step
+from hal_conformance.ep_case import EpCase
 from hal_conformance.ep_play import Played, play
 from hal_conformance.ep_refused import refused_alike
 from hal_conformance.ep_round import PackedRound, scripts
@@ -102,3 +103,60 @@ def results_stay(context: Context) -> None:
     for turn, made in enumerate(later):
         made.judge_dispatch(played, f"later {turn}")
         made.judge_combine(played, f"combine later {turn}")
+
+
+@holds("EPL-08")
+def zero_copy(context: Context) -> None:
+    """Rows written into lent memory, of one result after the other; in turn of two that live at once.
+
+    In every third case of memory that was lent before the hook, asked for twice, and lent again for a second combine.
+    """
+    case = base(context)
+    if context.index % 3 == 2:
+        _lent_again(context, case)
+        return
+    turns = [PackedRound(context, case) for _ in range(2)]
+    at_once = context.index % 2 == 1
+
+    def steps(rank: int) -> list[Step]:
+        lent, summed = [], []
+        for turn, made in enumerate(turns):
+            lend = Step("low_latency_combine_buffer", f"lent {turn}", {"handle": Ref(f"dispatch {turn}")})
+            fill = Step("fill", args={"into": f"lent {turn}", "value": made.outputs[rank]})
+            combine = made.combine(rank, f"combine {turn}", of=f"dispatch {turn}", zero_copy=True)
+            summed.append(Step(combine.op, combine.name, {**combine.args, "x": Ref(f"lent {turn}", "")}))
+            lent.append([made.dispatch(rank, f"dispatch {turn}"), lend, fill])
+        if at_once:
+            return [*lent[0], *lent[1], *reversed(summed)]
+        return [*lent[0], summed[0], *lent[1], summed[1]]
+
+    played = play(context, case, scripts(case, steps, "low_latency"))
+    for turn, made in enumerate(turns):
+        made.judge_dispatch(played, f"dispatch {turn}")
+        made.judge_combine(played, f"combine {turn}")
+
+
+def _lent_again(context: Context, case: EpCase) -> None:
+    """Memory is one handle's from its dispatch to its combine, however often it is asked for; then there is other."""
+    made = PackedRound(context, case)
+    again = PackedRound(context, case, made.inputs)
+    hooked: dict[str, Any] = {"return_recv_hook": True} if context.ep.recv_hook else {}
+
+    def lend(name: str) -> Step:
+        return Step("low_latency_combine_buffer", name, {"handle": Ref("dispatch")})
+
+    def summed(one: PackedRound, rank: int, name: str, filled: str, given: str) -> list[Step]:
+        fill = Step("fill", args={"into": filled, "value": one.outputs[rank]})
+        combine = one.combine(rank, name, zero_copy=True)
+        return [fill, Step(combine.op, combine.name, {**combine.args, "x": Ref(given, "")})]
+
+    def steps(rank: int) -> list[Step]:
+        found = [made.dispatch(rank, **hooked), lend("early")]
+        found += [Step("finish" if hooked else "look", "received", {"of": "dispatch"}), lend("twice")]
+        found += summed(made, rank, "combine", "early", "twice")
+        return [*found, lend("anew"), *summed(again, rank, "combine again", "anew", "anew")]
+
+    played = play(context, case, scripts(case, steps, "low_latency"))
+    made.judge_dispatch(played, step="received")
+    made.judge_combine(played)
+    again.judge_combine(played, "combine again")
