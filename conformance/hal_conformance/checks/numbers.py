@@ -13,6 +13,9 @@ _LONG: Final = 16384
 _TOKENS: Final = 131072
 """From where to where a very long sequence is."""
 
+_COLUMNS: Final = 1050
+"""Of a table, more than the 1024 for which staged ones have room; every run has such a row."""
+
 _GATHERED: Final = 40_000_000
 """Elements that the oracle has at once of such a sequence, 8 bytes each."""
 
@@ -76,6 +79,8 @@ def very_long(draw: Draw) -> MlaCase:
     # As many short ones as long ones: by magnitude, and not by number.
     length = int(_LONG * (tokens / _LONG) ** draw.rng.uniform(0.2, 1))
     page = draw.page(usual=draw.index % 2 == 0)
+    if draw.index % 2 == 0 and _COLUMNS * page <= tokens:
+        length = max(length, _COLUMNS * page)
     lengths = (length, draw.rng.randint(1, 40)) if draw.rng.random() < 0.5 else (length,)
     data = ("needle", "normal")[draw.rng.randrange(2)]
     flags = {"causal": draw.declared.causal and draw.rng.random() < 0.5, "plan": draw.rng.random() < 0.5}
