@@ -304,7 +304,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   void receive(Operation& op, int64_t* waits);
   std::shared_ptr<Operation> reserve(const PackedCall& call);
   void packed_body(Operation& op, const PackedCall& call);
-  void count_packed(Operation& op, const PackedCall& call, std::vector<uint32_t>& starts);
+  void count_packed(Operation& op, const PackedCall& call);
   void find_starts(const Operation& op, std::vector<uint32_t>& starts) const;
   void fetch(Operation& op, int64_t* waits);
   void acknowledge(const Operation& op);

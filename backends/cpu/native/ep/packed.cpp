@@ -163,27 +163,23 @@ const uint32_t* Engine::packed_counts(int peer, uint64_t seq, int destination) c
 
 // As a source: of each destination and expert the row at which this rank's begin, after those of the ranks before it.
 void Engine::find_starts(const Operation& op, std::vector<uint32_t>& starts) const {
-  starts.assign(size_t(config_.ranks) * size_t(config_.experts), 0);
   for (int before = 0; before < config_.rank; ++before) {
     const uint32_t* counts = packed_counts(before, op.seq, 0);
     for (size_t i = 0; i < starts.size(); ++i) starts[i] += counts[i];
   }
 }
 
-// As a destination: count what will come, and where the rows of each source begin.
-void Engine::count_packed(Operation& op, const PackedCall& call, std::vector<uint32_t>& starts) {
+// As a destination: count what will come, and find where the rows of each source lie.
+void Engine::count_packed(Operation& op, const PackedCall& call) {
   const int ranks = config_.ranks;
   const size_t sources = size_t(config_.sources), experts = size_t(config_.experts);
-  const size_t per_source = sources * experts;
   for (int peer = 0; peer < ranks; ++peer) op.granted[size_t(peer)] = alive(peer);
-  starts.assign(size_t(ranks) * per_source, 0);
   for (size_t e = 0; e < experts; ++e) {
     uint64_t at = 0;
     for (size_t s = 0; s < sources; ++s)
       for (int peer = 0; peer < ranks; ++peer) {
         uint32_t count = alive(peer) ? packed_counts(peer, op.seq, config_.rank)[s * experts + e] : 0;
         call.ranges[(e * sources + s) * size_t(ranks) + size_t(peer)] = int64_t(at << 32 | count);
-        starts[size_t(peer) * per_source + s * experts + e] = uint32_t(at);
         at += count;
         op.expected[size_t(peer)] += count;
         if (count != 0 && op.first_expert[size_t(peer)] < 0)
@@ -207,9 +203,15 @@ void Engine::packed_body(Operation& op, const PackedCall& call) {
   check_posts(op, 0);
   const int ranks = config_.ranks;
   const size_t experts = size_t(config_.experts), per_source = size_t(config_.sources) * experts;
-  std::vector<uint32_t> starts;
-  count_packed(op, call, starts);
+  count_packed(op, call);
+  std::vector<uint32_t> starts(size_t(ranks) * per_source, 0);
   if (granting()) {
+    for (size_t block = 0; block < per_source; ++block) {
+      const size_t e = block % experts, s = block / experts;
+      for (size_t peer = 0; peer < size_t(ranks); ++peer)
+        starts[peer * per_source + block] =
+            uint32_t(call.ranges[(e * size_t(config_.sources) + s) * size_t(ranks) + peer] >> 32);
+    }
     give(op, 0, Status::ok, op.slot->offset, uint64_t(call.slots), 0, starts, per_source);
     check_grants(op, 0, nullptr);
   } else {
