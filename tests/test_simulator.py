@@ -175,6 +175,19 @@ def test_memory_of_the_host_is_none_of_the_device(
         device.launch(planted, "right_enough", 2, 128, (device.empty(4 * N), mine, np.int32(128), np.int32(1))).wait()
 
 
+def test_a_call_left_half_way_does_not_hear_what_another_waits_for(
+    device: StagedDevice, planted: BoundProgram, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(sim.CHECK_ENV, "memory")
+    left, mine = device.queue(), torch.zeros(N)
+    left.read(mine)
+    left.write(mine)
+    launched = device.launch(planted, "right_enough", 2, 128, (device.empty(4 * N), mine, np.int32(128), np.int32(1)))
+    del left
+    with pytest.raises(DeviceError, match="not memory of the device"):
+        launched.wait()
+
+
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("kernel", [name for name in BUGS if "count" in name])
 def test_what_was_written_plainly_is_not_forgotten_for_atomic_operations(

@@ -121,10 +121,13 @@ class StagedQueue:
         self._results.clear()
 
     def __del__(self) -> None:
-        # Where a call was left half way, kernels may still read and write what is held.
-        if self._held or self._results:
-            with contextlib.suppress(DeviceError):
-                self._device.runtime("StreamSynchronize", self._device.stream())
+        # Where a call was left half way, kernels may still read and write what is held. Freeing a buffer waits for them
+        # and leaves it to others' waits to say what went wrong; so buffers go first, and memory of the host last.
+        held = [held for held in self._held if isinstance(held, Tensor)]
+        packed = [packed for _, packed, _ in self._results]
+        self._held.clear()
+        self._results.clear()
+        del held, packed
 
 
 def span(tensor: Tensor) -> int:
