@@ -21,12 +21,14 @@ class Late(InPlace):
         self._queued: list[weakref.ref[torch.Tensor]] = []
         self._error = error
         self.there: list[bool] = []
+        self.waits = 0
 
     def launch(self, program: Program, kernel: str, groups: int, threads: int, arguments: Sequence[Argument]) -> Event:
         self._queued += [weakref.ref(one) for one in arguments if isinstance(one, torch.Tensor)]
         return HostEvent()
 
     def finish(self) -> None:
+        self.waits += 1
         gc.collect()
         self.there += [one() is not None for one in self._queued]
         self._queued.clear()
@@ -63,3 +65,7 @@ def test_a_failure_is_told_and_nothing_is_freed_before() -> None:
     with pytest.raises(DeviceError, match="a fault"):
         queue.finish()
     assert device.there == [True] * 2
+    # It was waited for, and what fails next is not this queue's to hear.
+    del queue
+    gc.collect()
+    assert device.waits == 1

@@ -71,7 +71,7 @@ class Step:
     ----------
     op : str
         A method of `hal.EpBuffer`, or one of the player's own: group, barrier, open, close, hooked, finish, look, tell,
-        drop, fill, spoil, scribble, sleep, die, die_after, stop, files.
+        drop, fill, spoil, scribble, processors, sleep, die, die_after, stop, files.
     name : str
         What its result is called.
     args : mapping of str to object
@@ -327,6 +327,10 @@ class _Player:
     def _drop(self, step: Step, done: Done) -> None:
         """Let go of a result."""
         self.live.pop(step.args["of"], None)
+
+    def _processors(self, step: Step, done: Done) -> None:
+        """Set how many processors of the device later calls of this rank may take."""
+        self.live[step.on].num_sms = step.args["number"]
 
     def _fill(self, step: Step, done: Done) -> None:
         """Write into memory that the backend lent."""

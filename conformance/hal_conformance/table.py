@@ -685,7 +685,7 @@ TABLE: Final = (
         "E1",
         "unlike calls",
         "The result of a call does not depend on the calls before it, whatever their tokens, choices (up to the "
-        "buffer's topk), weights, layouts and dtypes.",
+        "buffer's topk), weights, layouts and dtypes, nor on num_sms, which each rank may set as it likes.",
         "ep_normal",
         (2, 12, 60),
         _STARTING,
@@ -1072,7 +1072,7 @@ TABLE: Final = (
         "E2",
         "unlike calls",
         "The result of a call does not depend on the calls before it, whatever their tokens, choices and casts, nor on "
-        "results that were let go before their hook ran; rows may be padded in memory.",
+        "results that were let go before their hook ran, nor on num_sms; rows may be padded in memory.",
         "ep_low_latency",
         (2, 12, 60),
         _STARTING,

@@ -450,9 +450,11 @@ class HoldingQueue:
         return self._device.launch(program, kernel, groups, threads, arguments)
 
     def finish(self) -> None:
-        """Wait, and let go."""
-        self._device.finish()
-        self._held.clear()
+        """Wait, and let go: of a call that failed too, which is waited for all the same."""
+        try:
+            self._device.finish()
+        finally:
+            self._held.clear()
 
     def __del__(self) -> None:
         # Where a call was left half way, kernels may still read and write what is held.

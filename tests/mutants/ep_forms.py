@@ -1,4 +1,4 @@
-"""Mutants of expert parallelism that are right for tensors as factories make them, and as torch is set at first."""
+"""Mutants of expert parallelism that are right for tensors as factories make them, and as torch and buffers are set."""
 
 from __future__ import annotations
 
@@ -141,3 +141,17 @@ class EndedByAnother(Engine):
         if self.args.num_nodes > 1 and (args.return_recv_hook or args.async_finish):
             result.finish = elsewhere
         return result
+
+
+@engine("E1", "a processor sums four tokens, however few processors a call may take", only="EPN-15")
+class FourTokensOfAProcessor(Engine):
+    def terms(self, routes: Any, messages: Any, token: int, handle: Any) -> Any:
+        enough = self.args.num_sms is None or token < 4 * self.args.num_sms
+        return super().terms(routes, messages, token, handle) if enough else []
+
+
+@engine("E2", "a processor sums four tokens, however few processors a low-latency call may take", only="EPL-18")
+class FourPackedTokensOfAProcessor(Engine):
+    def weighted_terms(self, args: Any, messages: Any, token: int, row: Any) -> Any:
+        enough = self.args.num_sms is None or token < 4 * self.args.num_sms
+        return super().weighted_terms(args, messages, token, row) if enough else []

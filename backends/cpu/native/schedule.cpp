@@ -9,8 +9,10 @@ namespace {
 
 // Parts a thread, so that one slowed down by the rest of the machine leaves work to the others. Each cut costs a merge.
 constexpr int kPartsPerThread = 4;
-// Multiply-adds below which another part, and another thread's waking up, is not worth it: tens of microseconds.
-constexpr double kLeastPart = 2e6;
+// Multiply-adds below which another thread at work is not worth it: some ten microseconds.
+constexpr double kLeastShare = 6e5;
+// And below which a thread has one part: in a hundred microseconds little is lost to the rest of the machine.
+constexpr double kLeastPart = 1e7;
 // Converting a token costs about as much as this many rows.
 constexpr int kTokenRows = 4;
 // batch_invariant: where chunks end may depend on the sequence's own length only. Few enough chunks that their states
@@ -87,10 +89,10 @@ void emit(Schedule& into, int unit, int begin, int end) {
 void cut(const Shape& s, int threads, Schedule& into) {
   double total = 0;
   for (const Unit& u : into.units) total += cost(s, u);
-  const double wanted = total / kLeastPart;
   // Invariant chunks each keep a state, so more cuts would cost memory.
   const int most = threads * (s.invariant ? 1 : kPartsPerThread);
-  int count = wanted < 1 ? 1 : wanted < most ? (int)wanted : most;
+  int count = (int)std::max(std::min(total / kLeastShare, (double)threads), std::min(total / kLeastPart, (double)most));
+  count = std::max(count, 1);
   // A number of parts that threads share evenly.
   if (count > threads) count -= count % threads;
   double room = total / count, done = 0;
@@ -98,7 +100,7 @@ void cut(const Shape& s, int threads, Schedule& into) {
   for (int i = 0; i < (int)into.units.size(); ++i) {
     const Unit& u = into.units[i];
     const double all = cost(s, u), token = all / (u.end + 1.0);
-    const int grain = s.invariant ? u.chunk : kTile;
+    const int grain = s.invariant ? u.chunk : kTile / 2;
     int begin = 0;
     // Cut where this part is full, at the nearest legal boundary.
     while (done + (all - token * begin) > room + token * grain / 2 && (int)into.parts.size() < count) {

@@ -9,6 +9,8 @@
 #include <new>
 #include <thread>
 
+#include "torch_team.h"
+
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
@@ -16,7 +18,10 @@
 namespace hal_cpu {
 namespace {
 
-// A worker that just finished looks out for the next call this often before it sleeps: some ten microseconds.
+// A worker that just finished looks out for the next call this often before it sleeps: some hundred microseconds, which
+// is about what it costs to wake it. While torch's threads are awake it is not ours that work.
+constexpr int kLooks = 4000;
+// A caller that is through before a worker sleeps sooner: the worker may be waiting for that very processor.
 constexpr int kSpins = 200;
 
 void relax() {
@@ -71,14 +76,21 @@ struct Job {
   }
 };
 
+thread_local TorchTeam torch_team;
+
 class Pool {
  public:
   bool try_run(int threads, int tasks, void (*work)(void*, int), void* context) {
     std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
     if (!turn.owns_lock()) return false;
     const int helpers = (threads < tasks ? threads : tasks) - 1;
-    grow(helpers);
     Job job{work, context, tasks, helpers};
+    if (torch_team.awake(threads)) {
+      torch_team.run(threads, [](void* given) { static_cast<Job*>(given)->take_all(); }, &job);
+      job.finish();
+      return true;
+    }
+    grow(helpers);
     {
       std::lock_guard<std::mutex> lock(mutex_);
       job_ = &job;
@@ -120,7 +132,7 @@ class Pool {
   void serve() {
     unsigned seen = 0;
     for (;;) {
-      for (int i = 0; i < kSpins && posted_.load(std::memory_order_acquire) == seen; ++i) relax();
+      for (int i = 0; i < kLooks && posted_.load(std::memory_order_acquire) == seen; ++i) relax();
       std::unique_lock<std::mutex> lock(mutex_);
       wake_.wait(lock, [&] { return posted_.load(std::memory_order_relaxed) != seen; });
       seen = posted_.load(std::memory_order_relaxed);

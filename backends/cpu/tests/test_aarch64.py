@@ -21,7 +21,7 @@ def test_neon_agrees_with_plain_loops(tmp_path: Path) -> None:
         pytest.skip("every other test already runs NEON on this machine")
     if not (shutil.which(COMPILER) and shutil.which(EMULATOR)):
         pytest.skip(f"{COMPILER} or {EMULATOR} is missing: apt-get install g++-aarch64-linux-gnu qemu-user")
-    units = ("selftest", "decode", "isa", "schedule", "threads", "kernel_baseline", "kernel_neon")
+    units = ("selftest", "decode", "isa", "schedule", "threads", "torch_team", "kernel_baseline", "kernel_neon")
     program = tmp_path / "selftest"
     sources = [str(NATIVE / f"{unit}.cpp") for unit in units]
     subprocess.run([COMPILER, *FLAGS, *sources, "-o", str(program)], check=True, timeout=200)

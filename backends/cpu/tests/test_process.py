@@ -129,6 +129,91 @@ def test_a_forked_child_computes(native: Kernel) -> None:
         assert os.waitstatus_to_exitcode(done[1]) == 0
 
 
+# Prints, for each decode, whether it was right, and how many threads there are more than before the first.
+BORROW = """
+import os, sys, threading
+sys.path.insert(0, {tests!r})
+import torch
+from cpu_cases import decode, make
+from hal_cpu.backend import CpuBackend
+torch.set_num_threads(2)
+kernel, case = CpuBackend()._kernel, make([400] * 8, h_q=32, d=64, d_v=64, batch_invariant=True)
+big = torch.ones(1 << 20)
+big.exp()
+wanted = []
+count = lambda: len(os.listdir("/proc/self/task"))
+before = count()
+def once():
+    out, _ = decode(kernel, case)
+    wanted.append(out)
+    print(out.equal(wanted[0]), count() - before)
+"""
+
+
+def borrowing(code: str, **env: str) -> list[str]:
+    tests = str(Path(__file__).parent)
+    return python(BORROW.format(tests=tests) + code, HAL_CPU_THREADS="", **env).split()
+
+
+def test_torchs_threads_are_borrowed_while_they_are_awake(native: Kernel) -> None:
+    # Asleep after each of its operations, they are only asked who they are.
+    asleep = borrowing("for _ in range(20): once()", OMP_WAIT_POLICY="passive")
+    assert asleep[::2] == ["True"] * 20 and asleep[1] == "0" and asleep[-1] == "1"
+    # Never asleep: one of ours is made only if theirs are held up just then.
+    awake = borrowing("for _ in range(100): big.exp(); once()", OMP_WAIT_POLICY="active")
+    assert awake[::2] == ["True"] * 100 and awake[1] == "0"
+
+
+def test_torchs_threads_may_become_more_and_fewer(native: Kernel) -> None:
+    code = """
+for threads in (2, 3, 1, 2, 2, 4, 2):
+    torch.set_num_threads(threads)
+    big.exp()
+    once()
+    once()
+for _ in range(3):
+    other = threading.Thread(target=lambda: (big.exp(), once()))
+    other.start()
+    other.join()
+"""
+    assert borrowing(code, OMP_WAIT_POLICY="active")[::2] == ["True"] * 17
+
+
+def test_a_child_of_a_process_with_torchs_threads_has_its_own(native: Kernel) -> None:
+    code = """
+for _ in range(5):
+    once()
+    sys.stdout.flush()
+    if os.fork() == 0:
+        once()
+        sys.stdout.flush()
+        os._exit(0)
+    os.wait()
+"""
+    assert borrowing(code, OMP_WAIT_POLICY="active")[::2] == ["True"] * 10
+    # The library is loaded in the child alone, whose torch cannot compute with several threads any more.
+    late = """
+import os, sys
+import torch
+torch.set_num_threads(2)
+big = torch.ones(1 << 20)
+big.exp()
+child = os.fork()
+if child:
+    os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+sys.path.insert(0, {tests!r})
+from cpu_cases import decode, make
+from hal_cpu.backend import CpuBackend
+torch.set_num_threads(1)
+kernel, case = CpuBackend()._kernel, make([5000], h_q=32, d=64, d_v=64)
+torch.set_num_threads(2)
+print(decode(kernel, case)[0].equal(decode(kernel, case)[0]))
+sys.stdout.flush()
+os._exit(0)
+"""
+    assert python(late.format(tests=str(Path(__file__).parent))) == "True"
+
+
 def test_threads_of_the_caller_do_not_disturb_each_other(native: Kernel) -> None:
     native._threads = 3
     cases = [make([2000 + i, 50], h_q=20, d=64, d_v=64, seed=i) for i in range(4)]

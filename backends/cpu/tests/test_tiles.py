@@ -12,7 +12,7 @@ import pytest
 from hal_cpu import _native
 
 NATIVE = Path(__file__).parents[1] / "native"
-PLAIN = ("selftest", "decode", "isa", "schedule", "threads", "kernel_baseline")
+PLAIN = ("selftest", "decode", "isa", "schedule", "threads", "torch_team", "kernel_baseline")
 FLAGS = ["-std=c++17", "-O1", "-w", "-ffp-contract=off", "-fno-math-errno", "-pthread"]
 PROCESSOR = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"]
 TILES = ["-mamx-tile", "-mamx-bf16"]

@@ -16,6 +16,11 @@ from hal_conformance.ep_refused import refused_alike
 from hal_conformance.ep_round import PackedRound, Round, scripts
 
 
+def _processors(context: Context) -> Step:
+    """How many processors this rank's next calls may take."""
+    return Step("processors", args={"number": context.rng.choice((1, 2, 7, None))})
+
+
 @holds("EPN-15")
 def unlike_calls(context: Context) -> None:
     """A row of unlike calls on one buffer; each must be right, and is combined at once or after the next dispatch."""
@@ -37,7 +42,8 @@ def unlike_calls(context: Context) -> None:
         found = [rounds[0].dispatch(rank, "dispatch 0")]
         for turn, made in enumerate(rounds):
             if turn + 1 < len(rounds):
-                found.append(rounds[turn + 1].dispatch(rank, f"dispatch {turn + 1}"))
+                found += [_processors(context), rounds[turn + 1].dispatch(rank, f"dispatch {turn + 1}")]
+            found.append(_processors(context))
             found.append(made.combine(rank, f"combine {turn}", of=f"dispatch {turn}"))
         return found
 
@@ -233,8 +239,10 @@ def unlike_low_latency_calls(context: Context) -> None:
         for turn, made in enumerate(rounds):
             found += [made.dispatch(rank, f"let go {turn}", **hooked), Step("drop", args={"of": f"let go {turn}"})]
             late = hooked if turn % 2 else {}
+            found.append(_processors(context))
             found.append(made.dispatch(rank, f"dispatch {turn}", **late))
             found += [Step("finish" if late else "look", f"received {turn}", {"of": f"dispatch {turn}"})]
+            found.append(_processors(context))
             found.append(made.combine(rank, f"combine {turn}", of=f"dispatch {turn}"))
             found.append(Step("drop", args={"of": f"dispatch {turn}"}))
         return found
