@@ -198,6 +198,26 @@ def many(rank: int) -> None:
     dist.barrier()
 
 
+def test_a_buffer_opened_in_inference_mode_is_used_outside_of_it(before: partial[None]) -> None:
+    run_ranks(2, out_of_inference, limit=60, before=before)
+
+
+def out_of_inference(rank: int) -> None:
+    """Torch does not write outside of that mode to tensors that were made in it."""
+    mine = FIBRES.inputs()[rank]
+    with torch.inference_mode():
+        buffer = FIBRES.buffer()
+        got = buffer.dispatch(mine.x, mine.topk_idx)
+    got = buffer.dispatch(mine.x, mine.topk_idx)
+    back = buffer.combine(got.recv_x, got.handle)
+    assert torch.equal(back.combined_x, returned(mine, FIBRES))
+    kept = [buffer.combine(got.recv_x, got.handle, async_finish=True) for _ in range(20)]
+    for one in kept:
+        one.event.wait()
+    buffer.close()
+    dist.barrier()
+
+
 def test_more_tokens_than_was_said(before: partial[None]) -> None:
     run_ranks(2, growing, limit=60, before=before)
 

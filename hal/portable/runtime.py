@@ -417,7 +417,9 @@ class Mailboxes:
 
     def mailbox(self, words: int) -> Tensor:
         """See `MeetingDevice`."""
-        return torch.zeros(words, dtype=torch.int32, pin_memory=self.pinned, device="cpu")
+        # It lasts longer than a mode of torch that the buffer may be opened in, and is written to outside of it.
+        with torch.inference_mode(False):
+            return torch.zeros(words, dtype=torch.int32, pin_memory=self.pinned, device="cpu")
 
 
 class HoldingQueue:

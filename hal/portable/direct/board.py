@@ -99,8 +99,9 @@ class Addresses:
     def __init__(self, ranks: int, device: torch.device) -> None:
         self._device = device
         self._sizes: dict[tuple[int, int], int] = {}
-        self._there = torch.zeros(ranks, _FEW_WINDOWS, 2, dtype=torch.int64, device="cpu")
-        self.table = self._there.to(device)
+        # Not a tensor, which torch would not let be written to had it been made in its inference mode.
+        self._there = np.zeros((ranks, _FEW_WINDOWS, 2), np.int64)
+        self.table = self._copied()
 
     def learn(self, rank: int, number: int, address: int, size: int) -> None:
         """A window that kernels may read from now on.
@@ -113,11 +114,14 @@ class Addresses:
         if not 0 <= number < _MOST_WINDOWS:
             raise ValueError(f"a window of number {number}")
         while number >= self._there.shape[1]:
-            self._there = torch.cat([self._there, torch.zeros_like(self._there)], 1)
-        self._there[rank, number] = torch.tensor([address, size], device="cpu")
+            self._there = np.concatenate([self._there, np.zeros_like(self._there)], 1)
+        self._there[rank, number] = address, size
         self._sizes[rank, number] = size
         # Another tensor: kernels that were launched may still read the one before.
-        self.table = self._there.to(self._device, copy=True)
+        self.table = self._copied()
+
+    def _copied(self) -> Tensor:
+        return torch.tensor(self._there, device=self._device)
 
     def size(self, rank: int, number: int) -> int | None:
         """How large it is, if it was learnt."""
