@@ -4,7 +4,7 @@
 
 #include <atomic>
 #include <fstream>
-#include <limits>
+#include <sstream>
 #include <string>
 
 namespace hal_cpu {
@@ -20,16 +20,18 @@ struct OpenMp {
 // OpenMP's threads do not survive a fork, which it does not notice: it would wait for them for ever.
 std::atomic<bool> forked{false};
 
-// Whether this process was forked before this library was there, and has run nothing else since. So says the kernel.
+// Whether this process was forked before this library was there, and has run nothing else since. So says the kernel;
+// where it cannot be asked, it is taken for yes.
 bool born_forked() {
   constexpr unsigned long kForkedNotExecuted = 0x40;  // PF_FORKNOEXEC
-  std::ifstream stat("/proc/self/stat");
-  std::string skipped;
-  stat.ignore(std::numeric_limits<std::streamsize>::max(), ')');
-  for (int i = 0; i < 6; ++i) stat >> skipped;
-  unsigned long flags = kForkedNotExecuted;
-  stat >> flags;
-  return flags & kForkedNotExecuted;
+  std::string line, skipped;
+  std::getline(std::ifstream("/proc/self/stat"), line);
+  const size_t name_ends = line.rfind(')');
+  if (name_ends == line.npos) return true;
+  std::istringstream fields(line.substr(name_ends + 1));
+  for (int i = 0; i < 6; ++i) fields >> skipped;
+  unsigned long flags;
+  return !(fields >> flags) || flags & kForkedNotExecuted;
 }
 
 const OpenMp& openmp() {
