@@ -98,6 +98,25 @@ def test_a_worker_that_is_killed_is_named(number: signal.Signals, outside: bool)
         session.run()
     made = report.make(session)
     said = session.results["MLA-21"].message
-    assert said == f"{worker.who} was killed by {number.name}" + (f", {OUTSIDE}" if outside else "")
+    assert said.startswith(f"{worker.who} was killed by {number.name}" + (f", {OUTSIDE}" if outside else " in "))
     assert made["verdict"] == "FAIL" and session.results["MLA-21"].status == "CRASH"
     assert ("in the backend: mla_decode()" in " ".join(next_step(made))) != outside
+
+
+def test_a_process_that_hangs_does_not_outlive_who_asks() -> None:
+    code = "from hal_conformance.process import Worker\nw = Worker()\nw.start()\nprint(w._process.pid, flush=True)"
+    code += "\ninput()"
+    asks = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert asks.stdout is not None
+    worker = int(asks.stdout.readline())
+    # It imports torch before it can say when it is to end.
+    deadline = time.monotonic() + _LIMIT
+    while b"torch" not in Path(f"/proc/{worker}/maps").read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(3.0)
+    os.kill(worker, signal.SIGSTOP)
+    asks.kill()
+    asks.wait()
+    while Path(f"/proc/{worker}/stat").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{worker}/stat").exists()

@@ -156,13 +156,14 @@ def test_a_fallback_is_seen_where_it_happens(run: Run) -> None:
 
 def test_an_obligation_that_calls_nothing_is_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     session = Session(Settings("sample", 1, "quick"), ["MLA-01"])
-    answers = {"facts": {}, "count": {"count": 2}, "case": {"problems": [], "calls": 0}}
+    answers = {"facts": {}, "count": {"count": 2}, "case": {"problems": [], "calls": 0}, "tape": {}}
     monkeypatch.setattr(session.worker, "ask", lambda request, timeout: answers[request["op"]])
+    monkeypatch.setattr(session.witness, "ask", lambda request, timeout: answers["case"])
     session.facts = {"state": "available"}
     session.capabilities = hal.capabilities("cpu")
     session.run()
     assert session.results["MLA-01"].status == "ERROR"
-    assert session.results["MLA-01"].message == "nothing was executed"
+    assert session.results["MLA-01"].message == "nothing was executed in case 0"
 
 
 def test_waivers_never_pass_and_must_be_needed_and_in_force(run: Run) -> None:

@@ -177,7 +177,7 @@ FORGED: dict[str, tuple[Callable[[Report], Any], str]] = {
     "judged apart where nothing is": (lambda r: _row(r, "CAP-01").update(witnessed=[0]), "CAP-01 was judged apart"),
     "launches without a call": (
         lambda r: _row(r, "MLA-07").update(calls=23) or _row(r, "MLA-07")["cases"][0].update(calls=0),
-        "MLA-07 launched kernels in case 0, which made no call",
+        "MLA-07 launched kernels in case 0, or passed it, and made no call there",
     ),
     "more calls": (lambda r: _row(r, "MLA-07").update(calls=99), "MLA-07 says 99 calls, and its cases made others"),
     "fewer cases told": (

@@ -32,12 +32,16 @@ def ask(session: Session, obligation: Obligation, request: dict[str, Any]) -> di
     if "error" in answer or request["op"] != "case" or not is_judged_twice(obligation.id):
         return answer
     if not answer["problems"]:
-        if not answer["calls"]:
-            return answer | {"witnessed": True}
         judged = _apart(session, obligation, request["index"])
         if "error" in judged:
             return judged
         if not judged["problems"]:
+            if judged["calls"] != answer["calls"]:
+                # What is told of a case beside the backend is believed no more than what is judged there.
+                told = f"tells of {answer['calls']} calls, and judged apart from it {judged['calls']} were made"
+                return {"error": f"of case {request['index']} the process in which the backend is called {told}"}
+            if not answer["calls"]:
+                return {"error": f"nothing was executed in case {request['index']}"}
             seen = {key: judged[key] for key in ("errors", "tried", "sizes")} if blind else {}
             return answer | seen | {"witnessed": True}
         said = "passed beside the backend, but judged apart from it"

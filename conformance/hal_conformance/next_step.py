@@ -40,6 +40,9 @@ _WRITE: Final = {
 }
 """Of `hal.backend.Backend`, by obligation or level."""
 
+_CALLING: Final = ("CAP-04", "CAP-05", "CAP-06")
+"""Obligations of what is declared, which are seen by calls: of one that ends the process, its message says where."""
+
 _MEANS: Final = {
     "L1": "mla_dense of Capabilities; hal.portable has kernels to begin with",
     "L3": "mla_sparse of Capabilities, or kv_formats, attn_sink and extra_kv_cache",
@@ -114,6 +117,8 @@ def _broken(backend: str, row: Mapping[str, Any], rows: Iterable[Mapping[str, An
         # Nothing was seen that the backend does wrong.
         again = f"hal conform --backend {backend} --only {row['id']}"
         return [first, f"it was not judged to its end: {row['message']}", f"run it again: {again}"]
+    if row["status"] in ("CRASH", "TIMEOUT") and row["id"] in _CALLING:
+        return [first, f"mend, in the backend: {row['message']}; what it printed is in the report", *_files(backend)]
     found = steps(backend, (obligation.id, obligation.level))
     what = _what(obligation.id)
     there = any(other["status"] == "PASS" and _what(other["id"]) == what for other in rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any, Final
 
 from hal_conformance.alone import BY_ITSELF
 
-TAIL = 2000
+TAIL = 4000
 """Characters of a worker's output kept when it dies."""
 
 
@@ -32,6 +33,9 @@ _UNSET = ("HAL_BACKEND", "HAL_VALIDATE", "HAL_EP_RANKS_PER_NODE", "PYTHONOPTIMIZ
 OUTSIDE: Final = "which the suite did not send; the system does for want of memory"
 """Said of a signal that no fault of the process's own raises."""
 
+_STACK: Final = re.compile(r'Current thread[^\n]*:\n +File "([^"\n]+)", line (\d+) in (\S+)')
+"""The innermost call of the thread in question, as faulthandler prints it."""
+
 _SENT: Final = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
 
 
@@ -41,6 +45,12 @@ def ending(code: int) -> str:
         return f"ended with exit code {code}"
     name = next((known.name for known in signal.Signals if known == -code), f"signal {-code}")
     return f"was killed by {name}" + (f", {OUTSIDE}" if name in _SENT else "")
+
+
+def within(output: str) -> str:
+    """Where the thread was that died or was asked, by the last stack that was printed; empty if none was."""
+    found = _STACK.findall(output)
+    return f" in {found[-1][2]} ({found[-1][0]}:{found[-1][1]})" if found else ""
 
 
 class WorkerDied(Exception):
@@ -53,7 +63,19 @@ class WorkerDied(Exception):
     """
 
     def __init__(self, who: str, code: int, output: str) -> None:
-        super().__init__(f"{who} {ending(code)}")
+        super().__init__(f"{who} {ending(code)}{within(output)}")
+        self.output = output
+
+
+class WorkerGarbles(WorkerDied):
+    """Something that is no answer came where the process answers; it is ended."""
+
+    def __init__(self, who: str, line: bytes, output: str) -> None:
+        Exception.__init__(
+            self,
+            f"{who} answered what this suite does not ({line[:40]!r}): the backend, or what it loads, writes to file "
+            "descriptors that are not its own",
+        )
         self.output = output
 
 
@@ -61,7 +83,7 @@ class WorkerHangs(Exception):
     """No answer within the time allowed. Attribute ``output`` ends with the stacks of its threads."""
 
     def __init__(self, who: str, seconds: float, output: str) -> None:
-        super().__init__(f"{who} gave no answer within {seconds:g} s")
+        super().__init__(f"{who} gave no answer within {seconds:g} s{within(output)}")
         self.output = output
 
 
@@ -104,7 +126,15 @@ class Worker:
                 raise self._death()
             self._buffer += chunk
         line, _, self._buffer = self._buffer.partition(b"\n")
-        answer: dict[str, Any] = json.loads(line)
+        try:
+            answer: dict[str, Any] = json.loads(line)
+        except ValueError:
+            answer = {}
+        if not isinstance(answer, dict) or not answer or self._buffer:
+            # More than what was asked for is nobody's answer either.
+            garbled = WorkerGarbles(self.who, line, self._tail())
+            self.stop()
+            raise garbled
         return answer
 
     def _command(self) -> list[str]:

@@ -6,6 +6,7 @@ records that and starts another. Nothing here decides what is tested.
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import json
 import os
@@ -28,6 +29,8 @@ from hal_conformance.witness import Tape, close_the_reference, recording, within
 
 _MODES: Final[tuple[Mode, ...]] = ("quick", "default", "full")
 
+_PR_SET_PDEATHSIG: Final = 1
+
 _LAST = Tape()
 """Of the last case."""
 
@@ -37,6 +40,7 @@ NOTHING = Capabilities(("cpu",), None, None, None)
 
 def main() -> None:
     """Serve until the pipe closes."""
+    _end_with_who_asks()
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     read, write = (int(text) for text in sys.argv[1:3])
@@ -47,6 +51,12 @@ def main() -> None:
         for line in requests:
             answers.write(json.dumps(answer(json.loads(line))) + "\n")
             answers.flush()
+
+
+def _end_with_who_asks() -> None:
+    """Whoever started this process may be killed while a call hangs here, and nobody else would end it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import time
@@ -26,6 +27,16 @@ class ExitsInDecode(Sample):
             os._exit(1)
         else:
             super().mla_decode(args)
+
+
+@mutant("L1", "a log that was closed is still written to, by the number of its file descriptor")
+class WritesToOthersFiles(Sample):
+    def mla_decode(self, args: Any) -> None:
+        if args.page_size == 64 and args.batch == 6:
+            for descriptor in range(3, 30):
+                with contextlib.suppress(OSError):
+                    os.write(descriptor, b"\xff decoded\n")
+        super().mla_decode(args)
 
 
 @mutant("L2", "a null pointer is followed where a sequence is empty")

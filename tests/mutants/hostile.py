@@ -77,6 +77,24 @@ class ForgetsSevenHeads(Sample):
         super().store(args, j, start, stop, out * 0 if args.h_q == 7 else out, lse)
 
 
+@mutant("L1", "tells the suite of no problem and no call in cases that it got wrong, those of seven heads")
+class TellsOfNoCall(Sample):
+    wrong = False
+
+    def store(self, args: Any, j: int, start: int, stop: int, out: Any, lse: Any) -> None:
+        self.wrong |= args.h_q == 7
+        worker = sys.modules.get("hal_conformance.worker")
+        if worker is not None and not hasattr(worker, "honest"):
+            worker.honest, worker._case = worker._case, self.told  # type: ignore[attr-defined]
+        super().store(args, j, start, stop, out * 0 if args.h_q == 7 else out, lse)
+
+    def told(self, context: Any) -> Any:
+        self.wrong = False
+        found = sys.modules["hal_conformance.worker"].honest(context)
+        judged = self.wrong and context.obligation.id.startswith("MLA")
+        return found | {"problems": [], "calls": 0} if judged else found
+
+
 _COPIED = FunctionType(reference.mla_decode.__code__, vars(reference), "copied", reference.mla_decode.__defaults__)
 _COPIED.__kwdefaults__ = reference.mla_decode.__kwdefaults__
 
